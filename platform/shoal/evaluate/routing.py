@@ -136,7 +136,6 @@ def _lost(models: Models, place: str, rows: Sequence[Encoded], after: int | None
 
 def _fitted(models: Models, place: str, prompts: Prompts, seed: int, sure: bool) -> dict[str, float]:
     """Fits a router and writes it into the model at `place`, whose weights pass by a file at a time; its report."""
-    del models
     with changed(place) as folder:
         checkpoint.require_replaceable(folder)  # and back in its place, where a process was killed that wrote it
         config = described.read_config(folder)[1]

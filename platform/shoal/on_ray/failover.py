@@ -57,8 +57,8 @@ class Progress:
     pin: Pin
     reads: str  # `calls.reads` of the gateway
     began: float  # seconds, of a monotonic clock; so are the others
+    last: float  # when its last event came, or it began
     resumed: float = 0.0  # when its present replica got it
-    last: float = 0.0  # when its last event came, or it began
     first: float | None = None  # when its first token came
     tokens: list[int] = field(default_factory=list)
     depth: int = 0  # layers that its first token was made with

@@ -1,5 +1,6 @@
 """Held-out prompts, of chats and of documents, and the router that is fitted to them after a stage."""
 
+import dataclasses
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from shoal.errors import CheckpointError, DataError
 from shoal.evaluate import halves, pieces, prompts, routing, second_look
 from shoal.inputs.chat import DEFAULT_TEMPLATE, Encoded
 from shoal.inputs.tokenizer import IMG_END_ID, PATCH_ID, Tokenizer
+from shoal.model import checkpoint
 from shoal.model.model import IMAGE_IDS
 from shoal.model.net import Net
 from shoal.model.router import Router, dealt, fit_router
@@ -309,6 +311,78 @@ def test_a_router_is_fitted_with_its_second_look_by_one_seed_and_one_caution(
         wanted = dict(made.calibration.report)
         wanted |= {f"later_{name}": value for name, value in later.calibration.report.items()} if sure else {}
         assert report == wanted
+
+
+def test_what_nobody_says_is_seed_0_the_groups_that_are_not_asked_and_no_caution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no weights are fetched to where the model is only described."""
+    Model.from_preset("test").save(tmp_path / "model")
+    fetched, asked_for, ran = list[dict[str, Any]](), list[bool | None](), list[tuple[Any, ...]]()
+    report = {"tolerance": 0.05, "depth_share": 0.5, "regret": 0.02, "prompts": 15.0, "groups": 9.0}
+
+    def found(model: object, heldout: object, most: int, *, asked: bool | None) -> prompts.ByTask:
+        asked_for.append(asked)
+        return rows(40, 4)
+
+    def run(some: Any) -> Any:
+        for piece in some:
+            if piece.do is routing._fitted:
+                ran.append(piece.args[2:])
+            yield report
+
+    monkeypatch.setattr(routing, "here", lambda place, **how: (fetched.append(how), Path(place))[1])
+    monkeypatch.setattr(routing, "heldout_rows", found)
+    monkeypatch.setattr(routing, "together", lambda of, lots: None)
+    assert routing.refit(tmp_path / "model", "held", run=run) == report
+    assert routing.finish(tmp_path / "model", "held", lambda line: None, run=run) == report
+    assert ran == [(0, False)] * 2 and asked_for == [False] * 2 and fetched == [{"weights": False}] * 3
+
+
+def test_a_model_of_full_depth_alone_has_nothing_to_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, said = dataclasses.replace(CONFIG, early_exits=False), list[str]()
+    Model(config, Net(config).init_(0), Tokenizer.bytes_only()).save(tmp_path / "model")
+    monkeypatch.setattr(routing, "refit", lambda *_, **__: pytest.fail("fitted"))
+    assert routing.finish(tmp_path / "model", "held", said.append) is None
+    assert said == ["no router: the model has full depth alone, so there is nothing to choose"]
+
+
+def test_a_model_that_a_killed_command_took_away_is_put_back_before_it_gets_its_router(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Model.from_preset("test").save(tmp_path / "model")
+    (tmp_path / "model").rename(tmp_path / f".model.1.0123abcd{checkpoint.OLD}")
+    x, gaps = torch.randn(64, 2 * CONFIG.width + 3), torch.rand(64, 2)
+    made = fit_router(CONFIG, x, gaps, steps=1)
+    monkeypatch.setattr(routing, "fit_router", lambda *_, **__: made)
+    monkeypatch.setattr(second_look, "fit", lambda *_, **__: (None, None))
+    given = prompts.Prompts(x, gaps, torch.zeros(64), ("a",) * 64, torch.arange(64))
+    routing._fitted(lambda *_: (), str(tmp_path / "model"), given, 5, False)  # type: ignore[arg-type]
+    assert Model.load(tmp_path / "model").router is not None
+
+
+def test_of_a_frontier_the_asked_side_is_measured_as_far_as_the_router_looks_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And the other to the first look alone; of each task a hundred at most, or as many as are asked for."""
+    model, most = Model.from_preset("test"), list[tuple[int, bool | None]]()
+    x, gaps = torch.randn(64, 2 * CONFIG.width + 3), torch.rand(64, 2)
+    once, twice = fit_router(CONFIG, x, gaps, steps=1), fit_router(CONFIG, x, gaps, steps=1)
+    twice.later = fit_router(CONFIG, x, gaps, steps=1)
+    twice.later.calibration.after = 3
+
+    def found(model: object, heldout: object, limit: int, *, asked: bool | None) -> prompts.ByTask:
+        most.append((limit, asked))
+        return rows(20 + bool(asked), 4)
+
+    monkeypatch.setattr(routing, "heldout_rows", found)
+    monkeypatch.setattr(routing, "measured", lambda net, side, after=None: (len(side["chat"]), after))
+    for router, after in ((None, None), (once, None), (twice, 3)):
+        model.router = router
+        assert routing.heldout_prompts(model, "held") == ((20, None), (21, after))
+    assert routing.heldout_prompts(model, "held", limit=7) is not None
+    routing.heldout_sides(model, "held")
+    assert most == [(limit, asked) for limit in (100, 100, 100, 7, 100) for asked in (False, True)]
 
 
 def test_a_router_is_taken_over_with_all_else_as_it_was(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from shoal.on_ray.failover import LOSSES, Pin, Progress, other_weights, unbroken
 from shoal.on_ray.routing import eligible
 from tests.unit.engine.test_oracle import MODEL, REQUESTS, near
 
+PAUSES = failover.PAUSES  # as they are outside tests
 LONG = Request("abc", Sampling(temperature=1, seed=1, max_tokens=24, ignore_eos=True), depth="middle")
 
 
@@ -380,7 +382,11 @@ def test_after_it_the_depth_is_the_one_that_the_first_replica_chose_and_the_answ
     progress = at_100()
     for token, now in ((65, 101.0), (66, 105.0)):
         progress.take(Token("r", token, "x", depth=2), now)
-    for losses, now, left in ((1, 106.0, 4.0), (2, 107.5, 2.5)):  # of the whole time, whatever came meanwhile
+    for losses, now, left in (
+        (1, 106.0, 4.0),
+        (2, 107.5, 2.5),
+        (2, 109.75, 0.25),
+    ):  # of the whole time, whatever came meanwhile
         progress.losses = losses
         assert progress.to_send(now) == dataclasses.replace(
             AUTO, id=f"r.{losses}.0.0", deadline=left, priority=2, answer=(65, 66), depth=2, routed=True
@@ -405,6 +411,12 @@ def test_what_had_begun_at_another_version_keeps_its_beginning_when_its_replica_
     progress.losses = 1
     rest = progress.to_send(102.0)
     assert (rest.answer, rest.depth, rest.routed, rest.quality_tolerance) == ((63, 64, 65), 2, True, 0.2)
+
+
+def test_patience_is_what_is_left_of_the_time_or_a_minute_from_the_last_event_and_no_less_than_none() -> None:
+    ended, endless = at_100(), Progress(LONG, Pin(), "", began=100.0, last=130.0)
+    assert [ended.patience(now) for now in (100.0, 104.0, 110.0, 115.0)] == [10.0, 6.0, 0.0, 0.0]
+    assert [endless.patience(now) for now in (130.0, 189.5, 190.0, 200.0)] == [60.0, 0.5, 0.0, 0.0]
 
 
 def test_without_a_deadline_there_is_none_left() -> None:
@@ -433,7 +445,7 @@ class Clock:
         return self.now
 
 
-@pytest.mark.parametrize(("gap", "lost"), [(50.0, False), (61.0, True)])
+@pytest.mark.parametrize(("gap", "lost"), [(50.0, False), (60.0, False), (61.0, True)])
 def test_patience_is_counted_from_the_last_event(monkeypatch: pytest.MonkeyPatch, gap: float, lost: bool) -> None:
     """An answer that has been long under way is not given up for a moment's loss."""
     clock = Clock()
@@ -483,7 +495,7 @@ def test_the_pauses_of_tries_in_a_row_grow_and_begin_anew_after_an_event(monkeyp
     async def sleep(seconds: float) -> None:
         slept.append(seconds)
 
-    monkeypatch.setattr(failover, "PAUSES", (0.1, 0.25, 0.5, 1.0, 2.0))
+    monkeypatch.setattr(failover, "PAUSES", PAUSES)
     monkeypatch.setattr(failover, "asyncio", SimpleNamespace(sleep=sleep))
     patient = QueueFullError("full")
     patient.retry_after = 7.0
@@ -500,6 +512,39 @@ def test_the_pauses_of_tries_in_a_row_grow_and_begin_anew_after_an_event(monkeyp
     assert [request.id.removeprefix(LONG.id) for request, _ in replicas.got] == [
         "", ".0.1.0", ".1.1.0", ".1.2.0", ".1.3.0", ".1.4.0", ".1.5.0", ".1.6.0", ".1.7.0", ".1.8.0", ".2.1.0",
     ]  # fmt: skip
+
+
+def test_a_loss_after_many_refusals_waits_as_long_as_any_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept = list[float]()
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr(failover, "PAUSES", PAUSES)
+    monkeypatch.setattr(failover, "asyncio", SimpleNamespace(sleep=sleep))
+    replicas = Told([*[[[DEAD]]] * 6, [EngineDeadError("lost")], [[END]]])
+    asyncio.run(read(unbroken(replicas.stream, LONG)))
+    assert slept == [0.25, 0.5, 1.0, 2.0, 2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["apart", "together"])
+@pytest.mark.parametrize("end", ["dead", "cancelled"])
+def test_a_request_that_ends_three_replicas_in_the_middle_of_its_answer_is_given_up(
+    end: str, apart: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether the end comes with a token or alone: that is no refusal, and none is asked a fourth time."""
+
+    async def sleep(seconds: float) -> None: ...
+
+    monkeypatch.setattr(failover, "asyncio", SimpleNamespace(sleep=sleep))
+    last = DEAD if end == "dead" else Finished("x", "cancelled")
+    replicas, resumed = Told([[[TOKEN], [last]] if apart else [[TOKEN, last]]] * 4), list[int]()
+    caplog.set_level(logging.WARNING)
+    with pytest.raises(EngineDeadError):
+        asyncio.run(read(unbroken(replicas.stream, LONG, on_resume=lambda: resumed.append(len(replicas.got)))))
+    assert [len(request.answer) for request, _ in replicas.got] == [0, 1, 2] and resumed == [1, 2]
+    told = [record.getMessage() for record in caplog.records]
+    assert [line.partition(" tokens: ")[0].rpartition(" ")[2] for line in told] == ["1", "2"]
 
 
 def test_a_replica_that_gives_a_request_back_at_once_has_not_begun_it() -> None:
@@ -543,5 +588,5 @@ def test_a_replica_that_refuses_a_request_again_ends_it_for_there_is_no_other() 
     for name in "ab":
         progress.refuse(other_weights(name))
     assert progress.wanted().avoid == {"a", "b"} and progress.call == "r.0.0.2"
-    with pytest.raises(OtherModelError, match="served no more"):
+    with pytest.raises(OtherModelError, match=r"served no more.*send the request again"):
         progress.refuse(other_weights("a"))
