@@ -76,7 +76,7 @@ class Graphs:
         self._host_rows[2:] = -1
         self._numbers.copy_(self._host)
         self._tables = torch.zeros(GROUPS, rows, self._pages, dtype=torch.long, device=device)
-        self._filled = np.zeros((GROUPS, 0, 0), dtype=np.int64)  # what of them was copied last
+        self._filled = np.empty(())  # what of them was copied last
         self._states = torch.zeros(GROUPS, rows, c.width, dtype=net.dtype, device=device)
         self._normed = torch.zeros(rows, c.width, dtype=net.dtype, device=device)
         exact = launch.fp(net.dtype) if device.type in launch.ON else net.dtype
@@ -146,8 +146,7 @@ class Graphs:
             raise error
         self._buckets = [size for size in self._buckets if size < rows]
         self._made = {key: run for key, run in self._made.items() if key[1] < rows}
-        if self._net.device.type == "cuda" and torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # which does nothing where there is none
         log.warning(_FULL, rows, max(self._buckets, default=0), first_line(error))
 
     def _state(self) -> list[object]:
@@ -165,8 +164,7 @@ class Graphs:
 
     def _width(self, pages: int) -> int:
         """Pages of a table that holds `pages`: a power of two of them, so that few widths are recorded."""
-        least = max(1, LEAST_TOKENS // self._net.config.page)
-        return min(self._pages, max(least, 1 << (pages - 1).bit_length()))
+        return min(self._pages, max(LEAST_TOKENS // self._net.config.page, 1 << (pages - 1).bit_length()))
 
     def _fill(self, works: Sequence[Work]) -> int:
         """Copy to the device what it must know of `works`, in one copy, and their tables, if they have changed, in another.
@@ -200,12 +198,12 @@ class Graphs:
         shared = Rows(positions, list(range(b + 1)), c.page, c.block)
         shared.once("requests", lambda: self._requests[:b])
         rope = self._rope[:, :b].unbind()
-        shared.once(("rope", rope[0].dtype), lambda: rope)
+        shared.once(("rope", self._rope.dtype), lambda: rope)
         if j:
             x = self._states[j - 1, :b]
         else:
             x = net.embed_inputs(self._rows[0, :b])
-            for kept, made in zip(rope, rope_tables(positions, c, rope[0].dtype, self._rates), strict=True):
+            for kept, made in zip(rope, rope_tables(positions, c, self._rope.dtype, self._rates), strict=True):
                 kept.copy_(made)
         tables = self._tables[j, :b, :width]
         step = PagedStep(positions, self._rows[2 + j, :b], tables, shared.starts, c.page, c.block, shared=shared)
