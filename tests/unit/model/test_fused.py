@@ -7,14 +7,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal import presets
 from shoal.model import int8, linears
+from shoal.model.adapters import Stack
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.cpu import fused
 from shoal.model.net import Net
@@ -76,6 +79,34 @@ def test_few_rows_times_a_weight(seed, rows, width, outputs, dtype):
         got, want = fused.product(x, weight), F.linear(x.double(), weight.double())
     off = 1e-6 if dtype == torch.float32 else 1e-15
     assert ((got - want).abs() <= off * (x.abs() @ weight.abs().T)).all()  # of the sum of all sizes
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 9),
+    st.one_of(st.integers(1, 40), st.integers(1, 4).map(lambda n: 16 * n)),
+    st.one_of(st.integers(1, 40), st.integers(1, 4).map(lambda n: 32 * n)),
+    st.sampled_from([(torch.float32, torch.float32), (torch.float64, torch.float64), (torch.float32, torch.bfloat16)]),
+)
+def test_what_adapters_have_beside_rows_is_added_to_each_of_them(seed, rows, width, outputs, kinds):
+    """Of three adapters, the second of rank 0; rows of one follow each other, and some have none. bfloat16 is read by its
+    bits."""
+    rng, (kind, held) = np.random.default_rng(seed), kinds
+    ranks = np.array([rng.integers(1, 6), 0, rng.integers(1, 6)])
+    last = ranks.cumsum()
+    first, of = last - ranks, np.repeat(rng.integers(-1, 3, rows), rng.integers(1, 4, rows))[:rows]
+    x, out = normal(seed, rows, width, dtype=kind), normal(seed + 1, rows, outputs, dtype=kind)
+    a, b = (normal(seed + size, int(last[-1]), size, dtype=held) for size in (width, outputs))
+    want, sizes = out.double(), out.double().abs()
+    for n, k in enumerate(of):
+        if k >= 0:
+            one, other = (matrix[first[k] : last[k]].double() for matrix in (a, b))
+            want[n] += x[n].double() @ one.T @ other
+            sizes[n] += x[n].double().abs() @ one.abs().T @ other.abs()
+    with torch.inference_mode():
+        fused.beside(x, *Stack(a, b, first, last).arrays, of, out)
+    assert ((out - want).abs() <= (1e-6 if kind == torch.float32 else 1e-15) * sizes).all()
 
 
 def test_a_row_does_not_depend_on_its_batch_mates_from_three_on():
@@ -163,6 +194,26 @@ def test_what_two_processes_keep_at_once_has_two_names(monkeypatch, tmp_path):
     with ThreadPoolExecutor(4) as pool:
         [*pool.map(lambda number: files[number].save(number, f"code {number}"), range(4))]
     assert [files[0].load(number) for number in range(4)] == [f"code {number}" for number in range(4)]
+
+
+def test_what_cannot_have_the_index_is_used_and_not_kept(monkeypatch, tmp_path):
+    """Nor does what is compiled here change where others keep theirs."""
+    from shoal.model.cpu import compiled
+
+    def double(x):
+        return x + x
+
+    monkeypatch.setattr(compiled, "_KEPT", str(tmp_path))
+    monkeypatch.setattr(compiled, "INDEX_PATIENCE", 0.05)
+    before = compiled.config.CACHE_DIR
+    made = compiled.exact(double)
+    assert before == compiled.config.CACHE_DIR
+    file = made._cache._cache_file
+    with FileLock(Path(file._cache_path) / "index.lock"):
+        file.save(1, "code")
+        assert file.load(1) is None and made(2) == 4
+    file.save(1, "code")
+    assert file.load(1) == "code"
 
 
 def test_one_at_a_time_compiles_and_nobody_waits_for_ever(monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ numba makes of them is compared as a whole in `test_fused`."""
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,10 @@ import pytest
 
 pytest.importorskip("numba")
 
+import numba as nb
+
 from shoal.model.cpu import attention, compiled, decode, draw, integers
+from shoal.model.cpu.parts import Form, Layer, Matrix, Rows, Sight
 
 RNG = np.random.default_rng
 
@@ -29,11 +33,16 @@ def test_an_exponential_in_fp32_is_within_2e_7_and_held_where_fp32_ends() -> Non
         x = np.float32(x)
         assert float(compiled._exp32(x)) == pytest.approx(math.exp(float(x)), rel=2e-7)
     low, high = (float(compiled._exp32(np.float32(x))) for x in (-87, 88))
+    assert [float(compiled._exp32(np.float32(x))) for x in (-87.5, 88.5)] == [low, high]
     assert float(compiled._exp32(np.float32(-1e4))) == low > 0 and math.isfinite(high)
     assert float(compiled._exp32(np.float32(np.inf))) == float(compiled._exp32(np.float32(100))) == high
     assert float(compiled._exp32(np.float32(0))) == 1.0
     with np.errstate(invalid="ignore"):
         assert math.isnan(float(compiled._exp32(np.float32(np.nan))))
+
+
+def test_the_exponential_of_fp32_is_for_fp32_alone() -> None:
+    assert compiled._exp_of(nb.float32) is compiled._exp32 and compiled._exp_of(nb.float64) is compiled.exp
 
 
 def test_an_inverse_rms_and_a_largest() -> None:
@@ -263,3 +272,80 @@ def test_levels_are_rounded_to_even_between_1_and_127_and_padding_is_0() -> None
     assert levels[1].tolist() == [64] * 6 + [0, 0] and scale[1] == integers._TINY
     assert math.isnan(scale[2]) and (levels[2, 6:] == 0).all()
     assert integers.peak(x[0]) == 63.0 and integers.peak(-x[0]) == 63.0
+
+
+# ---- a whole layer
+
+
+def test_a_product_is_of_whole_numbers_where_the_weight_is_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    did = list[tuple[Any, ...]]()
+    monkeypatch.setattr(decode, "product", lambda *given: did.append(("fp", *given)))
+    monkeypatch.setattr(integers, "linear", lambda *given: did.append(("int8", *given)))
+    matrix = Matrix("weight", "shift", "scale")
+    for kind in (nb.int8, nb.float32):
+        decode._times("x", SimpleNamespace(types=[SimpleNamespace(dtype=kind)]), "out")("x", matrix, "out")
+    assert did == [("int8", "x", "weight", "shift", "scale", "out"), ("fp", "x", "weight", "out")]
+
+
+def test_what_adapters_add_to_a_matrix_is_that_of_its_own_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    did = list[tuple[Any, ...]]()
+    monkeypatch.setattr(decode, "beside", lambda *given: did.append(given))
+    added = [tuple(f"{name}{number}" for name in ("a", "b", "first", "last", "of")) for number in range(4)]
+    for number in range(4):
+        decode._plus("x", added, number, "out")("x", added, number, "out")
+    assert did == [("x", *each, "out") for each in added]
+    assert decode._plus("x", (), 0, "out")("x", (), 0, "out") is None and len(did) == 4
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_layer_adds_attention_and_mlp_with_a_norm_before_or_behind_each(
+    after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the definition, in float64; attention itself is twice the query and one here."""
+    eps, heads, dim, inner = 0.3, 2, 3, 5
+    x, kv = RNG(1).normal(size=(2, 7)), np.zeros((4, 1, 9, 2 * dim))
+    qkv, back, up, down = (RNG(n).normal(size=size) for n, size in enumerate(((12, 7), (7, 6), (10, 7), (7, 5))))
+    more = [RNG(9 + n).normal(size=each.T.shape) for n, each in enumerate((qkv, back, up, down))]
+    norms, got = RNG(8).normal(size=(2, 7)), dict[str, tuple[Any, ...]]()
+
+    def project(rows: Any, *given: Any) -> None:
+        got["project"] = given[:-1]
+        given[-1][:] = rows[:, : heads * dim].reshape(2, heads, dim)
+
+    def attend(q: Any, *given: Any) -> None:
+        got["attend"] = given[:-1]
+        given[-1][:] = 2 * q + 1
+
+    monkeypatch.setattr(decode, "times", lambda x, matrix, out: np.matmul(x, matrix.weight.T, out=out))
+    monkeypatch.setattr(decode, "plus", lambda x, added, index, out: np.add(out, x @ added[index], out=out))
+    monkeypatch.setattr(decode, "project_and_store", project)
+    monkeypatch.setattr(decode, "attend", attend)
+    matrices = [Matrix(each, None, None) for each in (qkv, back, up, down)]
+    weights = Layer(norms[0], matrices[0], "bias", "q norm", "k norm", matrices[1], norms[1], *matrices[2:])
+    keep = np.zeros((2, dim))
+    rows = Rows(keep, "cross", "positions", "slots", "tables", "short", "requests", 4)
+    sight = Sight(11, 12, 13, "gamma", "gate's bias", 14)
+    out = decode.layer(x, tuple(weights), tuple(Form(eps, 1, after)), tuple(rows), kv, "summaries", tuple(sight), more)
+
+    def normed(y: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        whole: np.ndarray = y / np.sqrt((y**2).mean(-1, keepdims=True) + eps) * weight
+        return whole
+
+    def linear(y: np.ndarray, number: int) -> np.ndarray:
+        whole: np.ndarray = y @ matrices[number].weight.T + y @ more[number]
+        return whole
+
+    def mlp(y: np.ndarray) -> np.ndarray:
+        both = linear(y, 2)
+        return linear(both[:, :inner] / (1 + np.exp(-both[:, :inner])) * both[:, inner:], 3)
+
+    def attention(y: np.ndarray) -> np.ndarray:
+        return linear(2 * linear(y, 0)[:, : heads * dim] + 1, 1)
+
+    y = x + (normed(attention(x), norms[0]) if after else attention(normed(x, norms[0])))
+    assert out == pytest.approx(y + (normed(mlp(y), norms[1]) if after else mlp(normed(y, norms[1]))), rel=1e-12)
+    assert got["project"][:5] == ("bias", "q norm", "k norm", eps, 1) and got["project"][5] is keep
+    assert got["project"][6:10] == ("cross", "positions", "slots", 4) and got["project"][10] is kv
+    assert got["attend"][0] is kv and got["attend"][1:] == (
+        "summaries", "tables", "short", "requests", "positions", 4, 11, 12, 13, "gamma", "gate's bias", 14,
+    )  # fmt: skip
