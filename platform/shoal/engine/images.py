@@ -22,7 +22,7 @@ class PromptImages:
     grid: np.ndarray  # int64 [n, 2]: row and column
     at: list[int]  # position of each patch, rising
     names: list[str]  # sha256 of each image
-    firsts: list[int]  # number of each image's first patch among all, rising
+    firsts: list[int]  # number of each image's first patch among all, rising; and how many patches there are
 
     @classmethod
     def of(cls, prompt: Encoded) -> PromptImages | None:
@@ -32,7 +32,7 @@ class PromptImages:
         grid = media.grid(prompt.ids)
         at = np.flatnonzero(np.asarray(prompt.ids) == PATCH_ID).tolist()
         counts = [len(image.values) for image in prompt.images]
-        firsts = [0, *accumulate(counts)][:-1]
+        firsts = [*accumulate(counts, initial=0)]
         return cls(values, grid, at, [image.sha256() for image in prompt.images], firsts)
 
     def between(self, start: int, end: int) -> slice:

@@ -3,7 +3,6 @@ request. In float64."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from typing import Any
 
@@ -14,13 +13,12 @@ from torch import Tensor
 from shoal import Engine, Request, Sampling, presets
 from shoal.engine import naive
 from shoal.engine.events import Completion, Event
-from shoal.engine.sizes import default_rows, default_units, row_bytes
-from shoal.errors import ConfigError, ResourceError
+from shoal.engine.sizes import default_units
+from shoal.errors import ConfigError
 from shoal.model import slots
 from shoal.model.block import Attention
 from shoal.model.cost import kv_bytes_stored
 from shoal.model.cpu import fused
-from shoal.model.gpu import launch
 from tests.unit.engine.lively import lively
 
 MODEL = lively()
@@ -96,31 +94,6 @@ def test_the_engine_says_what_the_rounded_model_says(
     assert engines[0].stats()["prefix_cache_hits_total"] > 0
     assert engines[1].stats()["num_preemptions_total"] > 0
     assert engines[2].stats()["spec_decode_num_draft_tokens_total"] > 0
-
-
-def test_on_a_gpu_keys_and_values_take_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of nine tenths of its memory, whatever the batch; where one text does not fit, that is said."""
-    one, gpu = 4 * -(-MODEL.config.context // MODEL.config.page), torch.device("cuda:0")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50_000_000, 100_000_000))
-    assert [default_units(MODEL.config, batch, 1000, gpu) for batch in (1, 64)] == [1 + 40_000] * 2
-    with pytest.raises(ResourceError, match=r"40\.\d GB.*0\.0 GB that are free"):
-        default_units(MODEL.config, 1, 40_100_000_000 // one, gpu)
-
-
-def test_on_a_gpu_a_step_has_8k_rows_or_what_its_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of what is outside `gpu_share`; masks over all of the context count where layers read it through torch."""
-    c, gpu = MODEL.config, torch.device("cuda:0")
-    heads = (c.heads + 2 * c.kv_heads) * c.head_dim
-    plain = 2 * (4 * c.width + 2 * heads + 3 * c.ffn) + 8 * c.heads * (c.head_dim + 2)
-    assert row_bytes(c, 2, kernels=True) == plain + c.heads // c.kv_heads * c.window * 3
-    assert row_bytes(c, 2, kernels=False) == plain + c.heads // c.kv_heads * c.context * 3
-    dense = dataclasses.replace(c, attn_pattern="D")
-    assert row_bytes(dense, 2, kernels=True) == row_bytes(c, 2, kernels=False)
-    monkeypatch.setattr(launch, "able", lambda device: True)
-    for total, rows in ((10**12, 8192), (20 * 2000 * row_bytes(c, 2, kernels=True), 2000), (10**6, 512)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, total=total: (0, total))
-        assert default_rows(c, gpu, torch.bfloat16, 0.9) == pytest.approx(rows, abs=1)
-    assert default_rows(c, torch.device("cpu"), torch.float32) == 512
 
 
 def test_a_unit_is_smaller_and_so_more_of_them_fit() -> None:

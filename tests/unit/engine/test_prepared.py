@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from shoal import Engine, Model, Request, Sampling
 from shoal.config import GROUPS
 from shoal.engine import naive
 from shoal.engine.events import LATER
-from shoal.engine.sizes import MEMORY_SHARE, default_units
-from shoal.errors import ContextLengthError, RequestError, ResourceError
+from shoal.errors import ContextLengthError, RequestError
 from shoal.inputs.chat import Encoded
 from shoal.inputs.media import Patches
 from shoal.model.router import Router
@@ -169,18 +166,3 @@ def test_an_idle_engine_whose_books_are_wrong_is_dead() -> None:
     assert engine.step() == [] and engine.dead is None
     engine.scheduler.pages.allocate(1)  # and nobody has it
     assert engine.step() == [] and engine.dead is not None
-
-
-def test_on_a_cpu_units_are_for_the_batch_or_a_quarter_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And for one text at least, which must fit."""
-    one = GROUPS * -(-CONFIG.context // CONFIG.page)
-    free = [0]
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free[0]))
-    for units, batch, wanted in (
-        (10**6, 3, 3 * one), (10 * one, 32, int(10 * one * MEMORY_SHARE)), (2 * one, 32, one), (one, 1, one),
-    ):  # fmt: skip
-        free[0] = units * 1000
-        assert default_units(CONFIG, batch, 1000, MODEL.device) == 1 + wanted
-    free[0] -= 1
-    with pytest.raises(ResourceError, match="do not fit the memory"):
-        default_units(CONFIG, 1, 1000, MODEL.device)
