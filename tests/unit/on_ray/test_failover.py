@@ -425,15 +425,22 @@ def test_without_a_deadline_there_is_none_left() -> None:
     assert progress.to_send(1e9).deadline is None
 
 
-@pytest.mark.parametrize(("token_at", "first"), [(101.0, 1.0), (None, 4.5)])
-def test_times_of_an_end_are_counted_from_the_beginning(token_at: float | None, first: float) -> None:
+@pytest.mark.parametrize(("told_at", "first"), [([101.0, 103.0], 1.0), ([], 4.5)])
+def test_times_of_an_end_are_counted_from_the_beginning(told_at: list[float], first: float) -> None:
     progress = at_100()
-    if token_at is not None:
-        progress.take(Token("r", 65, "x", depth=2), token_at)
+    for now in told_at:
+        progress.take(Token("r", 65, "x", depth=2), now)
     progress.losses = 1
     sent = progress.to_send(104.0)
     end = progress.take(Finished(sent.id, "length", first_token_seconds=0.5, total_seconds=2.0), 106.0)
     assert end == Finished("r", "length", first_token_seconds=first, total_seconds=6.0)
+
+
+def test_what_the_first_replica_says_is_left_as_it_is() -> None:
+    progress = at_100()
+    progress.to_send(101.0)
+    for event in (Token("r", 65, "x", depth=2), Finished("r", "length", first_token_seconds=0.5, total_seconds=2.0)):
+        assert progress.take(event, 104.0) is event
 
 
 class Clock:
@@ -512,6 +519,21 @@ def test_the_pauses_of_tries_in_a_row_grow_and_begin_anew_after_an_event(monkeyp
     assert [request.id.removeprefix(LONG.id) for request, _ in replicas.got] == [
         "", ".0.1.0", ".1.1.0", ".1.2.0", ".1.3.0", ".1.4.0", ".1.5.0", ".1.6.0", ".1.7.0", ".1.8.0", ".2.1.0",
     ]  # fmt: skip
+
+
+def test_a_replica_of_other_weights_is_passed_over_without_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept = list[float]()
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr(failover, "asyncio", SimpleNamespace(sleep=sleep))
+    replicas = Told([[[Finished("x", "error", error=other_weights(name))]] for name in "ab"] + [[[END]]])
+    asyncio.run(read(unbroken(replicas.stream, LONG)))
+    assert [(request.id, wanted.avoid) for request, wanted in replicas.got] == [
+        (LONG.id, set()), (f"{LONG.id}.0.0.1", {"a"}), (f"{LONG.id}.0.0.2", {"a", "b"}),
+    ]  # fmt: skip
+    assert not slept
 
 
 def test_a_loss_after_many_refusals_waits_as_long_as_any_try(monkeypatch: pytest.MonkeyPatch) -> None:
