@@ -76,7 +76,7 @@ class Graphs:
         self._host_rows[2:] = -1
         self._numbers.copy_(self._host)
         self._tables = torch.zeros(GROUPS, rows, self._pages, dtype=torch.long, device=device)
-        self._filled = np.empty(())  # what of them was copied last
+        self._filled: np.ndarray = np.empty(())  # what of them was copied last
         self._states = torch.zeros(GROUPS, rows, c.width, dtype=net.dtype, device=device)
         self._normed = torch.zeros(rows, c.width, dtype=net.dtype, device=device)
         exact = launch.fp(net.dtype) if device.type in launch.ON else net.dtype
