@@ -185,7 +185,11 @@ def _controls(assistant: Assistant) -> dict[str, Component]:
         same = "The same seed gives the same answer. Empty: another each time."
         # of text, since Gradio's Number shows, and sends, 0 where there is none
         seed = gr.Textbox("", label="Seed", info=same, max_lines=1)
-        lost = "Nats a token that an answer of depth auto may lose; below it stands what it lost. Empty: as the server says."
+        lost = (
+            "What an answer of depth auto may lose beside full depth, in nats a token: 0 loses nothing, with 0.1 each token "
+            "is a tenth less likely in the mean. Below the answer stands what it lost, never more; where none stands, nobody "
+            "looked, and the router chose a depth at which such prompts lose that in the mean. Empty: as the server says."
+        )
         tolerance = gr.Textbox("", label="Tolerance", info=lost, max_lines=1)
     return {
         "model": model,

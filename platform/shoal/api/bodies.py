@@ -255,8 +255,8 @@ class GenerationRequest(Wire):
         ge=0,
         allow_inf_nan=False,
         description="nats a token that the answer may lose against full depth, or the depth asked for. Where drafts pay, the "
-        "first exit drafts it and usage.quality says what it lost, never more. Elsewhere it runs to the smallest exit whose "
-        "calibrated bound is within it, which is a mean over prompts and not measured",
+        "first exit drafts it and usage.quality says what it lost, never more. Elsewhere a fixed depth loses nothing, and auto "
+        "runs to the smallest exit at which prompts like its calibration's lose at most that in the mean: spent is null",
     )
     speculative: int | None = Field(
         None,

@@ -74,6 +74,27 @@ async def test_a_stream_of_several_choices_tells_their_mean_as_they_grow(measure
     assert usages[-1]["mean_depth"] < 4
 
 
+async def test_several_choices_told_at_once_have_the_mean_of_what_they_lost(measured: httpx.AsyncClient) -> None:
+    asked = body("/v1/completions", n=3, temperature=1, ignore_eos=True)
+    reply = (await measured.post("/v1/completions", json=asked)).json()
+    usage = reply["usage"]
+    assert len(reply["choices"]) == 3 and usage["completion_tokens"] == 36
+    assert 0 < usage["quality"]["spent"] <= usage["quality"]["allowed"] == 2.0 and 0 < usage["mean_depth"] < 4
+
+
+@pytest.mark.parametrize(("more", "told"), [({"depth": "shallow"}, 400), ({"quality_tolerance": -0.1}, 400)])
+async def test_what_cannot_be_kept_is_refused(measured: httpx.AsyncClient, more: dict[str, Any], told: int) -> None:
+    reply = await measured.post("/v1/completions", json=body("/v1/completions", **more))
+    assert reply.status_code == told and "quality_tolerance" in reply.text
+
+
+async def test_at_a_fixed_depth_without_drafts_nothing_is_lost(measured: httpx.AsyncClient) -> None:
+    asked = body("/v1/completions", depth="middle", speculative=0)
+    usage = (await measured.post("/v1/completions", json=asked)).json()["usage"]
+    assert (usage["depth"], usage["mean_depth"]) == ("middle", 2)
+    assert usage["quality"] == {"spent": 0.0, "allowed": 2.0}
+
+
 async def test_an_answer_without_a_word_took_its_layers_too(measured: httpx.AsyncClient) -> None:
     asked = body("/v1/completions", stop_token_ids=list(range(300)), speculative=0)
     usage = (await measured.post("/v1/completions", json=asked)).json()["usage"]

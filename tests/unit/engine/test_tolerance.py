@@ -63,8 +63,9 @@ def told(e: Engine, requests: list[Request]) -> dict[str, list[Token | Finished]
 
 
 def prices(model: Model, request: Request, tokens: list[int]) -> list[float]:
-    """What each of `tokens` costs, as answer to `request`: from forward passes of the whole text, at full depth and at the
-    first exit, and the definition in `tolerance.py`."""
+    """What each of `tokens` costs, as answer to `request`: from forward passes of the whole text, at its depth and at the first
+    exit, and the definition in `tolerance.py`. Depth "auto" is full depth where it is measured."""
+    depth = "full" if request.depth == "auto" else request.depth
     sampling, grammars = request.sampling, naive.Grammars(model.tokenizer, model.config.vocab)
     running = Running(
         request=request, tokens=list(request.prompt), prompt_len=len(request.prompt), page=model.config.page,  # type: ignore[arg-type]
@@ -73,7 +74,7 @@ def prices(model: Model, request: Request, tokens: list[int]) -> list[float]:
     )  # fmt: skip
     sampler, found = Sampler(model.forbidden(), model.tokenizer.ends), list[float]()
     for token in tokens:
-        full = model.logits(running.tokens, "full")[-1:].clone()
+        full = model.logits(running.tokens, depth)[-1:].clone()
         (drawn,) = sampler.sample(full, [running])
         exit_ = model.logits(running.tokens, model.config.exits[0])[-1:].clone()
         sampler.sample(exit_, [running])
@@ -215,44 +216,70 @@ def test_a_logprob_is_that_of_the_token_that_stands() -> None:
         assert entry.logprob == pytest.approx(float(whole[place, entry.token]), abs=1e-9)
 
 
+def routed() -> Model:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(96, 2 * LIVELY.config.width + 3, generator=generator)
+    gaps = torch.rand(96, len(LIVELY.config.exits) - 1, generator=generator)
+    router = fit_router(LIVELY.config, x, gaps, steps=20)
+    return Model(LIVELY.config, LIVELY.net, Tokenizer.bytes_only(), router=router)
+
+
+def going_on(request: Request, events: list[Token | Finished]) -> Request:
+    """`request` as it is sent to another replica after `events`."""
+    sent = [event for event in events if isinstance(event, Token)]
+    return request.after([event.token for event in sent], sent[-1].depth, sent[-1].spent) if sent else request
+
+
+def run(e: Engine, found: dict[str, list[Token | Finished]], steps: int, rng: random.Random) -> None:
+    """At most so many `steps`; some preempt somebody."""
+    for _ in range(steps):
+        for event in e.step():
+            found[event.request].append(event)
+        e.scheduler.check_integrity()
+        if e.idle:
+            return
+        if e.scheduler.running and rng.random() < 0.1:
+            e.scheduler._preempt(rng.choice(e.scheduler.running))
+
+
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 10**6), st.booleans())
-def test_no_batch_preemption_or_move_to_another_engine_lets_an_answer_spend_more(seed: int, moved: bool) -> None:
-    rng = random.Random(seed)
-    kinds = ["greedy", "drawn", "filtered", "guided"]
+@given(st.integers(0, 10**6), st.integers(0, 2), st.booleans())
+def test_no_batch_chunk_preemption_prefix_or_move_to_other_engines_lets_an_answer_spend_more(
+    seed: int, moves: int, warm: bool
+) -> None:
+    """At any depth but the first, "auto" with it; over up to three engines, of which some know the prompts already, and some
+    draft nothing."""
+    rng, model = random.Random(seed), routed()
     requests = [
         ask(
             100 * seed % 9973 + i,
             rng.choice((0.05, 0.2, 1.0)),
-            kind=rng.choice(kinds),
+            kind=rng.choice([*KINDS]),
             speculative=rng.choice((None, 1, 4)),
         )
         for i in range(5)
     ]
-    requests = [dataclasses.replace(request, id=str(i)) for i, request in enumerate(requests)]
+    depths = ("full", "middle", "auto")
+    requests = [dataclasses.replace(request, id=str(i), depth=rng.choice(depths)) for i, request in enumerate(requests)]
     tight: dict[str, Any] = rng.choice(({"units": 60}, {"max_batch_tokens": 24, "max_batch": 3}, {}))
-    first, other = engine(LIVELY, **tight), engine(LIVELY, speculative_max_batch=rng.choice((0, 8)))
-    found: dict[str, list[Token | Finished]] = {first.submit(request): [] for request in requests}
-    for _ in range(rng.randint(1, 30) if moved else 0):
-        for event in first.step():
-            found[event.request].append(event)
-        if first.scheduler.running and rng.random() < 0.2:
-            first.scheduler._preempt(rng.choice(first.scheduler.running))
-    if not moved:
-        other = first
+    engines = [engine(model, **tight)]
+    engines += [engine(model, speculative_max_batch=rng.choice((0, 8))) for _ in range(moves)]
+    found: dict[str, list[Token | Finished]] = {request.id: [] for request in requests}
+    for place, e in enumerate(engines):
+        if warm:
+            plain: dict[str, Any] = {"quality_tolerance": None, "depth": rng.choice(("shallow", "full"))}
+            told(e, [dataclasses.replace(request, id=f"before {request.id}", **plain) for request in requests[:3]])
+        for request in requests:
+            if not any(isinstance(event, Finished) for event in found[request.id]):
+                e.submit(going_on(request, found[request.id]))
+        run(e, found, rng.randint(1, 30) if place < moves else 10_000, rng)
     for request in requests:
-        events = found[request.id]
-        if moved and not (events and isinstance(events[-1], Finished)):
-            sent = [event for event in events if isinstance(event, Token)]
-            spent = sent[-1].spent if sent else 0.0
-            assert spent is not None
-            other.submit(dataclasses.replace(request, answer=tuple(event.token for event in sent), spent=spent))
-    while not other.idle:
-        for event in other.step():
-            found[event.request].append(event)
-        other.scheduler.check_integrity()
-    for request in requests:
-        check(LIVELY, request, found[request.id])
+        *_, end = found[request.id]
+        assert isinstance(end, Finished)
+        if end.spent is None:
+            assert request.depth == "auto" and moves, "where nobody drafts, nobody looks at what the router has chosen"
+        else:
+            check(LIVELY, request, found[request.id])
 
 
 # --- what is bounded --------------------------------------------------------------------------------------------------
@@ -325,14 +352,6 @@ def test_two_draws_share_as_much_as_the_closed_form_says() -> None:
 
 
 # --- who is audited ---------------------------------------------------------------------------------------------------
-
-
-def routed() -> Model:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(96, 2 * LIVELY.config.width + 3, generator=generator)
-    gaps = torch.rand(96, len(LIVELY.config.exits) - 1, generator=generator)
-    router = fit_router(LIVELY.config, x, gaps, steps=20)
-    return Model(LIVELY.config, LIVELY.net, Tokenizer.bytes_only(), router=router)
 
 
 def test_where_the_router_would_decide_a_tolerance_is_measured_if_drafts_pay() -> None:
