@@ -354,13 +354,18 @@ def expected(lost: Tensor, worst: float, groups: Tensor | None = None) -> float:
 
 
 def _upper(values: Tensor, groups: Tensor) -> float:
-    """The upper bound of a mean [M], with the scatter of the sums of `groups` [M] about it; infinite for fewer than two."""
+    """The upper bound of a mean [M], with the scatter of the sums of `groups` [M] about it and their skew, as L. Chen, "Testing
+    the mean of skewed distributions", JASA 90 (1995), corrects a normal bound; infinite for fewer than two groups. Most prompts
+    lose nothing and some much: where few of these were drawn, mean and scatter are both too small."""
     kinds, of = groups.unique(return_inverse=True)
     if len(kinds) < 2:
         return math.inf
     off = torch.zeros(len(kinds), dtype=torch.float64).index_add_(0, of, values.double() - values.double().mean())
-    scatter = float(off @ off) * len(kinds) / (len(kinds) - 1)
-    return float(values.double().mean()) + SURE * math.sqrt(scatter) / len(values)
+    square, cube = float(off @ off), float((off**3).sum())
+    scatter = math.sqrt(square * len(kinds) / (len(kinds) - 1)) / len(values)
+    skew = max(0.0, cube) / (6 * square**1.5) if square > 0 else 0.0  # a sixth of it, by the root of how many groups
+    wide = SURE + skew * (1 + 2 * SURE**2) + 4 * skew**2 * (SURE + 2 * SURE**3)
+    return float(values.double().mean()) + wide * scatter
 
 
 def _step_down(table: list[tuple[float, float]], at: float) -> float:
