@@ -199,12 +199,13 @@ def test_answers_are_scored_as_said(made: dict[str, Any]) -> None:
 
 
 def test_auto_is_counted_by_the_tokens_that_ran(made: dict[str, Any]) -> None:
-    """Flops by hand: projections, attention and head of each layer, at the training length; and a prompt's routing, once."""
+    """Flops by hand: projections and attention of each layer, at the training length, for every token that ran; the head for
+    each token of an answer; and a prompt's routing, once."""
     model: Model = made["model"]
     c = model.config
 
     def flops(layers: int) -> float:
-        total = 2.0 * c.vocab * c.width
+        total = 0.0
         for layer in range(layers):
             total += 2 * (c.width * (2 * c.heads + 2 * c.kv_heads) * c.head_dim + 3 * c.width * c.ffn)
             keys, summaries = min(c.train_length, c.window), 0
@@ -214,13 +215,14 @@ def test_auto_is_counted_by_the_tokens_that_ran(made: dict[str, Any]) -> None:
             total += 2 * c.heads * (2 * keys * c.head_dim + summaries)
         return total
 
-    ran, dear, layers, count, depths = 0.0, 0.0, 0.0, 0, set()
+    head, ran, dear, layers, count, depths = 2.0 * c.vocab * c.width, 0.0, 0.0, 0.0, 0, set()
     for task in TASKS:
         for prompt, c_ in answers(made, task, "auto"):
             tokens = prompt + len(c_.tokens) - 1
             early, hidden = len(c.exits) - 1, 64
             router = 2 * ((2 * c.width + 3) * hidden + 2 * hidden * early)
-            ran, dear = ran + tokens * flops(c_.depth) + router, dear + tokens * flops(c.layers)
+            said = len(c_.tokens) * head
+            ran, dear = ran + tokens * flops(c_.depth) + said + router, dear + tokens * flops(c.layers) + said
             layers, count = layers + tokens * c_.depth, count + tokens
             depths.add(c_.depth)
     *fixed, auto = made["report"]["depth"]["rows"]
@@ -229,7 +231,14 @@ def test_auto_is_counted_by_the_tokens_that_ran(made: dict[str, Any]) -> None:
     assert auto["flops_share"] == pytest.approx(ran / dear) and auto["layers"] == pytest.approx(
         layers / count, abs=0.006
     )
-    assert [r["flops_share"] for r in fixed] == pytest.approx([flops(e) / flops(c.layers) for e in c.exits])
+    for shown, depth in zip(fixed, c.exits, strict=True):
+        some = [
+            (prompt + len(each.tokens) - 1, len(each.tokens))
+            for task in TASKS
+            for prompt, each in answers(made, task, depth)
+        ]
+        bills = [sum(rows * flops(e) + said * head for rows, said in some) for e in (depth, c.layers)]
+        assert shown["flops_share"] == pytest.approx(bills[0] / bills[1])
 
 
 def test_what_the_tolerance_keeps_by_task(made: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -153,12 +153,14 @@ def measured(net: Net, draws: np.random.Generator, families: Sequence[str], coun
             for layers in exits[:2]
         )
         lengths = torch.full((count,), ids.shape[1])
-        of = Prompts(seen, losses[:, :-1] - losses[:, -1:], lengths, (family,) * count, torch.arange(count))
+        gaps, said = losses[:, :-1] - losses[:, -1:], torch.ones(count, dtype=torch.long)
+        of = Prompts(seen, gaps, lengths, said, (family,) * count, torch.arange(count))
         parts.append(Measured(of, says.argmax(-1) == answers[:, None], levels, again))
     every = Prompts(
         torch.cat([part.prompts.features for part in parts]),
         torch.cat([part.prompts.gaps for part in parts]),
         torch.cat([part.prompts.lengths for part in parts]),
+        torch.cat([part.prompts.answers for part in parts]),
         tuple(task for part in parts for task in part.prompts.tasks),
         torch.arange(count * len(parts)),
     )
@@ -167,14 +169,7 @@ def measured(net: Net, draws: np.random.Generator, families: Sequence[str], coun
 
 def _chosen(some: Measured, of: Tensor) -> Measured:
     """Those prompts of `some` for which `of` [M] holds."""
-    p = some.prompts
-    tasks = tuple(task for task, keep in zip(p.tasks, of.tolist(), strict=True) if keep)
-    return Measured(
-        replace(p, features=p.features[of], gaps=p.gaps[of], lengths=p.lengths[of], tasks=tasks, groups=p.groups[of]),
-        some.hits[of],
-        some.levels[of],
-        some.seen[of],
-    )
+    return Measured(some.prompts.some(of), some.hits[of], some.levels[of], some.seen[of])
 
 
 def _share(hits: Tensor) -> dict[str, Any]:

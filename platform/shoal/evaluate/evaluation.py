@@ -268,13 +268,14 @@ def _depth_row(
     speeds: Mapping[str, Any],
     router: Router | None,
 ) -> dict[str, Any]:
-    """One row of the depth table: quality, FLOPs share and speed at one exit, or under the router. The router's share of the
-    layers and of the FLOPs is by the tokens that ran: a long answer counts as much as it costs."""
+    """One row of the depth table: quality, FLOPs share and speed at one exit, or under the router. Shares of the FLOPs, and the
+    router's of the layers, are by what ran: a long answer counts as much as it costs. Where nothing was asked, of one token."""
     layers = config.asked(depth)
+    ran = found.answers or [Answer("", 1, layers or config.layers, prompt=1)]
     row: dict[str, Any] = {
         "exit": depth,
         "layers": layers or round(measures.mean_depth(found.answers), 2),
-        "flops_share": flops_share(found.answers, config, router) if layers is None else _flops_share(config, layers),
+        "flops_share": flops_share(ran, config, router if layers is None else None),
         "tokens_per_s": speeds["by_exit"][layers] if layers else None,
         "answers": len(found.answers),
     }
@@ -286,18 +287,12 @@ def _depth_row(
     return row
 
 
-def _flops_share(config: ModelConfig, layers: int) -> float:
-    """FLOPs of a token at an exit over those at full depth, at the context of the training length."""
-    length = config.train_length
-    return cost.flops_per_token(config, length, layers) / cost.flops_per_token(config, length)
-
-
 def flops_share(answers: Sequence[Answer], config: ModelConfig, router: Router | None) -> float:
-    """FLOPs of all tokens that ran, each at its answer's depth, over those at full depth; with what `router` took."""
-    ran = sum(answer.run * _flops_share(config, answer.depth) for answer in answers)
-    routing = sum(cost.routing_flops(config, answer.prompt, router.reads_nll) for answer in answers) if router else 0
-    ran += routing / cost.flops_per_token(config, config.train_length)
-    return ran / max(1, sum(answer.run for answer in answers))
+    """FLOPs of all `answers` with their prompts, each at its depth, over those at full depth; with what `router` took."""
+    ran = sum(cost.request_flops(config, answer.prompt, answer.tokens, answer.depth) for answer in answers)
+    if router:
+        ran += sum(cost.routing_flops(config, answer.prompt, router.reads_nll) for answer in answers)
+    return ran / max(1, sum(cost.request_flops(config, answer.prompt, answer.tokens) for answer in answers))
 
 
 def _quality_rows(

@@ -1,12 +1,13 @@
 """What routing is worth: mean gap against mean compute, of the router and of simpler ways to choose a depth.
 
-A policy is what it believes each prompt's gaps to be; it takes the exit of least believed gap plus price times cost, and the
-price, from 0 up, draws its curve. The router believes its predictions, `length` the mean gap of prompts as long, `domain` that
-of prompts of the same task, `random` that of all, so that it mixes fixed exits blindly, `oracle` the truth, which nobody has.
-At a budget a policy mixes the two prices on either side of it. So what it costs is looked at, and never what it loses: a policy
-of many points of which the luckiest counted would seem better than one of few that knows as much. Each prompt counts once.
-Intervals are of a bootstrap over the documents and conversations that the prompts are of; of two policies that are compared,
-the interval is of their difference on the same resamples.
+A policy is what it believes each prompt's gaps to be; it takes the exit of least believed gap plus price times layers, as
+`Router.choose` does, and the price, from 0 up, draws its curve. The router believes its predictions, `length` the mean gap of
+prompts as long, `domain` that of prompts of the same task, `random` that of all, so that it mixes fixed exits blindly, `oracle`
+the truth, which nobody has. What is billed is what the engine runs of a prompt with its answer: the head for the answer's
+tokens alone, and the router's look once. At a budget a policy mixes the two prices on either side of it. So what it costs is
+looked at, and never what it loses: a policy of many points of which the luckiest counted would seem better than one of few that
+knows as much. Each prompt counts once. Intervals are of a bootstrap over the documents and conversations that the prompts are
+of; of two policies that are compared, the interval is of their difference on the same resamples.
 
 Letters: M prompts, A early exits, E = A + 1 exits, n points of a curve, R resamples.
 """
@@ -52,12 +53,11 @@ def frontier(
     what the early exits cost a prompt of `test`, where something else than its gaps is to be measured. `looks`: what a router
     that looks twice picks at each price, one-hot [M, E] (`looked_twice`); it is a policy of its own then, `TWICE`.
     """
-    full = cost.flops_per_token(config, config.train_length)
-    shares = torch.tensor([cost.flops_per_token(config, config.train_length, e) / full for e in config.exits])
+    bill = flops(config, test)
+    shares = (bill / bill[:, -1:]).float()  # [M, E]
+    look = (routing(config, test, router.reads_nll) / bill[:, -1]).float()  # [M]
     lost = test.gaps if lost is None else lost
     truth = torch.cat([lost, lost.new_zeros(len(lost), 1)], dim=1)  # [M, E]
-    looking = [cost.routing_flops(config, n, router.reads_nll) / n / full for n in test.lengths.tolist()]
-    routing = torch.tensor(looking)  # [M], by token
     tasks = sorted({*fit.tasks, *test.tasks})  # one of few documents may be on one side alone
     beliefs: dict[str, Tensor] = {
         "router": router(test.features)[0],
@@ -72,17 +72,17 @@ def frontier(
     at: dict[str, list[dict[str, float]]] = {}
     means: dict[str, Tensor] = {}  # of the budgets, [1 + R]
     for name in (*POLICIES, *((TWICE,) if looks else ())):
-        picks = list(looks) if name == TWICE else _picks(beliefs[name], shares)
+        picks = list(looks) if name == TWICE else _picks(beliefs[name], layers(config))
         # what each prompt costs and loses at each point of the curve, [M, n], dearest first
         costs = torch.stack([(pick * shares).sum(-1) for pick in picks], dim=1)
-        costs += routing[:, None] * {"router": 1.0, TWICE: 2.0}.get(name, 0.0)
+        costs += look[:, None] * {"router": 1.0, TWICE: 2.0}.get(name, 0.0)
         gaps = torch.stack([(pick * truth).sum(-1) for pick in picks], dim=1)
         points = zip((weights[0] @ costs).tolist(), (weights[0] @ gaps).tolist(), strict=True)
         curves[name] = [{"flops_share": c, "gap": g} for c, g in sorted(set(points))]
         found = [at_cost(budget, weights @ costs, weights @ gaps) for budget in BUDGETS]
         at[name] = [{"flops_share": budget, **figure(some)} for budget, some in zip(BUDGETS, found, strict=True)]
         means[name] = torch.stack(found).mean(0)
-    rows = zip(config.exit_names, shares.tolist(), truth.mean(0).tolist(), strict=True)
+    rows = zip(config.exit_names, shares.mean(0).tolist(), truth.mean(0).tolist(), strict=True)
     fixed = [{"exit": exit_name, "flops_share": share, "gap": gap} for exit_name, share, gap in rows]
     behind = {name: figure(some - means["router"]) for name, some in means.items() if name != "router"}
     return {
@@ -93,6 +93,24 @@ def frontier(
         "at": at,
         "behind": behind,
     }
+
+
+def flops(config: ModelConfig, prompts: Prompts) -> Tensor:
+    """Those of each prompt with its answer at each exit, [M, E] in float64, but for routing (`cost.request_flops`)."""
+    pairs = zip(prompts.lengths.tolist(), prompts.answers.tolist(), strict=True)
+    return torch.tensor(
+        [[cost.request_flops(config, *pair, e) for e in config.exits] for pair in pairs], dtype=torch.float64
+    )
+
+
+def routing(config: ModelConfig, prompts: Prompts, nll: bool) -> Tensor:
+    """FLOPs of the router's look at each prompt, [M] in float64; `nll` as of `cost.routing_flops`."""
+    return torch.tensor([cost.routing_flops(config, n, nll) for n in prompts.lengths.tolist()], dtype=torch.float64)
+
+
+def layers(config: ModelConfig) -> Tensor:
+    """What a choice is priced by: each exit's share of the layers [E]."""
+    return torch.tensor(config.exits) / config.layers
 
 
 def figure(found: Tensor) -> dict[str, float]:
@@ -110,7 +128,7 @@ def resampled(groups: Tensor, draws: torch.Generator) -> Tensor:
 
 
 def _picks(belief: Tensor, shares: Tensor) -> list[Tensor]:
-    """For each price, from the lowest, the exit of each prompt, one-hot [M, E]; believed gaps [M, A]."""
+    """For each price of `shares` [E], from the lowest, the exit of each prompt, one-hot [M, E]; believed gaps [M, A]."""
     gaps = torch.cat([belief, belief.new_zeros(len(belief), 1)], dim=1)
     return _one_hot([(gaps + price * shares).argmin(1) for price in PRICES], len(shares))
 
@@ -126,8 +144,7 @@ def looked_twice(config: ModelConfig, first: Tensor, second: Tensor) -> list[Ten
     """For each price, from the lowest, what is picked of each prompt, one-hot [M, E], by a router that may stop at the first
     exit by the gaps that it believes in there (`first` [M, A]), and chooses among the deeper ones by those it believes in after
     the second group (`second` [M, A])."""
-    full = cost.flops_per_token(config, config.train_length)
-    shares = torch.tensor([cost.flops_per_token(config, config.train_length, e) / full for e in config.exits])
+    shares = layers(config)
     both = [torch.cat([gaps, gaps.new_zeros(len(gaps), 1)], dim=1) for gaps in (first, second)]
     chosen = []
     for price in PRICES:

@@ -58,7 +58,6 @@ class Rest:
     """Of the answers to prompts what comes after the first n tokens, for a second look."""
 
     after: int  # n
-    answers: Tensor  # [M] tokens of each answer, with what ends it
     features: Tensor  # [M, 2D + 3], what the router sees after n of them; 0 of an answer that is no longer
     head: Tensor  # [M, A] gaps on the first n
     gaps: Tensor  # [M, A] on the others; 0 where there are none
@@ -69,11 +68,11 @@ class Rest:
         there = [part for part in parts if part is not None]
         if not there:
             return None
-        every = [[part.answers, part.features, part.head, part.gaps] for part in there]
+        every = [[part.features, part.head, part.gaps] for part in there]
         return cls(there[0].after, *(torch.cat(some) for some in zip(*every, strict=True)))
 
     def some(self, at: Tensor) -> Rest:
-        return Rest(self.after, self.answers[at], self.features[at], self.head[at], self.gaps[at])
+        return Rest(self.after, self.features[at], self.head[at], self.gaps[at])
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,7 @@ class Prompts:
     features: Tensor  # [M, 2D + 3], what the router sees
     gaps: Tensor  # [M, A] nats a token
     lengths: Tensor  # [M] tokens
+    answers: Tensor  # [M] tokens of each answer, with what ends it
     tasks: tuple[str, ...]  # of each
     groups: Tensor  # [M] the group of each
     rest: Rest | None = None  # where it was asked for
@@ -92,7 +92,8 @@ class Prompts:
         places = torch.arange(len(self.tasks))[at].tolist()
         rest = None if self.rest is None else self.rest.some(at)
         tasks = tuple(self.tasks[place] for place in places)
-        return Prompts(self.features[at], self.gaps[at], self.lengths[at], tasks, self.groups[at], rest)
+        lengths, answers = self.lengths[at], self.answers[at]
+        return Prompts(self.features[at], self.gaps[at], lengths, answers, tasks, self.groups[at], rest)
 
 
 def heldout_rows(model: Model | Described, heldout: str | Path, most: int, *, asked: bool | None) -> ByTask:
@@ -129,9 +130,10 @@ def together(rows: Mapping[str, Sequence[Heldout]], found: Sequence[tuple[Tensor
     """`rows` with what `looked_at` gave of them, a part after the other."""
     tasks = tuple(task for task, some in rows.items() for _ in some)
     lengths = torch.tensor([row.answer.index(True) for row in encoded(rows)])
+    answers = torch.tensor([sum(row.answer) for row in encoded(rows)])
     groups = torch.tensor([held.group for some in rows.values() for held in some])
     features, lost = (torch.cat(parts) for parts in zip(*(part[:2] for part in found), strict=True))
-    return Prompts(features, lost, lengths, tasks, groups, Rest.of([part[2] for part in found]))
+    return Prompts(features, lost, lengths, answers, tasks, groups, Rest.of([part[2] for part in found]))
 
 
 def gaps(net: Net, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
@@ -146,7 +148,7 @@ def gaps(net: Net, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
 def looked_at(net: Net, rows: Sequence[Encoded], after: int | None = None) -> tuple[Tensor, Tensor, Rest | None]:
     """As `gaps`, and with `after` the rest of the answers; on the CPU."""
     config = net.config
-    seen, again, parts, counts = [], [], [], []
+    seen, again, parts = [], [], []
     for row in rows:
         start = row.answer.index(True)
         tokens = torch.tensor(row.ids, device=net.device)
@@ -162,9 +164,8 @@ def looked_at(net: Net, rows: Sequence[Encoded], after: int | None = None) -> tu
         again.append(_seen(net, state, tokens, start + look) if longer else torch.zeros_like(seen[-1]))
         behind = gap[:, look:].mean(1) if longer else torch.zeros_like(gap[:, 0])
         parts.append(torch.stack([gap.mean(1), gap[:, :look].mean(1), behind]))
-        counts.append(len(answer))
     whole, head, behind = torch.stack(parts, dim=1).float().cpu()
-    rest = None if after is None else Rest(after, torch.tensor(counts), torch.stack(again).float().cpu(), head, behind)
+    rest = None if after is None else Rest(after, torch.stack(again).float().cpu(), head, behind)
     return torch.stack(seen).float().cpu(), whole, rest
 
 

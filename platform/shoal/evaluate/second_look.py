@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from shoal.config import ModelConfig
-from shoal.evaluate.frontier import at_cost, figure, resampled
+from shoal.evaluate.frontier import at_cost, figure, flops, resampled, routing
 from shoal.evaluate.prompts import Prompts
 from shoal.model import cost
 from shoal.model.router import (
@@ -63,7 +63,7 @@ def fitted(
     rest = prompts.rest
     assert rest is not None, "measured without the rest of the answers"
     order, half, three = dealt(prompts.groups, seed)
-    known = order[:half][(rest.answers > rest.after)[order[:half]]]
+    known = order[:half][(prompts.answers > rest.after)[order[:half]]]
     if len(known) < LEAST_PROMPTS or not torch.isfinite(rest.features).all():
         return None
     later = fit_weights(config, rest.features[known].float(), rest.gaps[known].float(), seed=seed)
@@ -124,12 +124,12 @@ def routed(
         return torch.tensor(depths) / config.layers, gaps[torch.arange(len(gaps)), at]
     assert later.after == rest.after, "the rest of the answers begins elsewhere than the second look"
     first = [router.choose(x, tolerance, again=later) for x in prompts.features]
-    looks = (rest.answers > rest.after).tolist()
+    looks = (prompts.answers > rest.after).tolist()
     second = [
         max(depth, later.choose(x, tolerance)) if look else depth
         for x, depth, look in zip(rest.features, first, looks, strict=True)
     ]
-    head = rest.answers.clamp(max=rest.after) / rest.answers
+    head = prompts.answers.clamp(max=rest.after) / prompts.answers
     share = (head * torch.tensor(first) + (1 - head) * torch.tensor(second)) / config.layers
     picked = [torch.tensor([places[depth] for depth in depths]) for depths in (first, second)]
     return share, losses(prompts)[torch.arange(len(share)), picked[0], picked[1]]
@@ -155,17 +155,18 @@ def prices(config: ModelConfig, prompts: Prompts, reads: tuple[bool, bool]) -> t
     exit 1 (`Router.reads_nll`). See `rows`."""
     rest, c = prompts.rest, config
     assert rest is not None
-    head = 2 * c.vocab * c.width
-    layers = torch.tensor([cost.flops_per_token(c, c.train_length, e) - head for e in c.exits], dtype=torch.float64)
-    route = torch.tensor([cost.routing_flops(c, n, reads[0]) for n in prompts.lengths.tolist()]).double()
+    layers = torch.tensor([cost.layer_flops(c, c.train_length, e) for e in c.exits], dtype=torch.float64)
+    heads = torch.tensor([cost.head_flops(c, e) for e in c.exits], dtype=torch.float64)
+    once, route = flops(config, prompts), routing(config, prompts, reads[0])
     seen = prompts.lengths % c.page + rest.after  # tokens that have no sums of their pages
     again = torch.tensor([cost.routing_flops(c, n, reads[1]) for n in seen.tolist()]).double()
-    said = rest.answers.double() * head
-    full = (prompts.lengths + rest.answers - 1) * layers[-1] + said
-    once = (prompts.lengths + rest.answers - 1)[:, None] * layers + (said + route)[:, None]
-    looks = (rest.answers > rest.after).double()[:, None, None] * (torch.arange(len(layers)) < len(layers) - 1)[:, None]
-    twice = rows(prompts, c.page, layers) + (said + route)[:, None, None] + looks * again[:, None, None]
-    return (once / full[:, None]).float(), (twice / full[:, None, None]).float()
+    first = prompts.answers.clamp(max=rest.after).double()[:, None, None]
+    said = first * heads[:, None] + (prompts.answers[:, None, None] - first) * heads
+    may = torch.arange(len(layers))[:, None] < len(layers) - 1
+    looks = (prompts.answers > rest.after).double()[:, None, None] * may
+    twice = rows(prompts, c.page, layers) + said + route[:, None, None] + looks * again[:, None, None]
+    full = once[:, -1:]
+    return ((once + route[:, None]) / full).float(), (twice / full[:, None]).float()
 
 
 def rows(prompts: Prompts, page: int, layers: Tensor) -> Tensor:
@@ -175,8 +176,8 @@ def rows(prompts: Prompts, page: int, layers: Tensor) -> Tensor:
     rest = prompts.rest
     assert rest is not None
     n, exits = rest.after, len(layers)
-    before = (prompts.lengths + rest.answers.clamp(max=n) - 1).double()  # rows up to the newest at the second look
-    behind = (rest.answers - n).clamp(min=0).double()
+    before = (prompts.lengths + prompts.answers.clamp(max=n) - 1).double()  # rows up to the newest at the second look
+    behind = (prompts.answers - n).clamp(min=0).double()
     looks = (behind > 0).double()
     unknown = (prompts.lengths % page + n - 1).double() * layers[0] * looks
     found = before[:, None, None] * layers[:, None] + behind[:, None, None] * layers
@@ -190,7 +191,7 @@ def losses(prompts: Prompts) -> Tensor:
     """What an answer loses, [M, E, E] nats a token, with its first tokens at an exit and the rest at another."""
     rest = prompts.rest
     assert rest is not None
-    share = (rest.answers.clamp(max=rest.after) / rest.answers)[:, None, None]
+    share = (prompts.answers.clamp(max=rest.after) / prompts.answers)[:, None, None]
     head, behind = (torch.cat([gaps, gaps.new_zeros(len(gaps), 1)], dim=1) for gaps in (rest.head, rest.gaps))
     return share * head[:, :, None] + (1 - share) * behind[:, None, :]
 

@@ -59,12 +59,31 @@ def flops_per_token(config: ModelConfig, length: int, depth: int | None = None) 
 
     Training costs about three times this (forward, and twice as much backward).
     """
+    return layer_flops(config, length, depth) + head_flops(config, depth)
+
+
+def layer_flops(config: ModelConfig, length: int, depth: int | None = None) -> int:
+    """Those of `flops_per_token` without what is behind the layers."""
     c = config
     layers = c.layers if depth is None else depth
-    ahead = 3 * c.width * c.exit_ffn * (layers < c.layers)
     projections = c.width * (2 * c.heads + 2 * c.kv_heads) * c.head_dim + 3 * c.width * c.ffn
     attention = sum(_attention_flops(c, length, c.attention_kind(layer)) for layer in range(layers))
-    return 2 * (layers * projections + ahead + c.vocab * c.width) + attention
+    return 2 * layers * projections + attention
+
+
+def head_flops(config: ModelConfig, depth: int | None = None) -> int:
+    """Those of `flops_per_token` behind the layers: the head, and what an early exit of an adapted model has before it."""
+    c = config
+    early = depth is not None and depth < c.layers
+    return 2 * (3 * c.width * c.exit_ffn * early + c.vocab * c.width)
+
+
+def request_flops(config: ModelConfig, prompt: int, answer: int, depth: int | None = None) -> int:
+    """Multiply-adds times two of a request as the engine runs it: the layers for every token of its `prompt` and of its
+    `answer` but the last, and the head for those that a token is drawn from, which are as many as `answer` has. At the context
+    of the training length, whatever its own is."""
+    rows = prompt + max(0, answer - 1)
+    return rows * layer_flops(config, config.train_length, depth) + answer * head_flops(config, depth)
 
 
 def _attention_flops(c: ModelConfig, length: int, kind: str) -> int:

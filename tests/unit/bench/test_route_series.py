@@ -57,7 +57,7 @@ def test_a_prompt_is_the_program_and_its_answer_all_lines_with_their_values() ->
     found, _ = prompts(Net(config_of("test")).init_(0).eval(), np.random.default_rng(3), 6, control=False)
     tokens, _, _ = drawn(np.random.default_rng(3), 6)
     assert found.lengths.tolist() == [tokens.shape[1] - 2 * LINES] * 6
-    assert found.rest is not None and found.rest.answers.tolist() == [2 * LINES] * 6 and found.rest.after == AFTER
+    assert found.rest is not None and found.answers.tolist() == [2 * LINES] * 6 and found.rest.after == AFTER
     assert torch.equal(found.groups, torch.arange(6))
 
 

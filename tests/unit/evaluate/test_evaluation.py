@@ -49,18 +49,27 @@ def test_depth_is_priced_by_what_ran() -> None:
     """A fixed exit by its own FLOPs; the router by those of the exits that it chose, for each token that ran, and by what
     choosing cost each prompt. Two short answers at the first exit beside a long one at full depth are not two thirds."""
     model = Model.from_preset("test")
-    answers = [Answer("", 2, 1, prompt=9), Answer("", 2, 1, prompt=9), Answer("", 41, 4, prompt=40)]
-    found = evaluation.Quality(answers=answers)
+    asked = ((2, 1, 9), (2, 1, 9), (41, 4, 40))
+
+    def row(depth: str, layers: int | None = None) -> dict[str, Any]:
+        answers = [Answer("", tokens, layers or took, prompt=prompt) for tokens, took, prompt in asked]
+        return evaluation._depth_row(c, depth, evaluation.Quality(answers=answers), {}, speeds, router)
+
     c = model.config
     speeds = {"by_exit": dict.fromkeys(c.exits, 1.0)}
-    price = {e: cost.flops_per_token(c, c.train_length, e) for e in c.exits}
+    head = 2 * c.vocab * c.width
+    price = {e: cost.flops_per_token(c, c.train_length, e) - head for e in c.exits}
     router = Router(c)
-    rows = {depth: evaluation._depth_row(c, depth, found, {}, speeds, router) for depth in ("shallow", "full", "auto")}
-    assert rows["shallow"]["flops_share"] == price[1] / price[4] and rows["full"]["flops_share"] == 1.0
+    rows = {"shallow": row("shallow", 1), "full": row("full", 4), "auto": row("auto")}
+    whole = 100 * price[4] + 45 * head
+    assert rows["shallow"]["flops_share"] == pytest.approx((100 * price[1] + 45 * head) / whole)
+    assert rows["full"]["flops_share"] == 1.0
     routing = 2 * cost.routing_flops(c, 9, nll=True) + cost.routing_flops(c, 40, nll=True)
-    ran = 10 * price[1] + 10 * price[1] + 80 * price[4] + routing
-    assert rows["auto"]["flops_share"] == pytest.approx(ran / (100 * price[4]))
+    ran = 10 * price[1] + 10 * price[1] + 80 * price[4] + 45 * head + routing
+    assert rows["auto"]["flops_share"] == pytest.approx(ran / whole)
     assert (rows["shallow"]["layers"], rows["auto"]["layers"]) == (1, 3.4)
+    nothing = evaluation._depth_row(c, "shallow", evaluation.Quality(), {}, speeds, router)
+    assert nothing["flops_share"] == (price[1] + head) / (price[4] + head), "as much as a token takes"
 
 
 def asks(task: str, count: int, question: str = "what {}?") -> list[dict[str, Any]]:
@@ -136,7 +145,14 @@ def prompts(draws: torch.Generator, count: int, config: ModelConfig) -> Prompts:
     """Prompts whose features are noise; those of "hard" lose 0.3 and 0.1, the others nothing; two a group."""
     gaps = torch.tensor([[0.0, 0.0], [0.3, 0.1]]).repeat(count // 2, 1)
     features = torch.randn(count, 2 * config.width + 3, generator=draws)
-    return Prompts(features, gaps, torch.full((count,), 20), ("easy", "hard") * (count // 2), torch.arange(count) // 2)
+    return Prompts(
+        features,
+        gaps,
+        torch.full((count,), 20),
+        torch.full((count,), 5),
+        ("easy", "hard") * (count // 2),
+        torch.arange(count) // 2,
+    )
 
 
 def test_the_tolerance_is_shown_by_task_since_no_task_is_bounded() -> None:

@@ -8,12 +8,14 @@ from typing import cast
 import pytest
 import torch
 
-from shoal import presets
+from shoal import Engine, Request, Sampling, presets
+from shoal.engine.plan import Outcome, Plan
 from shoal.evaluate import report
-from shoal.evaluate.frontier import BUDGETS, TWICE, frontier, looked_twice, sentence
+from shoal.evaluate.frontier import BUDGETS, TWICE, flops, frontier, looked_twice, sentence
 from shoal.evaluate.prompts import Prompts
 from shoal.model import cost
 from shoal.model.router import Router, fit_router
+from tests.unit.engine.test_second_look import MODEL
 
 CONFIG = presets.get("tiny").model
 TASKS = ("easy", "hard")
@@ -30,7 +32,22 @@ def prompts(seed: int, count: int = 200, by: str = "task") -> Prompts:
     features[:, ::8] += 0.5 * (hard if by == "features" else noise).float()[:, None]
     lengths = 10 + 50 * (hard if by == "length" else noise) + torch.randint(10, (count,), generator=draws)
     tasks = tuple(TASKS[int(flag)] for flag in (hard if by == "task" else noise))
-    return Prompts(features, gaps, lengths, tasks, torch.arange(count))
+    answers = torch.randint(1, 30, (count,), generator=draws)
+    return Prompts(features, gaps, lengths, answers, tasks, torch.arange(count))
+
+
+def whole(some: Prompts, depth: int | None = None) -> list[float]:
+    """FLOPs of each prompt with its answer at full depth [at `depth`]: every token but the last through the layers, and the
+    head for what the answer's are drawn from."""
+    head = 2 * CONFIG.vocab * CONFIG.width
+    layers = cost.flops_per_token(CONFIG, CONFIG.train_length, depth) - head
+    pairs = zip(some.lengths.tolist(), some.answers.tolist(), strict=True)
+    return [(prompt + answer - 1) * layers + answer * head for prompt, answer in pairs]
+
+
+def billed(some: Prompts) -> torch.Tensor:
+    """Each prompt's share of the FLOPs of full depth at each exit [M, E]."""
+    return torch.tensor([whole(some, e) for e in CONFIG.exits]).T / torch.tensor(whole(some))[:, None]
 
 
 @pytest.fixture(scope="module", params=["task", "length", "features"])
@@ -100,8 +117,7 @@ def test_what_is_said_follows_from_the_interval(low: float, high: float, says: s
 
 
 def test_fixed_exits_and_the_line_between_them_are_what_arithmetic_says(found: dict) -> None:
-    full = cost.flops_per_token(CONFIG, CONFIG.train_length)
-    shares = [cost.flops_per_token(CONFIG, CONFIG.train_length, e) / full for e in CONFIG.exits]
+    shares = billed(prompts(2, by=found["by"])).mean(0).tolist()
     points = [(row["flops_share"], row["gap"]) for row in found["fixed"]]
     assert [x for x, _ in points] == pytest.approx(shares)
     assert [y for _, y in points] == pytest.approx([0.505, 0.205, 0], abs=0.005)
@@ -112,17 +128,47 @@ def test_fixed_exits_and_the_line_between_them_are_what_arithmetic_says(found: d
 
 @pytest.mark.parametrize("nll", [False, True])
 def test_the_router_pays_for_reading_each_prompt(found: dict, nll: bool) -> None:
-    """Its cheapest point is the first exit's share and, over the prompts, what routing one of that length adds to a token."""
-    full = cost.flops_per_token(CONFIG, CONFIG.train_length)
+    """Its cheapest point is the first exit's share and, over the prompts, what routing one of that length adds to a request."""
     test = prompts(2, by=found["by"])
     if nll:
         fit = prompts(1, by=found["by"])
         router = fit_router(CONFIG, fit.features, fit.gaps, steps=20, nll=True)
         found = {**found, **frontier(CONFIG, router, fit, test)}
-    look = sum(cost.routing_flops(CONFIG, n, nll) / n for n in test.lengths.tolist()) / len(test.lengths) / full
+    looks = [cost.routing_flops(CONFIG, n, nll) for n in test.lengths.tolist()]
+    look = sum(a / b for a, b in zip(looks, whole(test), strict=True)) / len(looks)
     least = {name: min(point["flops_share"] for point in points) for name, points in found["curves"].items()}
     assert (look > 0.01) == nll and least["router"] == pytest.approx(found["fixed"][0]["flops_share"] + look)
     assert least["length"] == least["oracle"] == pytest.approx(found["fixed"][0]["flops_share"])
+
+
+@pytest.mark.parametrize(("length", "answer"), [(3, 1), (21, 6)])
+@pytest.mark.parametrize("depth", MODEL.config.exits)
+def test_what_is_billed_is_what_the_engine_runs(
+    depth: int, length: int, answer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows through the layers and rows of the head, counted; the head ran for every token of a prompt by the bill of before."""
+    engine, config, ran, heads = Engine(MODEL, units=400), MODEL.config, 0, 0
+    ends, commit, logits = (0, *config.ends), engine.scheduler.commit, engine.runner.net.logits
+
+    def counted(plan: Plan, outcome: Outcome) -> object:
+        nonlocal ran
+        ran += sum(work.count * (ends[work.last] - ends[work.first]) for work in plan.works)
+        return commit(plan, outcome)
+
+    def head(x: torch.Tensor) -> torch.Tensor:
+        nonlocal heads
+        heads += len(x)
+        return logits(x)
+
+    monkeypatch.setattr(engine.scheduler, "commit", counted)
+    monkeypatch.setattr(engine.runner.net, "logits", head)
+    sampling = Sampling(max_tokens=answer, ignore_eos=True, speculative=0)
+    engine.generate([Request([20 + 7 * i % 200 for i in range(length)], sampling, depth=depth)])
+    assert ran == depth * (length + answer - 1) and heads == answer
+    tokens, zero = torch.tensor([[length], [answer]]), torch.zeros(1, 2)
+    one = Prompts(zero, zero, tokens[0], tokens[1], ("a",), torch.tensor([0]))
+    row, last = cost.layer_flops(config, config.train_length, depth), cost.head_flops(config, depth)
+    assert flops(config, one)[0, config.exits.index(depth)] == ran // depth * row + heads * last
 
 
 def test_who_looks_twice_stops_at_the_first_exit_or_goes_as_deep_as_the_second_look_says() -> None:
@@ -165,8 +211,9 @@ def test_prompts_of_one_document_are_resampled_together() -> None:
 
     def wide(groups: torch.Tensor) -> float:
         tens = Prompts(
-            test.features.repeat(10, 1), test.gaps.repeat(10, 1), test.lengths.repeat(10), test.tasks * 10, groups
-        )
+            test.features.repeat(10, 1), test.gaps.repeat(10, 1), test.lengths.repeat(10), test.answers.repeat(10),
+            test.tasks * 10, groups,
+        )  # fmt: skip
         rows = frontier(CONFIG, router, fit, tens)["at"]["random"]
         return sum(row["high"] - row["low"] for row in rows)
 
@@ -223,18 +270,19 @@ def known(knows: bool, seed: int) -> tuple[dict, float]:
     """What is found with a router whose loss is known, and by how much domain really lies behind it. Of each prompt that is
     hard, half of them where the router `knows` which, an exit loses as much as it saves of the FLOPs, and noise about it; so
     who knows nothing loses 1 less the budget, however he mixes exits, and who knows all spends everything on the hard ones."""
-    full = cost.flops_per_token(CONFIG, CONFIG.train_length)
-    shares = torch.tensor([cost.flops_per_token(CONFIG, CONFIG.train_length, e) / full for e in CONFIG.exits])
-    draws, length = torch.Generator().manual_seed(seed), 64
+    draws, length, answer = torch.Generator().manual_seed(seed), 64, 8
+    full = cost.request_flops(CONFIG, length, answer)
+    shares = torch.tensor([cost.request_flops(CONFIG, length, answer, e) / full for e in CONFIG.exits])
 
     def some(count: int) -> Prompts:
         hard = (torch.rand(count, 1, generator=draws) < (0.5 if knows else 1.0)).float()
         clean, noise = hard * (1 - shares[:-1]), torch.randn(count, 2, generator=draws)
         seen = clean if knows else clean + 0.2 * torch.randn(count, 2, generator=draws)
-        return Prompts(seen, clean + 0.6 * noise, torch.full((count,), length), ("one",) * count, torch.arange(count))
+        gaps, (lengths, answers) = clean + 0.6 * noise, torch.tensor([[length], [answer]]).expand(2, count)
+        return Prompts(seen, gaps, lengths, answers, ("one",) * count, torch.arange(count))
 
     found = frontier(CONFIG, cast("Router", Known()), some(240), some(400), seed=seed)
-    look = cost.routing_flops(CONFIG, length, nll=True) / length / full
+    look = cost.routing_flops(CONFIG, length, nll=True) / full
     behind = 0.0
     for budget in BUDGETS:
         left = max(budget - look, float(shares[0]))

@@ -302,7 +302,7 @@ def test_a_router_is_fitted_with_its_second_look_by_one_seed_and_one_caution(
 
     monkeypatch.setattr(routing, "fit_router", fit_weights)
     monkeypatch.setattr(second_look, "fit", fit_later)
-    given = prompts.Prompts(x, gaps, torch.zeros(64), ("a",) * 64, torch.arange(64))
+    given = prompts.Prompts(x, gaps, torch.zeros(64), torch.ones(64), ("a",) * 64, torch.arange(64))
     for sure in (False, True):
         report = routing._fitted(lambda *_: (), str(tmp_path / "model"), given, 5, sure)  # type: ignore[arg-type]
         assert asked[-2:] == [{"seed": 5, "sure": sure}] * 2

@@ -32,8 +32,8 @@ def prompts(count: int, *, tells: bool, seed: int = 0, after: int = 6, answers: 
     rest = hard[:, None] * torch.tensor([0.6, 0.3]) + noise[0]
     head, tokens = 0.05 + noise[1], torch.full((count,), answers)
     whole = (after * head + (answers - after) * rest) / answers
-    of = Rest(after, tokens, later, head, rest)
-    return Prompts(x, whole, torch.full((count,), 14), ("series",) * count, torch.arange(count), of)
+    of = Rest(after, later, head, rest)
+    return Prompts(x, whole, torch.full((count,), 14), tokens, ("series",) * count, torch.arange(count), of)
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +82,8 @@ def test_a_look_that_could_not_pay_is_paid_for(telling: tuple[Router, Router]) -
     later, _ = fit(CONFIG, router, late)
     assert later is None
     early = dataclasses.replace(late, lengths=torch.full_like(late.lengths, 14))  # the same answers behind short ones
-    rest = dataclasses.replace(early.rest, answers=torch.full_like(early.rest.answers, 60))
-    assert fit(CONFIG, router, dataclasses.replace(early, rest=rest))[0] is not None
+    long = dataclasses.replace(early, answers=torch.full_like(early.answers, 60))
+    assert fit(CONFIG, router, long)[0] is not None
 
 
 @pytest.mark.parametrize("length", [3, CONFIG.page, 2 * CONFIG.page + 5])
@@ -102,8 +102,8 @@ def test_rows_are_those_that_the_engine_runs(length: int, first: int, second: in
     ids = [20 + (7 * i) % 200 for i in range(length)]
     engine.generate([Request(ids, Sampling(max_tokens=answers, ignore_eos=True))])
     zero = torch.zeros(1, 2)
-    rest = Rest(after, torch.tensor([answers]), zero, zero, zero)
-    asked = Prompts(zero, zero, torch.tensor([length]), ("a",), torch.tensor([0]), rest)
+    rest = Rest(after, zero, zero, zero)
+    asked = Prompts(zero, zero, torch.tensor([length]), torch.tensor([answers]), ("a",), torch.tensor([0]), rest)
     assert float(rows(asked, CONFIG.page, torch.tensor(EXITS).double())[0, first, second]) == ran
 
 
@@ -123,7 +123,7 @@ def test_what_is_measured_of_the_rest_is_what_a_longer_prompt_would_be() -> None
     found = measured(MODEL.net, {"a": held}, 4)
     longer = [Heldout(Encoded(row, [], [place >= 34 for place in range(len(row))]), 0) for row in ids]
     wanted = measured(MODEL.net, {"a": longer})
-    assert found.rest is not None and found.rest.answers.tolist() == [10, 11, 12]
+    assert found.rest is not None and found.answers.tolist() == [10, 11, 12]
     torch.testing.assert_close(found.rest.features, wanted.features)
     torch.testing.assert_close(found.rest.gaps, wanted.gaps)
     whole = losses(found)[:, range(2), range(2)]  # the same exit before and behind

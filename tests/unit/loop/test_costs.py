@@ -192,7 +192,7 @@ def losing(*lost: float) -> Callable[[object, dict[str, list[Heldout]], int | No
         (some,) = rows.values()
         gaps = torch.tensor(lost) + 0.01 * torch.linspace(-1, 1, len(some))[:, None]
         return Prompts(
-            torch.zeros(len(some), 1), gaps, torch.ones(len(some)), ("chat",) * len(some), torch.arange(len(some))
+            torch.zeros(len(some), 1), gaps, *torch.ones(2, len(some)), ("chat",) * len(some), torch.arange(len(some))
         )
 
     return measured
