@@ -86,7 +86,7 @@ def test_the_http_reference_has_every_path_shape_and_field(pages: Path) -> None:
             assert f"\n| `{field}` |" in parts[name], f"{name}.{field}"
         assert set(re.findall(r"\(#(\w+)\)", parts[name])) <= {other.lower() for other in parts}
     row = next(line for line in parts["ChatRequest"].splitlines() if line.startswith("| `quality_tolerance`"))
-    assert "at least `0`" in row and "calibrated bound" in row
+    assert "at least `0`" in row and "prompts like its calibration's" in row
 
 
 def test_what_a_page_would_load_from_elsewhere_is_found(tmp_path: Path) -> None:

@@ -16,9 +16,8 @@ from shoal.engine.sizes import default_rows, default_units, row_bytes
 from shoal.errors import ResourceError
 from shoal.model.gpu import launch
 
-TINY = presets.get(
-    "tiny"
-).model  # 4 heads over 2 for keys, of 24 dims; width 96, inside the MLP 256; window 32, context 1024
+# 4 heads over 2 for keys, of 24 dims; width 96, inside the MLP 256; window 32, context 1024
+TINY = presets.get("tiny").model
 TEST = presets.get("test").model
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 

@@ -382,11 +382,8 @@ def test_after_it_the_depth_is_the_one_that_the_first_replica_chose_and_the_answ
     progress = at_100()
     for token, now in ((65, 101.0), (66, 105.0)):
         progress.take(Token("r", token, "x", depth=2), now)
-    for losses, now, left in (
-        (1, 106.0, 4.0),
-        (2, 107.5, 2.5),
-        (2, 109.75, 0.25),
-    ):  # of the whole time, whatever came meanwhile
+    # of the whole time, whatever came meanwhile
+    for losses, now, left in ((1, 106.0, 4.0), (2, 107.5, 2.5), (2, 109.75, 0.25)):
         progress.losses = losses
         assert progress.to_send(now) == dataclasses.replace(
             AUTO, id=f"r.{losses}.0.0", deadline=left, priority=2, answer=(65, 66), depth=2, routed=True
