@@ -28,6 +28,7 @@ from shoal.errors import RequestError
 from shoal.inputs.tools import SAID, SAID_IN_TEXT, marked, parts, unmarked
 
 MOST = 1000  # different values of one argument; of more the last said
+LONGEST = 200  # letters of a value that overlaps another
 _SPLIT = "\0"
 _EDGE, _NO_EDGE = r"\b", r"\B"  # between a letter of words (RE2's: English, digits, "_") and any other; elsewhere
 
@@ -142,8 +143,38 @@ def _found(keyword: str, pattern: str, texts: Sequence[str]) -> list[str]:
                 f"tools: {keyword}", param="tools", got=got, allowed="a regular expression of RE2"
             ) from error
         starts = itertools.accumulate(map(len, cut), initial=0)
-        found += [each for each in [*zip(starts, cut, strict=False)][1::2] if each[1] and _apart(each[1], left, right)]
+        one_by_one = [each for each in [*zip(starts, cut, strict=False)][1::2] if each[1]]
+        every = [*one_by_one, *_overlapping(whole, pattern, (left, right), one_by_one)]
+        found += [each for each in every if _apart(each[1], left, right)]
     return [*reversed(dict.fromkeys(one for _, one in sorted(found, reverse=True)))][-MOST:]
+
+
+def _overlapping(
+    whole: str, pattern: str, edges: tuple[str, str], matches: Sequence[tuple[int, str]]
+) -> list[tuple[int, str]]:
+    """Matches that begin in one of `matches`, which were found one after the other, and end behind it: in "Dear Anna Smith",
+    of two names at most, "Anna Smith" was said as well. The last `MOST` places are looked at, `LONGEST` letters of each."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    left, right = edges
+    places = [
+        (start + at, start + len(value))
+        for start, value in matches
+        for at in range(1, len(value))
+        if _begins(value[at - 1], value[at], left)
+    ][-MOST:]
+    # a letter more than a match may have says whether a word ends there
+    ahead = pa.array([whole[at : at + LONGEST + 1] for at, _ in places], pa.string())
+    marked = pc.replace_substring_regex(ahead, rf"\A({pattern}){right}(?s:.*)", rf"{_SPLIT}\1").to_pylist()
+    said = [(at, one[1:], end) for (at, end), one in zip(places, marked, strict=True) if one.startswith(_SPLIT)]
+    return [(at, one) for at, one, end in said if at + len(one) > end and len(one) <= LONGEST]
+
+
+def _begins(before: str, letter: str, left: str) -> bool:
+    """Whether what begins with `letter`, behind `before`, may be a word of its own whose left end is of that kind."""
+    inside = _in_words(letter)
+    return _in_words(before) != inside if left == _EDGE else not (inside or _in_words(before))
 
 
 def _apart(value: str, left: str, right: str) -> bool:

@@ -120,6 +120,21 @@ def test_a_value_that_begins_or_ends_in_no_letter_of_words_is_found(pattern: str
     assert choosable([{"role": "user", "content": text}], **{"x-said": pattern}) == found
 
 
+@pytest.mark.parametrize(
+    ("pattern", "text", "found"),
+    [
+        ("[A-Z][a-z]+( [A-Z][a-z]+)?", "I am Dear Anna Smith", ["Dear Anna", "Anna Smith", "Smith"]),
+        ("[0-9]{4} [0-9]{4}", "1234 5678 9012 34", ["1234 5678", "5678 9012"]),
+        ("[a-z]+ [a-z]+", "red lamp shade", ["red lamp", "lamp shade"]),
+        ("#[0-9]+[# ]#?[0-9]+", "#1 #2 #3", ["#1 #2", "#2 #3"]),
+        ("[0-9-]+", "on 2026-06-10", ["2026-06-10"]),  # a part of what was said is another date
+    ],
+)
+def test_of_values_that_overlap_each_was_said(pattern: str, text: str, found: list[str]) -> None:
+    """Looked for one after the other, the first takes the second's beginning away: nobody could name Anna Smith."""
+    assert choosable([{"role": "user", "content": text}], **{"x-said": pattern}) == found
+
+
 def test_of_a_thousand_values_and_more_the_last_are_kept() -> None:
     many = " ".join(f"A{number:04d}" for number in range(1500))
     assert choosable([{"role": "user", "content": many}]) == [f"A{number:04d}" for number in range(500, 1500)]
