@@ -92,7 +92,8 @@ class Answer(ABC):
     stored = False
 
     def __init__(self, call: EngineCall, served: ServedModel) -> None:
-        self.choices = [Choice(call.reader(), call.silent, served.tokenizer.stream()) for _ in call.requests]
+        every = range(len(call.requests))
+        self.choices = [Choice(call.read_by(each), call.silent, served.tokenizer.stream()) for each in every]
         self._call, self._served = call, served
 
     @property

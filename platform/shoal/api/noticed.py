@@ -70,6 +70,9 @@ class Noticed(Reader):
     def push(self, text: str) -> list[Delta]:
         return self._put(self._inner.push(text))
 
+    def meant(self, said: str) -> bool:
+        return self._inner.meant(said.removeprefix(self._notice.text))
+
     def finish(self, *, whole: bool) -> list[Delta]:
         deltas = self._put(self._inner.finish(whole=whole))
         if not self._whole:

@@ -63,6 +63,11 @@ class EngineCall:
     offered: tuple[str, ...] = ()  # names of the tools that may be called
     unused: tuple[str, ...] = ()  # fields of the body that change nothing for this model
     reader: Callable[[], Reader] = Plain
+    readers: tuple[Callable[[], Reader], ...] = ()  # of each prompt, where they differ
+
+    def read_by(self, choice: int) -> Reader:
+        """What reads the answer of a choice."""
+        return self.readers[choice // self.n]() if self.readers else self.reader()
 
     @property
     def prompt_tokens(self) -> int:
@@ -167,8 +172,9 @@ def completion_call(body: CompletionRequest, served: ServedModel, limits: Limits
     call = replace(call, silent=silent, guided_by=guided_by)
     if served.policy is not None and served.policy.notice and not silent:
         asked = [p if isinstance(p, str) else served.tokenizer.decode(p) for p in prompts]
-        notice = Notice(served.policy, asked)
-        call = replace(call, reader=noticed(Plain, notice, whole=is_json(sampling.guided)))
+        guided = is_json(sampling.guided)
+        readers = tuple(noticed(Plain, Notice(served.policy, [text]), whole=guided) for text in asked)
+        call = replace(call, readers=readers)
     if not body.echo:
         return call
     texts = [

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from shoal import config
 from shoal.api.app import build_app
 from shoal.api.bodies import Message
-from shoal.api.noticed import Notice, without_notice
+from shoal.api.calls import Tagged
+from shoal.api.noticed import Notice, Noticed, without_notice
 from shoal.api.policy import ChatPage, Policy
 from shoal.api.serve_args import ServeArgs
 from shoal.api.served import ServedModel
@@ -138,6 +139,27 @@ async def test_there_is_no_field_for_it(noticed: httpx.AsyncClient, name: str) -
 async def test_it_is_in_the_language_of_who_asks(noticed: httpx.AsyncClient) -> None:
     content = (await ask(noticed, "我胸痛。")).json()["choices"][0]["message"]["content"]
     assert content.startswith(f"{CHINESE}\n立即呼救：胸痛。\n\n")
+
+
+async def test_of_several_prompts_each_has_its_own(noticed: httpx.AsyncClient) -> None:
+    """What one of them calls for is nothing to the others, and each is in its own language, for all of its choices."""
+    body = {"model": "fish", "prompt": [FLAGGED, PLAIN, "我胸痛。"], "n": 2, "max_tokens": 40}
+    choices = (await noticed.post("/v1/completions", json=body)).json()["choices"]
+    first, plain, chinese = (
+        f"{NOTICE}\nCall for help now: chest pain.\n\n", f"{NOTICE}\n\n", f"{CHINESE}\n立即呼救：胸痛。\n\n"
+    )  # fmt: skip
+    begins = [first, first, plain, plain, chinese, chinese]
+    assert all(one["text"].startswith(begin) for one, begin in zip(choices, begins, strict=True))
+
+
+def test_behind_it_a_call_that_is_none_is_seen() -> None:
+    """What was begun as a call and stayed text is no valid call, whatever stands before it."""
+    notice = Notice(policy(), [FLAGGED])
+    for said, meant in (('<tool_call>{"name": "gone", "arg', True), ("It aches.", False)):
+        reader = Noticed(Tagged({}), notice, whole=False)
+        deltas = [*reader.push(said), *reader.finish(whole=True)]
+        text = "".join(delta.get("content", "") for delta in deltas)
+        assert text == notice.text + said and reader.meant(text) == meant
 
 
 async def test_what_was_said_before_a_stream_broke_has_it(noticed: httpx.AsyncClient, engine: Scripted) -> None:
