@@ -45,6 +45,7 @@ REFUSED = "refused"
 MOST_RISE = 0.01  # of bits per byte
 BPB_ROWS = 96  # packed rows of a modality
 MOST_LONGER = 1.10  # tokens of the answers to frozen suites
+NOT_EXACT = ("code", "summarisation")  # tasks whose answers need not be the reference
 SHAPE = "shape"  # the check that refuses
 # messages, tools, tokenizer and format -> guide
 Guides = Callable[
@@ -101,7 +102,9 @@ def gate(
     began, tell = time.monotonic(), on_progress or (lambda what, done, total: None)
     frozen = [(suite, folder) for suite in suites.read(folder)]
     if cut is not None:
-        frozen.append((Suite("recent", RECENT_FILE, read(cut)["sha256"][RECENT_FILE], RECENT), cut))
+        # of what is new an answer may have as much as of what is frozen
+        most = max((suite.most_tokens or 0 for suite, _ in frozen), default=0) or None
+        frozen.append((Suite("recent", RECENT_FILE, read(cut)["sha256"][RECENT_FILE], RECENT, most), cut))
     of = [suite for suite, _ in frozen]
     known = Model.load(stable)
     names = [{"path": str(path), "weights_sha256": _sha(path)} for path in (candidate, stable)]
@@ -208,7 +211,7 @@ def _asked(
     fitted = _fitted(suite, folder, by_task)
     found = []
     for task, rows in by_task.items():
-        most = TASKS.get(task, MOST_TOKENS)
+        most = suite.most_tokens or TASKS.get(task, MOST_TOKENS)
         asked = [row for row in rows if len(row.prompt.ids) + most <= known.config.context]
         name = f"{suite.name}, {task}"
         if not asked:
@@ -233,10 +236,17 @@ def _asked(
         # no router makes answers right that were not
         kind = FROZEN if seen.alone and suite.kind == RECENT else suite.kind
         check = _compared(kind, name, scores(task, new, asked), scores(task, old, asked), asked, margin)
+        check = replace(check, told=check.told + _cut(task, asked, most))
         if suite.kind == FROZEN:  # what is new is another thing for each candidate
             check = replace(check, used=of_difference(-(check.value or 0.0), margin))
         found.append(check)
     return found
+
+
+def _cut(task: str, asked: Sequence[Question], most: int) -> str:
+    """What is to be said where no answer of so many tokens can be the reference."""
+    long = sum(len(row.row.ids) - len(row.prompt.ids) - 1 > most for row in asked) if task not in NOT_EXACT else 0
+    return f"; {long} references have more than the {most} tokens of an answer (--freeze --most-tokens)" if long else ""
 
 
 def _answers(

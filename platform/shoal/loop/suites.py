@@ -1,6 +1,6 @@
 """Frozen suites: files of held-out chats that every candidate is asked, and nobody may change.
 
-SUITES/  suites.json    {"format": "shoal.suites", "suites": [{"name", "file", "sha256", "kind"}, ...]}
+SUITES/  suites.json    {"format": "shoal.suites", "suites": [{"name", "file", "sha256", "kind", "most_tokens"}, ...]}
          *.jsonl        chats with answers; safety-*.jsonl may lose no item, recent-*.jsonl must be won
          uses.jsonl     a line each time that they were asked: what is asked often is learned by those who choose
 """
@@ -33,19 +33,21 @@ class Suite:
     file: str
     sha256: str
     kind: str
+    most_tokens: int | None = None  # of an answer; None: by its task
 
 
-def freeze(folder: Path) -> list[Suite]:
-    """Make the suites of the .jsonl files in `folder`: their hashes are what they must have from then on. Raises DataError
-    where they are frozen already, and where there is no file."""
+def freeze(folder: Path, most_tokens: int | None = None) -> list[Suite]:
+    """Make the suites of the .jsonl files in `folder`: their hashes are what they must have from then on, and an answer to
+    them may have so many tokens [by its task]. Raises DataError where they are frozen already, and where there is no file."""
     manifest = folder / MANIFEST
     if manifest.exists():
         raise DataError(f"{folder} is frozen", do="take a new folder: figures of two suites are not comparable")
     files = [path for path in sorted(folder.glob("*.jsonl")) if path.name != USES] if folder.is_dir() else []
     if not files:
         raise DataError(f"{folder} holds no suite", allowed="files of chats with answers, NAME.jsonl")
-    suites = [Suite(path.stem, path.name, sha256_of(path), _kind(path.stem)) for path in files]
-    told = {"format": FORMAT, "version": VERSION, "suites": [asdict(suite) for suite in suites]}
+    suites = [Suite(path.stem, path.name, sha256_of(path), _kind(path.stem), most_tokens) for path in files]
+    each = [{key: value for key, value in asdict(suite).items() if value is not None} for suite in suites]
+    told = {"format": FORMAT, "version": VERSION, "suites": each}
     write_aside(manifest, json.dumps(told, indent=1) + "\n", sync=True)
     return suites
 

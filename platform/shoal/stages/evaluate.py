@@ -78,6 +78,12 @@ class Gate(Stage):
     freeze: Annotated[bool, typer.Option("--freeze", help="Freeze the files in the folder as they are, and end.")] = (
         False
     )
+    most_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --freeze: most tokens of an answer to them [64, or as tasks of `prepare` have]."
+        ),
+    ] = None
     cut: Annotated[
         Path | None, typer.Option(help="Cut of `shoal curate` whose held-out rows must be won. [recent-*.jsonl]")
     ] = None
@@ -92,8 +98,10 @@ class Gate(Stage):
     def run(self) -> None:
         from shoal.loop import suites
 
+        if self.most_tokens is not None and not self.freeze:
+            raise UsageError("--most-tokens", do="give it with --freeze: what is frozen stays as it is")
         if self.freeze:
-            made = suites.freeze(self.suites)
+            made = suites.freeze(self.suites, self.most_tokens)
             told = {"suites": [{"name": suite.name, "kind": suite.kind, "sha256": suite.sha256} for suite in made]}
             names = ", ".join(f"{suite.name} ({suite.kind})" for suite in made)
             print_result(told, self.as_json, f"frozen in {self.suites}: {names}")
