@@ -13,7 +13,8 @@ from shoal.data.chats.forms import as_sent
 from shoal.engine.guided import Grammars
 from shoal.inputs.tokenizer import END_ID, Tokenizer
 from shoal.recipes.medicine import RECIPE, assessments, rules, score, words
-from shoal.recipes.medicine.cases import ASSESS, JSON, LITTLE, OUT, cases, combinations_of
+from shoal.recipes.medicine.assessments import REFUSED
+from shoal.recipes.medicine.cases import ASSESS, JSON, LITTLE, OUT, cases, combinations_of, out_of_scope
 from shoal.recipes.medicine.rules import CANNOT_TELL, EMERGENCY, Case, assessed
 from shoal.recipes.recipe import SUITES
 from shoal.recipes.splits import DEV, LANGUAGES, SUITE, TRAIN, of_split
@@ -53,6 +54,20 @@ def test_no_wording_and_no_combination_is_on_two_sides() -> None:
             assert not [(one, other) for one in asked for other in seen if other in one]
     parts = [set(combinations_of(split)) for split in SPLITS]
     assert [len(part) for part in parts] == [42, 14, 14] and len(set.union(*parts)) == 70
+
+
+def test_what_is_out_of_scope_is_a_hundred_rows_of_many_wordings_none_of_them_learned() -> None:
+    """Of one wording rows differ in a month alone, so that all of them are one piece of evidence."""
+    for language in LANGUAGES:
+        parts = [set(out_of_scope(language, split)) for split in SPLITS]
+        assert sum(map(len, parts)) == len(set.union(*parts)) and len(parts[-1]) == 25
+        learned = {one.lower() for one in parts[0]}
+        assert not [
+            (one, other) for one in parts[-1] for other in learned if other in one.lower() or one.lower() in other
+        ]
+    rows = [row for row in cases(SUITE, SUITE, 40 * REFUSED, 2, flags=0) if row["task"] == OUT][:REFUSED]
+    assert len(rows) == REFUSED and len({row["group"] for row in rows}) > 40
+    assert len({row["group"] for row in cases(SUITE, TRAIN, 400) if row["task"] == OUT}) <= 32
 
 
 def test_cases_of_different_splits_are_different(new: Rows) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from typing import Any
@@ -56,13 +56,13 @@ def cases(split: str, wordings: str, count: int, seed: int = 0, *, flags: float 
         tries += 1
         language, form = LANGUAGES[len(known) % 2], FORMS[len(known) // 2 % 2]
         kind = ASSESS if flags == 1 else draws.choices(KINDS, (7, 1, 2))[0]
-        text, case = _drawn(kind, split, wordings, language, draws, flags)
+        text, case, of = _drawn(kind, split, wordings, language, draws, flags)
         if (key := f"{form} {text}") in known:
             if tries > 100 * count:
                 raise ValueError(f"there are no {count} different cases")
             continue
         known.add(key)
-        yield _row(text, case, kind, language, form, f"{language}-{split}-{wordings}-{seed}-{len(known)}")
+        yield _row(text, case, kind, language, form, of or f"{language}-{split}-{wordings}-{seed}-{len(known)}")
 
 
 def asked(text: str, form: str) -> list[dict[str, str]]:
@@ -96,13 +96,19 @@ def _row(text: str, case: Case | None, kind: str, language: str, form: str, name
     }  # fmt: skip
 
 
+def out_of_scope(language: str, wordings: str) -> Sequence[str]:
+    """How what is out of scope is said, in the wordings of a split."""
+    some = of_split(words.OUT_OF_SCOPE[language], wordings)
+    return (*some, *words.OUT_ASKED[language]) if wordings == SUITE else some
+
+
 def _drawn(
     kind: str, split: str, wordings: str, language: str, draws: random.Random, flags: float
-) -> tuple[str, Case | None]:
-    """What is said, and the case where there is one."""
+) -> tuple[str, Case | None, str]:
+    """What is said, the case where there is one, and the group of what is out of scope: its wording is all that differs."""
     if kind == OUT:
-        text = draws.choice(of_split(words.OUT_OF_SCOPE[language], wordings))
-        return text.format(months=draws.randrange(1, 12)), None
+        text = draws.choice(out_of_scope(language, wordings))
+        return text.format(months=draws.randrange(1, 12)), None, f"{language}: {text}"
     number, some = draws.choice(combinations_of(split))
     symptoms = list(some) if kind == ASSESS else [draws.choice(some)]
     others = [s for at, pattern in enumerate(rules.PATTERNS) if at != number for s in pattern.symptoms]
@@ -123,4 +129,4 @@ def _drawn(
         age=case.age, sex=draws.choice(words.SEXES[language]), symptoms=listed, days=words.DAYS[language][days],
         history=words.HISTORY[language][history],
     )  # fmt: skip
-    return text.strip(), case
+    return text.strip(), case, ""
