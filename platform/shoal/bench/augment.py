@@ -88,8 +88,8 @@ def recipe_of(run: Path) -> Recipe:
     try:
         told = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
         recipe = named(str(told["recipe"]))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{run} is no run of a recipe", got=str(error), do="make one: shoal recipe") from error
+    except (OSError, ValueError, KeyError, UsageError) as error:  # the last: one of a user's own, or of no version known here
+        raise DataError(f"{run} is no run of a recipe of ours", got=str(error), do="make one: shoal recipe") from error
     if told.get("model") or not (run / "model" / "config.json").exists():
         raise DataError(f"{run} has no model from nothing", do="let shoal recipe finish there, without --model")
     if not recipe.synonyms:
@@ -163,7 +163,7 @@ def learned(job: Job) -> Hits:
     found = {}
     for name, rows in rows_of(run).items():
         answers = answerer([row["messages"][:-1] for row in rows])
-        found[name] = [bool(recipe.right(row, answer)) for row, answer in zip(rows, answers, strict=True)]
+        found[name] = recipe.rights(rows, answers)
     return found
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from shoal.config import AUTO, FULL
-from shoal.errors import DataError
+from shoal.errors import DataError, UsageError
 from shoal.recipes.baselines import RULE
 from shoal.recipes.named import named
-from shoal.recipes.recipe import Recipe
 from shoal.recipes.run import INT8, OPEN, REPORT
 
 HEAD = ("in wordings that nobody learned from", "a rule", "from nothing", "imported", "run")
@@ -31,19 +30,21 @@ def rows_of(run: Path) -> list[list[str]]:
     """The rows of a run, a cell for each of `HEAD`: of each suite, and of tokens a second. Raises DataError."""
     try:
         report = json.loads((run / REPORT).read_text(encoding="utf-8"))
-        recipe = named(str(report["recipe"]))
-        return [*_suites(recipe, report, run.name), _speeds(recipe, report, run.name)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if "headline" not in report:  # one of an earlier version
+            recipe = named(str(report["recipe"]))
+            report |= {"headline": recipe.headline, "depth": recipe.policy().depth}
+        return [*_suites(report, run.name), _speeds(report, run.name)]
+    except (OSError, ValueError, KeyError, TypeError, UsageError) as error:
         what = f"{type(error).__name__}: {error}"
         raise DataError(f"{run} has no report of a recipe", got=what, do="let shoal recipe finish there") from error
 
 
-def _suites(recipe: Recipe, report: Mapping[str, Any], name: str) -> Iterator[list[str]]:
-    for suite, measures in recipe.headline:
+def _suites(report: Mapping[str, Any], name: str) -> Iterator[list[str]]:
+    for suite, measures in report["headline"]:
         by = report["suites"][suite]
-        told = [f"{recipe.name}, {suite}: {'; '.join(measures)}", _figures(by[RULE], measures)]
+        told = [f"{report['recipe']}, {suite}: {'; '.join(measures)}", _figures(by[RULE], measures)]
         for model in MODELS:
-            served = f"{model} {AUTO}" if recipe.policy().depth != FULL and f"{model} {AUTO}" in by else model
+            served = f"{model} {AUTO}" if report["depth"] != FULL and f"{model} {AUTO}" in by else model
             told.append(_figures(by[served], measures) if served in by else NOT_RUN)
         yield [*told, name]
 
@@ -52,8 +53,8 @@ def _figures(figures: Mapping[str, Mapping[str, Any]], measures: Sequence[str]) 
     return "; ".join(f"{100 * figures[measure]['value']:.0f} %" for measure in measures)
 
 
-def _speeds(recipe: Recipe, report: Mapping[str, Any], name: str) -> list[str]:
-    told = [f"{recipe.name}: MB; tokens a second at batch 1; 8", ""]
+def _speeds(report: Mapping[str, Any], name: str) -> list[str]:
+    told = [f"{report['recipe']}: MB; tokens a second at batch 1; 8", ""]
     for model in MODELS:
         cost = report["costs"].get(model)
         speeds = (f"{cost[f'tokens_per_s_{batch}']:,.0f}" for batch in (1, 8)) if cost else ()

@@ -17,6 +17,7 @@ LEVELS = (2.5, 97.5)  # percentiles of resamples
 RESAMPLES = 1000
 
 Interval = tuple[float, float]
+Groups = Sequence[int] | Sequence[str]  # of each row what it is of
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Figure:
         return list(self.interval) if all(np.isfinite(self.interval)) else None
 
 
-def of_share(hit: Sequence[float], groups: Sequence[int]) -> Figure:
+def of_share(hit: Sequence[float], groups: Groups) -> Figure:
     """The share of rows that are a `hit`; where some are one in part (0 to 1) their mean, in an interval wide enough."""
     return Figure(sum(hit) / max(1, len(hit)), share(hit, groups), len(hit), len(set(groups)))
 
@@ -71,7 +72,7 @@ def exact(hits: int, count: int) -> Interval:
     return low, high
 
 
-def share(hit: Sequence[float], groups: Sequence[int]) -> Interval:
+def share(hit: Sequence[float], groups: Groups) -> Interval:
     """Of the share of rows that are a `hit`: Wilson's at the number of independent rows that would scatter as these do in their
     groups (Kish's effective sample size), at most all of them."""
     values, of = np.asarray(hit, dtype=float), np.unique(np.asarray(groups), return_inverse=True)[1]

@@ -1,4 +1,5 @@
-"""Measuring in pieces, which any process can do: this one, one after the other, or workers on Ray (`on_ray.measure`).
+"""Measuring in pieces, which any process can do: this one, one after the other, some beside it, or workers on Ray
+(`on_ray.measure`).
 
 A piece is a function of a module and its plain arguments; where it needs a model it asks `Models` for that by its place. What
 comes of all pieces together does not depend on how many processes did them: they are cut without regard to that, and put
@@ -7,7 +8,12 @@ together in their order.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +75,46 @@ def here(pieces: Sequence[Piece]) -> Iterator[Any]:
     held = Models()
     for piece in pieces:
         yield piece.do(held, *piece.args)
+
+
+def beside(count: int) -> Run:
+    """In so many processes beside this one, which share the cores; in this one where there are no two of both. Raises
+    ResourceError where one dies."""
+
+    def run(some: Sequence[Piece]) -> Iterator[Any]:
+        cores = os.cpu_count() or 1
+        if min(count, cores, len(some)) < 2:
+            yield from here(some)
+            return
+        context, threads = multiprocessing.get_context("spawn"), max(1, cores // count)
+        try:
+            with ProcessPoolExecutor(count, mp_context=context, initializer=_begun, initargs=(threads,)) as pool:
+                yield from pool.map(_done, some)
+        except BrokenProcessPool as error:
+            do = "see whether the system was out of memory (dmesg)"
+            raise ResourceError("a process that measures died", do=do) from error
+
+    return run
+
+
+_HELD = Models()  # of a process of `beside`
+
+
+def _begun(threads: int) -> None:
+    """A process of `beside` ends with the one that began it, however that ends."""
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _done(piece: Piece) -> Any:
+    return piece.do(_HELD, *piece.args)
 
 
 def wherever(place: str | Path) -> str:

@@ -12,6 +12,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from shoal.config import AUTO, FULL
 from shoal.data.chats import forms
 from shoal.engine.engine import Engine
 from shoal.engine.events import Guide, Request, Sampling
+from shoal.evaluate import pieces
 from shoal.evaluate.answering import interleaved_speed, machine
 from shoal.evaluate.evaluation import Progress
 from shoal.evaluate.intervals import Figure
 from shoal.evaluate.measures import Answer, mean_depth
+from shoal.evaluate.pieces import Models, Piece, Run, wherever
 from shoal.inputs.chat import Encoded, encode_chat
 from shoal.loop import suites
 from shoal.loop.suites import SAFETY
@@ -37,6 +40,22 @@ from shoal.recipes.sure import calibration
 SPEED_TOKENS = 64  # of an answer whose speed is measured
 UNGUIDED = "unguided"  # column of the served model's answers where no grammar guides the calls of its tools
 SAMPLES = 6  # answers that the report shows of each suite
+Suites = Mapping[str, Sequence[Row]]  # rows that are asked, by suite
+
+
+@dataclass(frozen=True)
+class Came:
+    """What a model at a depth, or `who` answers without one, came to on a suite: figures, the same of each language, some of
+    the answers; of a model the share of its layers that ran, which exit the router chose how often, and prompts too long."""
+
+    who: str  # column of the report
+    figures: dict[str, Figure]
+    languages: list[dict[str, Any]]
+    samples: list[dict[str, str]]
+    depth: str = ""
+    layers: float = 0.0
+    chosen: Mapping[str, float] | None = None
+    too_long: int = 0
 
 
 class ByEngine:
@@ -44,11 +63,13 @@ class ByEngine:
     of all; `too_long`: how many of the questions so far do not fit the context, and are answered by nothing."""
 
     def __init__(
-        self, model: Model, depth: str, recipe: Recipe, tools: Sequence[Mapping[str, Any]], *, guided: bool = True
-    ) -> None:
+        self, model: Model, depth: str, recipe: Recipe, tools: Sequence[Mapping[str, Any]], *, guided: bool = True,
+        engine: Engine | None = None,
+    ) -> None:  # fmt: skip
+        """`engine`: of `model`; one that has read the same prompts for another depth finds them again [one of its own]."""
         self._model, self._depth, self._tools, self._guided = model, depth, list(tools), guided
-        self._engine, self._guide = Engine(model), recipe.guide
-        self._sampling = Sampling(temperature=0.0, max_tokens=recipe.most_tokens, logprobs=0 if recipe.sure else None)
+        self._engine, self._guide = engine or Engine(model), recipe.guide
+        self._sampling = Sampling(temperature=0.0, max_tokens=recipe.most_tokens, logprobs=0)
         self._answers: list[Answer] = []
         # what was answered to a prompt, and how surely: whole conversations begin as turns that were asked
         self._known: dict[tuple[tuple[int, ...], bytes], tuple[str, float, Answer]] = {}
@@ -110,65 +131,96 @@ class ByEngine:
 
 
 def measured(
-    recipe: Recipe, models: Mapping[str, Path], folder: Path, seed: int, tell: Progress, *, most_rows: int = 0
-) -> dict[str, Any]:
+    recipe: Recipe, models: Mapping[str, Path], folder: Path, seed: int, tell: Progress, *, most_rows: int = 0,
+    run: Run = pieces.here,
+) -> dict[str, Any]:  # fmt: skip
     """The report: ``suites`` (name -> who answers -> measure), ``languages`` (the same of each language, where there are
     several), ``depths`` (of each model and exit; of "auto" which it chose), ``costs`` (bytes, tokens a second), ``samples``,
     ``weak``, sentences about what is weak, and ``notes``, about what was not asked. The last of `models` is the one that is
-    served. `most_rows`: of a suite, whole conversations; 0: all. Raises DataError for suites that changed."""
+    served. `most_rows`: of a suite, whole conversations; 0: all. `run` asks, a model a piece. Raises DataError for suites that
+    changed."""
     asked, notes = _asked(folder, most_rows)
-    loaded = {label: Model.load(path) for label, path in models.items()}
-    rivals, found = recipe.rivals(folder), dict[str, dict[str, dict[str, Figure]]]()
-    served = [*loaded][-1]
-    picks = Picks(recipe)
-    depths: list[dict[str, Any]] = []
-    languages: list[dict[str, Any]] = []
-    samples: list[dict[str, str]] = []
-    total, steps = len(asked) * (len(rivals) + sum(1 + len(one.config.exits) for one in loaded.values())), 0
-    for name, rows in asked.items():
-        found[name] = {}
-        for rival, answerer in rivals.items():
-            tell(f"{rival} on {name}", steps, total)
-            found[name][rival], answers = _all(recipe, rows, answerer, seed)
-            languages += by_language(recipe, name, rival, rows, answers)
-            steps += 1
-        for label, model in loaded.items():
-            for depth in _depths(model):
-                tell(f"{label} at {depth} on {name}", steps, total)
-                answerer = ByEngine(model, depth, recipe, rows[0].get("tools", []))
-                figures, answers = _all(recipe, rows, answerer, seed, play=depth in (AUTO, FULL))
-                # a depth is picked by what is known: a safety suite asks one kind of thing alone
-                if not name.startswith(SAFETY):
-                    picks.saw(rows, answers, depth, answerer.depth_share if label == served else None)
-                steps += 1
-                if depth in (AUTO, FULL):
-                    found[name][_column(label, depth)] = figures
-                    languages += by_language(recipe, name, _column(label, depth), rows, answers)
-                row = {"suite": name, "model": label, "depth": depth, "layers": answerer.depth_share}
-                depths.append(row | ({"chosen": answerer.chosen} if depth == AUTO else {}) | _told(figures))
-                if answerer.too_long and depth == FULL:
-                    notes.append(
-                        f"{name}: {answerer.too_long} prompts do not fit {label}'s context, and have no answer."
-                    )
-        found[name] |= _unguided(recipe, rows, served, loaded[served], seed)
-        samples += _samples(name, rows, answers)
+    served, by = [*models][-1], dict[str, dict[str, list[Came]]]()
+    places = {label: wherever(path) for label, path in reversed(models.items())}  # the slowest first
+    todo = [Piece(of_model, (recipe, label, place, asked, seed, label == served)) for label, place in places.items()]
+    results = run([*todo, Piece(of_rivals, (recipe, wherever(folder), asked, seed))])
+    for number, label in enumerate([*places, ""]):
+        tell(f"{label or 'what is beside it'} on {', '.join(asked)}", number, len(places) + 1)
+        by[label], *more = next(results)
+        if label == served:
+            workloads, examples = more
+    list(results)  # none: it ends, and lets its processes go
     suites.use(
         folder / SUITES, {"recipe": recipe.name, "models": [files.weights_sha256(path) for path in models.values()]}
     )
-    return {
-        "recipe": recipe.name,
-        "machine": machine(),
-        "rows": {name: [len(rows), len({row["group"] for row in rows})] for name, rows in asked.items()},
-        "weak": weak(recipe, found, list(rivals), _column(served, _served_at(recipe, loaded[served]))),
-        "notes": notes,
-        "suites": {name: {who: _told(figures) for who, figures in by.items()} for name, by in found.items()},
-        "languages": languages,
-        "depths": depths,
-        "workloads": picks.all(),
-        "costs": _costs(loaded, models),
-        "samples": samples,
-        "examples": _examples(recipe, loaded[served], next(iter(asked.values()))[0].get("tools", [])),
+    every = {name: [(label, one) for label in ("", *models) for one in by[label][name]] for name in asked}
+    columns = {
+        name: [one for _, one in some if one.depth in ("", FULL, AUTO, UNGUIDED)] for name, some in every.items()
     }
+    depths = [
+        {"suite": name, "model": label, "depth": one.depth, "layers": one.layers}
+        | ({"chosen": one.chosen} if one.depth == AUTO else {})
+        | _told(one.figures)
+        for name, some in every.items()
+        for label, one in some
+        if one.depth not in ("", UNGUIDED)
+    ]
+    notes += [
+        f"{name}: {one.too_long} prompts do not fit {one.who}'s context, and have no answer."
+        for name, some in columns.items()
+        for one in some
+        if one.too_long and one.depth == FULL
+    ]
+    found = {name: {one.who: one.figures for one in some} for name, some in columns.items()}
+    last = {name: [one for one in some if one.depth != UNGUIDED][-1] for name, some in columns.items()}
+    at = _column(served, FULL) if recipe.policy().depth == FULL else last[next(iter(asked))].who
+    return {
+        "recipe": recipe.name, "headline": recipe.headline, "depth": recipe.policy().depth, "machine": machine(),
+        "rows": {name: [len(rows), len({row["group"] for row in rows})] for name, rows in asked.items()},
+        "weak": weak(recipe, found, [one.who for one in columns[next(iter(asked))] if not one.depth], at), "notes": notes,
+        "suites": {name: {who: _told(figures) for who, figures in some.items()} for name, some in found.items()},
+        "languages": [row for some in columns.values() for one in some for row in one.languages], "depths": depths,
+        "workloads": workloads, "costs": _costs(models), "samples": [row for one in last.values() for row in one.samples],
+        "examples": examples,
+    }  # fmt: skip
+
+
+def of_model(
+    models: Models, recipe: Recipe, label: str, place: str, asked: Suites, seed: int, served: bool
+) -> tuple[dict[str, list[Came]], list[dict[str, Any]], list[dict[str, str]]]:
+    """What the model at `place` came to on each suite at each depth, the shallowest first; of the one that is `served` also
+    unguided, the depths to pick (`Picks.all`), and its answers to the recipe's examples."""
+    (model,) = models(place)
+    engine, picks, found = Engine(model), Picks(recipe), dict[str, list[Came]]()
+    for name, rows in asked.items():
+        tools, said, came = rows[0].get("tools", []), dict[str, list[str]](), dict[str, Came]()
+        depths = _depths(model)
+        for depth in sorted(depths, key=lambda depth: depth != FULL):  # whose pages are those of all others
+            answerer = ByEngine(model, depth, recipe, tools, engine=engine)
+            play = depth in (AUTO, FULL)
+            one, said[depth] = _came(recipe, name, _column(label, depth), rows, answerer, seed, play=play)
+            came[depth] = dataclasses.replace(
+                one, depth=depth, layers=answerer.depth_share, chosen=answerer.chosen, too_long=answerer.too_long
+            )
+        found[name] = [came[depth] for depth in depths]
+        # a depth is picked by what is known: a safety suite asks one kind of thing alone
+        for depth in depths if served and not name.startswith(SAFETY) else ():
+            picks.saw(rows, said[depth], depth, came[depth].layers)
+        if served and guide_of(rows[0]["messages"][:-1], tools, model.tokenizer) is not None:
+            free = ByEngine(model, FULL, recipe, tools, guided=False, engine=engine)
+            one, _ = _came(recipe, name, f"{label} {UNGUIDED}", rows, free, seed)
+            found[name].append(dataclasses.replace(one, depth=UNGUIDED, languages=[]))
+    return found, picks.all() if served else [], _examples(recipe, model, engine, asked) if served else []
+
+
+def of_rivals(models: Models, recipe: Recipe, folder: str, asked: Suites, seed: int) -> tuple[dict[str, list[Came]]]:
+    """What comes of each suite without a model."""
+    del models
+    rivals = recipe.rivals(Path(folder))
+    return ({
+        name: [_came(recipe, name, rival, rows, answerer, seed)[0] for rival, answerer in rivals.items()]
+        for name, rows in asked.items()
+    },)  # fmt: skip
 
 
 def by_language(
@@ -208,9 +260,9 @@ def some_of(rows: Sequence[Row], most: int) -> Sequence[Row]:
     return [row for row in rows if row["group"] in kept]
 
 
-def _costs(loaded: dict[str, Model], models: Mapping[str, Path]) -> dict[str, Any]:
+def _costs(models: Mapping[str, Path]) -> dict[str, Any]:
     """Of each model the bytes of its weights, and tokens a second at batch 1 and 8."""
-    speeds = interleaved_speed(loaded, tokens=SPEED_TOKENS)
+    speeds = interleaved_speed({label: Model.load(path) for label, path in models.items()}, tokens=SPEED_TOKENS)
     return {
         label: {
             "bytes": files.weight_bytes(path),
@@ -239,36 +291,23 @@ def weak(
     return said or [f"Nothing without a model does better than {model} in any measure of any suite."]
 
 
-def _all(
-    recipe: Recipe, rows: Sequence[Row], answerer: Answerer, seed: int, *, play: bool = True
-) -> tuple[dict[str, Figure], list[str]]:
+def _came(
+    recipe: Recipe, suite: str, who: str, rows: Sequence[Row], answerer: Answerer, seed: int, *, play: bool = True
+) -> tuple[Came, list[str]]:
     """All measures of who answers, of whole conversations too where they are to `play`, and the answers to `rows`."""
     answers = answerer([row["messages"][:-1] for row in rows])
-    # the last row of a conversation holds all of it
     figures = recipe.score(rows, answers)
-    sure = getattr(answerer, "sure", None)  # of a model; a rule does not say
-    if recipe.sure and sure is not None:
-        figures[CALIBRATION] = calibration(recipe, rows, answers, sure)
+    if isinstance(answerer, ByEngine):
+        figures[CALIBRATION] = calibration(recipe, rows, answers, answerer.sure)
+    # the last row of a conversation holds all of it
     whole = list({row["group"]: row for row in rows}.values()) if play else []
-    return figures | (recipe.play(whole, answerer, seed) if whole else {}), answers
-
-
-def _unguided(recipe: Recipe, rows: Sequence[Row], label: str, model: Model, seed: int) -> dict[str, dict[str, Figure]]:
-    """The measures of a model at full depth where nothing guides its calls of tools, by column; none where nothing does
-    anyway."""
-    tools = rows[0].get("tools", [])
-    if guide_of(rows[0]["messages"][:-1], tools, model.tokenizer) is None:
-        return {}
-    return {f"{label} {UNGUIDED}": _all(recipe, rows, ByEngine(model, FULL, recipe, tools, guided=False), seed)[0]}
+    figures |= recipe.play(whole, answerer, seed) if whole else {}
+    languages = list(by_language(recipe, suite, who, rows, answers)) if play else []
+    return Came(who, figures, languages, _samples(suite, rows, answers)), answers
 
 
 def _depths(model: Model) -> list[str]:
     return [*model.config.exit_names, *([AUTO] if model.router is not None else [])]
-
-
-def _served_at(recipe: Recipe, model: Model) -> str:
-    """The depth at which questions that name none are answered: the policy's full depth, or the router's."""
-    return FULL if recipe.policy().depth == FULL else _depths(model)[-1]
 
 
 def _column(label: str, depth: str) -> str:
@@ -291,9 +330,9 @@ def _samples(suite: str, rows: Sequence[Row], answers: Sequence[str]) -> list[di
     ]
 
 
-def _examples(recipe: Recipe, model: Model, tools: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def _examples(recipe: Recipe, model: Model, engine: Engine, asked: Suites) -> list[dict[str, str]]:
     """What the model answers to the recipe's own examples at full depth, good or bad, and what comes of that."""
-    answerer = ByEngine(model, FULL, recipe, tools)
+    answerer = ByEngine(model, FULL, recipe, next(iter(asked.values()))[0].get("tools", []), engine=engine)
     return [
         {"asked": str(messages[-1]["content"]), "answered": recipe.shown(messages, answerer)}
         for messages in recipe.examples()

@@ -59,6 +59,7 @@ class Own(Recipe):
     lessons = (Lesson(LEARN, 1.0),)
     measures = ("exact", "overlap", "answered")
     served = "overlap"
+    headline = ((Path(ASKED).stem, ("exact", "overlap")),)
 
     def __init__(self, folder: Path) -> None:
         """Raises ConfigError for settings that are not whole, naming the key."""
@@ -79,14 +80,16 @@ class Own(Recipe):
 
     def score(self, rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
         """exact: the reference, letter by letter; overlap: F1 of words, or of characters of Chinese; answered: anything."""
-        groups = [hash(row["group"]) for row in rows]
-        right = [str(row["messages"][-1]["content"]).strip() for row in rows]
-        said = [answer.strip() for answer in answers]
+        groups = [str(row["group"]) for row in rows]
+        right, said = [_wanted(row) for row in rows], [answer.strip() for answer in answers]
         return {
-            "exact": of_share([mine == wanted for mine, wanted in zip(said, right, strict=True)], groups),
+            "exact": of_share(self.rights(rows, answers), groups),
             "overlap": of_share([overlap(mine, wanted) for mine, wanted in zip(said, right, strict=True)], groups),
             "answered": of_share([bool(mine) for mine in said], groups),
         }
+
+    def rights(self, rows: Sequence[Row], answers: Sequence[str]) -> list[bool]:
+        return [answer.strip() == _wanted(row) for row, answer in zip(rows, answers, strict=True)]
 
     def policy(self) -> Policy:
         """On the first chat page, what stands before most of what is learned from."""
@@ -98,6 +101,10 @@ class Own(Recipe):
 
     def workload(self, row: Row) -> str:
         return str(row.get("task") or self.name)
+
+
+def _wanted(row: Row) -> str:
+    return str(row["messages"][-1]["content"]).strip()
 
 
 def overlap(said: str, right: str) -> float:

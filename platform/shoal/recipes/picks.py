@@ -1,5 +1,5 @@
 """Which depth each workload of a recipe needs: the shallowest at which the served model is as good as at full depth,
-unless the recipe says that it is always full."""
+unless the recipe says that it is always full; none where the model does not do it at any depth."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from shoal.evaluate.intervals import Figure
 from shoal.recipes.recipe import Recipe, Row
 
 MARGIN = 0.02  # by which a shallower depth may be worse
+SERVES = 0.05  # what a depth must be shown to reach: below it next to no answer is right
 
 
 class Picks:
@@ -33,8 +34,8 @@ class Picks:
             some[1].append(answer)
 
     def all(self) -> list[dict[str, Any]]:
-        """Of each workload: its rows, the figure at each depth, and which is picked. One that the measure is not of is left
-        out."""
+        """Of each workload: its rows, the figure at each depth with its interval, and which depth is picked, None where none
+        serves. One that the measure is not of is left out."""
         found = []
         for workload, by in self._seen.items():
             figures = {depth: self._recipe.score(*some).get(self._recipe.served) for depth, some in by.items()}
@@ -44,15 +45,22 @@ class Picks:
             found.append(
                 {
                     "workload": workload, "measure": self._recipe.served, "rows": known[FULL].rows,
-                    "depths": {depth: figure.value for depth, figure in known.items()}, "pick": self._pick(workload, known),
+                    "depths": {depth: figure.value for depth, figure in known.items()},
+                    "intervals": {depth: figure.ends for depth, figure in known.items()},
+                    "pick": self._pick(workload, known),
                     "auto_layers": sum(s * n for s, n in self._layers) / max(1, sum(n for _, n in self._layers)),
                 }
             )  # fmt: skip
         return found
 
-    def _pick(self, workload: str, known: dict[str, Figure]) -> str:
+    def _pick(self, workload: str, known: dict[str, Figure]) -> str | None:
         if workload in self._recipe.always_full:
             return FULL
-        sign = -1 if self._recipe.served in self._recipe.least_is_best else 1
+        least_is_best = self._recipe.served in self._recipe.least_is_best
+        sign = -1 if least_is_best else 1
+        if not any(
+            1 - one.interval[1] > SERVES if least_is_best else one.interval[0] > SERVES for one in known.values()
+        ):
+            return None
         least = sign * known[FULL].value - MARGIN
         return next(depth for depth, figure in known.items() if depth != AUTO and sign * figure.value >= least)

@@ -22,7 +22,7 @@ Answerer = Callable[[Sequence[Messages]], list[str]]
 
 DEV = "dev.jsonl"  # held-out rows that the router is fitted to
 SUITES = "suites"  # folder of frozen suites, as `shoal gate` takes it
-CALIBRATION = "calibration error"  # measure of recipes that are `sure`
+CALIBRATION = "calibration error"  # measure of models: a rule does not say how sure it is
 POLICY = "policy.yaml"  # what `shoal serve --policy` is to read, written last
 
 
@@ -49,7 +49,6 @@ class Recipe(ABC):
     headline: tuple[tuple[str, tuple[str, ...]], ...] = ()
     always_full: tuple[str, ...] = ()  # workloads whose depth is full, whatever is measured
     synonyms: Mapping[str, Sequence[str]] = {}  # of the wordings that are learned from, for `shoal augment`
-    sure = False  # is the model's own probability of its answers held against how often they are `right`?
 
     @abstractmethod
     def write(self, folder: Path, seed: int) -> None:
@@ -63,17 +62,13 @@ class Recipe(ABC):
     def score(self, rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
         """The measures of answers to rows."""
 
+    @abstractmethod
+    def rights(self, rows: Sequence[Row], answers: Sequence[str]) -> list[bool]:
+        """Of each answer whether it is right: what the model's own probability of it is held against."""
+
     def guide(self, messages: Messages) -> Guide | None:
         """What the answer to a conversation must be, as a service would guide it; None: words."""
         return None
-
-    def right(self, row: Row, answer: str) -> bool:
-        """Whether an answer is right, for the calibration of how sure the model was of it. Of recipes that are `sure`."""
-        raise NotImplementedError(f"{self.name} is not `sure`")
-
-    def rights(self, rows: Sequence[Row], answers: Sequence[str]) -> list[bool]:
-        """`right` of each answer."""
-        return [self.right(row, answer) for row, answer in zip(rows, answers, strict=True)]
 
     def workload(self, row: Row) -> str:
         """What a row is of, for depth by workload."""

@@ -99,9 +99,9 @@ def _tables(recipe: Recipe, report: Mapping[str, Any]) -> Iterator[tuple[str, li
                 [
                     row["workload"],
                     str(row["rows"]),
-                    *(f"{100 * row['depths'][depth]:.1f}" for depth in depths),
+                    *(_shown({"value": row["depths"][d], "interval": row.get("intervals", {}).get(d)}) for d in depths),
                     f"{row['auto_layers']:.0%}" if row["auto_layers"] else "no router",
-                    row["pick"],
+                    row["pick"] or "none serves",
                 ]
                 for row in report["workloads"]
             ],

@@ -42,6 +42,7 @@ OPEN_ROWS = 100  # of a suite that an imported model is asked: it is a hundred t
 FP32, INT8 = "fp32", "int8"  # columns of the report; of imported models `OPEN` stands before them
 OPEN = "open"
 DISK, MEMORY = 2**30, 2 * 2**30  # bytes
+AT_ONCE = 2  # models that are asked, in a process each
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _data(recipe: Recipe, folder: Path, seed: int) -> None:
     from shoal.loop.suites import freeze
 
     recipe.write(folder, seed)
-    freeze(folder / SUITES)
+    freeze(folder / SUITES, recipe.most_tokens)
 
 
 def _learn(recipe: Recipe, folder: Path, asked: Asked, tell: Tell, say: Callable[[str], None]) -> None:
@@ -244,6 +245,7 @@ def _fit(plan: Any, workers: int, tell: Tell) -> None:
 
 
 def _evaluate(recipe: Recipe, folder: Path, asked: Asked, tell: Tell) -> None:
+    from shoal.evaluate import pieces
     from shoal.evaluate.evaluation import leave_a_core
     from shoal.recipes.measure import measured
 
@@ -258,7 +260,8 @@ def _evaluate(recipe: Recipe, folder: Path, asked: Asked, tell: Tell) -> None:
         models = {FP32: beside / "model", INT8: beside / "int8", **models}
     tell("a service of each model alone", 0, 1)
     served = {label: _footprint(path) for label, path in models.items()}
-    found = measured(recipe, models, folder, asked.seed, tell, most_rows=OPEN_ROWS if asked.model else 0)
+    most_rows = OPEN_ROWS if asked.model else 0
+    found = measured(recipe, models, folder, asked.seed, tell, most_rows=most_rows, run=pieces.beside(AT_ONCE))
     found["asked"] = asdict(asked)
     found["costs"] = {label: {**cost, "served": served[label]} for label, cost in found["costs"].items()}
     found["data_sha256"] = {lesson.file: sha256_of(folder / lesson.file) for lesson in recipe.lessons}
@@ -291,6 +294,7 @@ def _write_policy(recipe: Recipe, folder: Path, picked: list[dict[str, Any]]) ->
     import yaml
 
     policy = recipe.policy()
-    told = asdict(policy) | {"workloads": {**policy.workloads, **{row["workload"]: row["pick"] for row in picked}}}
+    picks = {row["workload"]: row["pick"] for row in picked if row["pick"] is not None}
+    told = asdict(policy) | {"workloads": {**policy.workloads, **picks}}
     plain = json.loads(json.dumps({key: value for key, value in told.items() if value}))
     write_aside(folder / POLICY, yaml.safe_dump(plain, allow_unicode=True, sort_keys=False))

@@ -156,6 +156,7 @@ def test_what_cannot_be_measured_is_refused(run: Path, tmp_path: Path) -> None:
     for told_, said in (
         ({"recipe": "code", "model": ""}, "medicine, law"),
         ({"recipe": "law", "model": "x"}, "from nothing"),
+        ({"recipe": "mine", "model": ""}, "no run of a recipe of ours"),  # a user's own has no synonyms
     ):
         (run / "recipe.json").write_text(json.dumps(told_))
         with pytest.raises(DataError, match=said):

@@ -104,7 +104,7 @@ def test_a_recipe_measures_a_model_with_the_tools_that_it_is_served_with(
         return [SimpleNamespace(text=said, tokens=[1], depth=1, logprobs=[]) for _ in requests]
 
     monkeypatch.setattr(measure, "Engine", lambda _: SimpleNamespace(generate=generate))
-    recipe: Any = SimpleNamespace(guide=lambda _: None, most_tokens=40, sure=False)
+    recipe: Any = SimpleNamespace(guide=lambda _: None, most_tokens=40)
     model: Any = SimpleNamespace(tokenizer=its.tokenizer, config=its.config, chat_template=its.chat_template)
     messages = [{"role": "user", "content": "Where is it?"}]
     (answer,) = measure.ByEngine(model, "full", recipe, shop.TOOLS)([messages])

@@ -215,7 +215,7 @@ def test_how_sure_a_model_is_is_held_against_programs_that_pass(rows: Rows, monk
     sound = answers(rows)
     score.scored(rows, sound)
     monkeypatch.setattr(score, "run", lambda *given: pytest.fail("a program was run twice"))
-    assert RECIPE.sure and RECIPE.rights(rows, sound) == [True] * len(rows)
+    assert RECIPE.rights(rows, sound) == [True] * len(rows)
     some = [row for row in rows if row["task"] == WRITE]
     assert values(some, answers(some))["pass@1"] == 1.0
     assert RECIPE.rights(rows, ["?"] * len(rows)) == [False] * len(rows)

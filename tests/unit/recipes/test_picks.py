@@ -28,8 +28,8 @@ class Exact(Recipe):
         groups = list(range(len(hits)))
         return {"right": of_share(hits, groups), "wrong": of_share([not hit for hit in hits], groups)}
 
-    def right(self, row: Row, answer: str) -> bool:
-        return bool(row["right"] == answer)
+    def rights(self, rows: Sequence[Row], answers: Sequence[str]) -> list[bool]:
+        return [row["right"] == answer for row, answer in zip(rows, answers, strict=True)]
 
     def workload(self, row: Row) -> str:
         return str(row["of"])
@@ -43,7 +43,7 @@ def answers(right: int, count: int) -> list[str]:
     return ["a"] * right + ["b"] * (count - right)
 
 
-def picked(recipe: Recipe, by: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
+def picked(recipe: Recipe, by: Mapping[str, Mapping[str, int]]) -> dict[str, str | None]:
     """`by`: workload -> depth -> how many of 100 are right."""
     picks = Picks(recipe)
     for of, depths in by.items():
@@ -66,10 +66,24 @@ def test_the_shallowest_that_is_as_good_as_full_is_picked() -> None:
 def test_of_a_measure_that_is_to_be_small_the_sign_turns() -> None:
     recipe = Exact()
     recipe.served, recipe.least_is_best = "wrong", ("wrong",)
-    assert picked(recipe, {"deep": {"shallow": 10, "middle": 50, "full": 90}, "even": {"shallow": 90, "full": 90}}) == {
-        "deep": "full",
-        "even": "shallow",
+    by = {
+        "deep": {"shallow": 10, "middle": 50, "full": 90}, "even": {"shallow": 90, "full": 90},
+        "nothing": {"shallow": 0, "full": 1},
+    }  # fmt: skip
+    assert picked(recipe, by) == {"deep": "full", "even": "shallow", "nothing": None}
+
+
+def test_where_next_to_nothing_is_right_at_any_depth_none_is_picked() -> None:
+    """The shallowest of four that all fail is no advice; of few that are right none is shown to do it."""
+    by = {
+        "find": {"shallow": 0, "middle": 0, "full": 0, "auto": 0},
+        "by chance": {"shallow": 2, "middle": 4, "full": 3, "auto": 4},
+        "some": {"shallow": 0, "middle": 12, "full": 12, "auto": 0},
     }
+    assert picked(Exact(), by) == {"find": None, "by chance": None, "some": "middle"}
+    recipe = Exact()
+    recipe.always_full = ("find",)
+    assert picked(recipe, by)["find"] == "full", "whatever is measured"
 
 
 def test_a_recipe_may_say_that_a_workload_is_always_full() -> None:
@@ -85,6 +99,8 @@ def test_rows_of_two_suites_are_one_workload_and_layers_a_mean_over_them() -> No
             picks.saw(rows("one", count), answers(count // 2, count), depth, share)
     (found,) = picks.all()
     assert found["rows"] == 400 and found["depths"] == {"full": 0.5, "auto": 0.5} and found["auto_layers"] == 0.625
+    low, high = found["intervals"]["full"]
+    assert 0.45 < low < 0.5 < high < 0.55
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,18 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import pytest
 
 from shoal.api.requests import guide_of
 from shoal.engine.guided import Grammars, StrayError
+from shoal.evaluate.pieces import Models
 from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import END_ID, Tokenizer
 from shoal.inputs.tools import call
 from shoal.loop.suites import freeze
+from shoal.model.model import Model
 from shoal.recipes import customer_service, law, measure
 from shoal.recipes.baselines import majority, nearest, reference
 from shoal.recipes.customer_service import baselines, score
@@ -190,7 +192,7 @@ def test_how_sure_a_model_is_is_held_against_what_is_right_in_its_kind(known: Ro
 
     sound = answers(known, right(known))
     none = [{**row, "task": "no call"} for row in known if row["task"] == PLAIN]
-    assert RECIPE.sure and all(RECIPE.rights(known, sound)) and all(RECIPE.rights(none, answers(none, right(known))))
+    assert all(RECIPE.rights(known, sound)) and all(RECIPE.rights(none, answers(none, right(known))))
     assert not any(RECIPE.rights(none, [call("cancel_order", {"order": "A1234"})] * len(none)))
     wrong = [text + " 7" for text in sound]
     assert not any(RECIPE.rights(known, wrong))
@@ -234,21 +236,59 @@ def test_some_of_a_suite_are_whole_conversations_and_always_the_same(new: Rows) 
     assert some_of(new, 0) is new and some_of(new, len(new)) is new
 
 
+class Silent(measure.ByEngine):
+    """Says "?" to whatever it is asked, surely, at any depth."""
+
+    asked: ClassVar[list[tuple[str, bool]]] = []
+
+    def __init__(self, model: Model, depth: str, *_: Any, guided: bool = True, engine: Any = None) -> None:
+        self.asked.append((depth, guided))
+        self.too_long = 0
+
+    def __call__(self, some: Any) -> list[str]:
+        self.sure = [1.0] * len(some)
+        return ["?" for _ in some]
+
+    @property
+    def depth_share(self) -> float:
+        return 0.5
+
+    @property
+    def chosen(self) -> dict[str, float]:
+        return {"full": 1.0}
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    monkeypatch.setattr(measure, "ByEngine", Silent)
+    monkeypatch.setattr(Silent, "asked", [])
+    return Silent.asked
+
+
 def test_beside_the_model_stands_what_it_does_where_nothing_guides_its_calls(
-    known: Rows, monkeypatch: pytest.MonkeyPatch
+    known: Rows, silent: list[tuple[str, bool]]
 ) -> None:
-    """Of a recipe with tools alone: elsewhere it would be the same column twice."""
-    asked: list[bool] = []
+    """Of a recipe with tools alone, and of what is served: elsewhere it would be the same column twice."""
+    model = Model.from_preset("test")
 
-    def answers_nothing(*given: Any, guided: bool = True) -> Answerer:
-        asked.append(guided)
-        return lambda some: ["?" for _ in some]
+    def models(_: str) -> Any:
+        return [model]
 
-    monkeypatch.setattr(measure, "ByEngine", answers_nothing)
-    model: Any = SimpleNamespace(tokenizer=Tokenizer.bytes_only())
-    found = measure._unguided(customer_service.RECIPE, known[:6], "int8", model, 0)
-    assert list(found) == ["int8 unguided"] and "invented" in found["int8 unguided"] and asked == [False]
-    assert measure._unguided(law.RECIPE, list(questions(SUITE, SUITE, 4)), "int8", model, 0) == {} and len(asked) == 1
+    for recipe, rows, served in (
+        (customer_service.RECIPE, known[:6], True),
+        (customer_service.RECIPE, known[:6], False),
+        (law.RECIPE, list(questions(SUITE, SUITE, 4)), True),
+    ):
+        silent.clear()
+        found, workloads, examples = measure.of_model(
+            cast(Models, models), recipe, "int8", "", {"one": rows}, 0, served
+        )
+        names = [one.who for one in found["one"]]
+        unguided = recipe is customer_service.RECIPE and served
+        assert ("int8 unguided" in names) == unguided == (("full", False) in silent)
+        assert names[: len(model.config.exits)] == [*(f"int8 {e}" for e in [*model.config.exit_names][:-1]), "int8"]
+        assert silent[0] == ("full", True), "what it has read of a prompt the shallower find again"
+        assert bool(workloads) == bool(examples) == served
 
 
 def test_a_prompt_is_answered_once_and_counted_as_often_as_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +306,7 @@ def test_a_prompt_is_answered_once_and_counted_as_often_as_it_is_asked(monkeypat
         ]
 
     monkeypatch.setattr(measure, "Engine", lambda _: SimpleNamespace(generate=generate))
-    recipe: Any = SimpleNamespace(guide=lambda _: None, most_tokens=4, sure=True)
+    recipe: Any = SimpleNamespace(guide=lambda _: None, most_tokens=4)
     config = SimpleNamespace(context=100, exits=(1,), exit_names=("full",), layers=1, image_size=0)
     model: Any = SimpleNamespace(tokenizer=Tokenizer.bytes_only(), config=config, chat_template=DEFAULT_TEMPLATE)
     one, two, long = ([{"role": "user", "content": "?" * size}] for size in (1, 2, 200))

@@ -43,7 +43,6 @@ class Code(Recipe):
     measures = score.MEASURES
     least_is_best = score.LEAST_IS_BEST
     served = "pass@1"
-    sure = True
     headline = ((Path(NEW).stem, ("pass@1", "repair rate")),)
 
     def write(self, folder: Path, seed: int) -> None:

@@ -110,7 +110,7 @@ def scored(rows: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> dict[st
             hits.setdefault(name, []).append((value, row["group"]))
     found = {}
     for name, some in hits.items():
-        values, groups = [value for value, _ in some], [hash(group) for _, group in some]
+        values, groups = [value for value, _ in some], [group for _, group in some]
         found[name] = of_share(values, groups)
     return found
 

@@ -71,7 +71,6 @@ class Law(Recipe):
     least_is_best = score.LEAST_IS_BEST
     served = "right"
     headline = ((Path(KNOWN).stem, ("right",)), (Path(NEW).stem, ("right",)))
-    sure = True
     synonyms = SYNONYMS
 
     def write(self, folder: Path, seed: int) -> None:
@@ -90,8 +89,8 @@ class Law(Recipe):
     def score(self, rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
         return score.scored(rows, answers)
 
-    def right(self, row: Row, answer: str) -> bool:
-        return score.right(row, answer)
+    def rights(self, rows: Sequence[Row], answers: Sequence[str]) -> list[bool]:
+        return [score.right(row, answer) for row, answer in zip(rows, answers, strict=True)]
 
     def unlabelled(self, count: int, seed: int) -> Iterable[Messages]:
         return (row["messages"][:-1] for row in questions(TRAIN, DEV_SPLIT, count, seed))

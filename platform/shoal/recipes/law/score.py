@@ -47,4 +47,4 @@ def scored(rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
             found |= {"answered": verdict not in (SILENT, ""), "quote": quote == clause}
         for name, value in found.items():
             hits.setdefault(name, []).append((value, row["group"]))
-    return {name: of_share([v for v, _ in some], [hash(group) for _, group in some]) for name, some in hits.items()}
+    return {name: of_share([v for v, _ in some], [group for _, group in some]) for name, some in hits.items()}

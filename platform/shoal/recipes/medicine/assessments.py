@@ -40,7 +40,6 @@ class Medicine(Recipe):
     served = "causes"  # urgency is raised by the server's rule as well
     headline = ((Path(NEW).stem, ("urgency", "abstained")),)
     always_full = (DIAGNOSIS,)  # a wrong answer costs more than time
-    sure = True
     synonyms = SYNONYMS
 
     def write(self, folder: Path, seed: int) -> None:
@@ -70,8 +69,8 @@ class Medicine(Recipe):
             return None
         return Guide("json_schema", json.dumps(schema(_language(messages))))
 
-    def right(self, row: Row, answer: str) -> bool:
-        return score.right(row, answer)
+    def rights(self, rows: Sequence[Row], answers: Sequence[str]) -> list[bool]:
+        return [score.right(row, answer) for row, answer in zip(rows, answers, strict=True)]
 
     def workload(self, row: Row) -> str:
         return DIAGNOSIS

@@ -73,7 +73,7 @@ def scored(rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
             hits.setdefault(name, []).append((value, row["group"]))
     found = {}
     for name, some in hits.items():
-        values, groups = [value for value, _ in some], [hash(group) for _, group in some]
+        values, groups = [value for value, _ in some], [group for _, group in some]
         figure = of_share(values, groups)
         if name in (FLAGS, FLAGS_ALONE):
             figure = Figure(figure.value, exact(sum(values), len(values)), figure.rows, figure.groups)
