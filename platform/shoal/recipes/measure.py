@@ -141,7 +141,7 @@ def measured(
     changed."""
     asked, notes = _asked(folder, most_rows)
     served, by = [*models][-1], dict[str, dict[str, list[Came]]]()
-    places = {label: wherever(path) for label, path in reversed(models.items())}  # the slowest first
+    places = {label: wherever(path) for label, path in reversed([*models.items()])}  # the slowest first
     todo = [Piece(of_model, (recipe, label, place, asked, seed, label == served)) for label, place in places.items()]
     results = run([*todo, Piece(of_rivals, (recipe, wherever(folder), asked, seed))])
     for number, label in enumerate([*places, ""]):
