@@ -52,17 +52,43 @@ def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> No
     """In place of a launch."""
     del grid, warmup
     given = {**dict(zip(self.arg_names, args, strict=False)), **named}
+    told = [p.name for p in self.params if not p.do_not_specialize]
     # what is 1 is a constant of a kernel of its own
-    one = {name: 1 for name in self.arg_names if type(given[name]) is int and given[name] == 1}
+    one = {name: 1 for name in told if type(given[name]) is int and given[name] == 1}
     constants = one | {p.name: given[p.name] for p in self.params if p.is_constexpr}
     signature = {name: "constexpr" if name in constants else kind(given[name]) for name in self.arg_names}
-    sixteens = [name for name in self.arg_names if name not in constants and sixteen(given[name])]
+    sixteens = [name for name in told if name not in constants and sixteen(given[name])]
     attributes = {(self.arg_names.index(name),): [["tt.divisibility", 16]] for name in sixteens}
     options = {"num_warps": named.get("num_warps", 4)}
     made = triton.compile(ASTSource(self, signature, constants, attributes), target=target, options=options)
     assert made.asm["cubin"]
+    if self.__name__ == "_attend" and not given["ALONE"]:
+        in_order(made.asm["ptx"])
     assert made.metadata.shared <= MOST_SHARED, f"{self.__name__} takes {made.metadata.shared} bytes of shared memory"
     launched.append(self.__name__)
+
+
+def in_order(ptx: str) -> None:
+    """What makes "the last to arrive joins" right on a device: a barrier between what a program stores and the one thread that
+    counts, which releases and acquires for all of a GPU; another before anything is read, past the first cache; and nothing
+    stored between but the count itself, which begins anew."""
+    code = [line.split("//")[0].strip() for line in ptx.splitlines()]
+    (count,) = [at for at, line in enumerate(code) if " atom." in f" {line}"]
+    assert "atom.global.gpu.acq_rel.add" in code[count], code[count]
+    barriers = [at for at, line in enumerate(code) if line.startswith(("bar.sync", "barrier.sync"))]
+    stores = [at for at, line in enumerate(code) if " st.global" in f" {line}"]
+    shared = [at for at, line in enumerate(code) if " ld.global.cg" in f" {line}"]
+    assert len(shared) >= 3 and min(shared) > count, (
+        "pieces are read before they are counted, or through the first cache"
+    )
+    assert any(max(at for at in stores if at < count) < barrier < count for barrier in barriers), (
+        "nothing orders the stores"
+    )
+    assert any(count < barrier < min(shared) for barrier in barriers), (
+        "the other threads do not wait for the one that counts"
+    )
+    plain = [at for at, line in enumerate(code) if " ld.global" in f" {line}" and at > count and at not in shared]
+    assert not plain or min(plain) > max(shared), "the shares of the branches alone are read as ever"
 
 
 def sixteen(value: Any) -> bool:
@@ -77,14 +103,15 @@ def config_of(name: str) -> ModelConfig:
 
 
 @torch.no_grad()
-def layer(config: ModelConfig, dtype: torch.dtype, eight: bool, rows: int = 1) -> list[str]:
-    """What one step launches in one layer: two requests that decode, or one of so many `rows`; only the launches are done."""
+def layer(config: ModelConfig, dtype: torch.dtype, eight: bool, rows: int = 1, pages: int = 0) -> list[str]:
+    """What one step launches in one layer: two requests that decode, or one of so many `rows`; only the launches are done.
+    Tables have so many `pages`, or those of a context."""
     launched.clear()
     block = Block(config, 0).to(dtype)
     cache = GroupCache.zeros(config, 3, dtype, kv_dtype=torch.int8 if eight else None)
     positions = torch.tensor([config.page - 1, 0] if rows == 1 else [*range(rows)])
     starts = [0, 1, 2] if rows == 1 else [0, rows]
-    tables = torch.zeros(len(starts) - 1, config.context // config.page, dtype=torch.long)
+    tables = torch.zeros(len(starts) - 1, pages or config.context // config.page, dtype=torch.long)
     tables[:, 0] = torch.arange(1, len(starts))
     step = PagedStep(positions, positions, tables, starts, config.page, config.block)
     x = torch.zeros(len(positions), config.width, dtype=dtype)
@@ -93,20 +120,21 @@ def layer(config: ModelConfig, dtype: torch.dtype, eight: bool, rows: int = 1) -
 
 
 def layers(c: ModelConfig, dtype: torch.dtype, eight: bool) -> dict[str, list[str]]:
-    """Of each kind of a layer, with what it reads cut into pieces or not, and few blocks to choose from or many; a window of 1,
-    which is a constant, in the one that has nothing else."""
-    launch.FEW_BLOCKS, launch.ALONE_BLOCKS = 2**20, 2**20
+    """Of each kind of a layer, with what it reads cut into pieces or not, and few blocks to choose from or many, or as many as
+    there may be; a window of 1, which is a constant, in the one that has nothing else."""
+    few, launch.ALONE_BLOCKS = launch.FEW_NUMBERS, 2**20
+    short = min(c.context, few // c.summary_values * c.block) // c.page
     launch._pieces = lambda programs, near, far: (2, 2 * (far > 0))
-    found = {"decoding": layer(c, dtype, eight), "a few rows": layer(c, dtype, eight, rows=3)}
-    launch.FEW_BLOCKS = 0
+    found = {"decoding": layer(c, dtype, eight, pages=short), "a few rows": layer(c, dtype, eight, 3, short)}
+    launch.FEW_NUMBERS = 0
     found["many blocks"] = layer(c, dtype, eight)
     others = {"S": {"dense_length": c.page}, "L": {"window": 1}, "D": {}}
-    for kind, more in others.items():
-        found[kind] = layer(dataclasses.replace(c, attn_pattern=kind, **more), dtype, eight)  # type: ignore[arg-type]
+    kinds = {kind: dataclasses.replace(c, attn_pattern=kind, **more) for kind, more in others.items()}  # type: ignore[arg-type]
+    found |= {kind: layer(config, dtype, eight) for kind, config in kinds.items()}
     launch._pieces = lambda programs, near, far: (1, int(far > 0))
-    for kind, more in {"H": {}, **others}.items():
-        found[f"{kind} alone"] = layer(dataclasses.replace(c, attn_pattern=kind, **more), dtype, eight)  # type: ignore[arg-type]
-    return found
+    found |= {f"{kind} alone": layer(config, dtype, eight) for kind, config in {"H": c, **kinds}.items()}
+    launch.ALONE_BLOCKS = 0
+    return found | {"many alone": layer(c, dtype, eight, pages=launch.MOST_BLOCKS * c.block // c.page)}
 
 
 def trained(c: ModelConfig, dtype: torch.dtype) -> dict[str, list[str]]:

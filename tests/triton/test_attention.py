@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -62,7 +65,7 @@ def margin(case: Stored, request: int, reach: Reach, block: int) -> Tensor:
     dim=st.sampled_from([8, 16, 24]),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     programs=st.sampled_from([1, 264]),
-    few=st.sampled_from([0, 512]),
+    few=st.sampled_from([0, 2**14]),
     new=st.integers(1, 3),
 )
 def test_both_branches_are_the_definition(
@@ -89,8 +92,10 @@ def test_both_branches_are_the_definition(
     reach = Reach(window, top_k, min(1, top_k), gamma)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "PROGRAMS", programs)
-        patch.setattr(launch, "FEW_BLOCKS", few)
+        patch.setattr(launch, "FEW_NUMBERS", few)
+        patch.setattr(launch, "ALONE_BLOCKS", few)
         patch.setattr(launch, "TILE", 16)
+        patch.setattr(launch, "LEAST_KEYS", 16)
         got = attended(case, dataclasses.replace(reach, gamma=gamma.to(launch.fp(dtype)))).double()
     for r in range(len(lengths)):
         q, k, v, asked = whole(case, r)
@@ -102,7 +107,41 @@ def test_both_branches_are_the_definition(
         assert (off <= BOUNDS[dtype] * v.abs().max().clamp(min=1)).all()
 
 
-@settings(max_examples=10, deadline=None)
+NOBODY = -7  # wrote a list: a piece without keys needs none
+
+
+class Seen:
+    """In place of a kernel: it runs as ever, and what it was given is kept, by name."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.given = kernel, list[dict[str, Any]]()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*args: Any, **named: Any) -> None:
+            self.given.append(dict(zip(self.kernel.arg_names, args, strict=False)) | named)
+            self.given[-1]["chosen"].fill_(NOBODY)
+            self.kernel[grid](*args, **named)
+
+        return run
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    from shoal.model.gpu import attention
+
+    made = Seen(attention._attend)
+    monkeypatch.setattr(attention, "_attend", made)
+    return made
+
+
+def chosen_of(seen: Seen, row: int, head: int) -> list[int]:
+    """Of the last launch: the one list that all who read chosen blocks have made, each in memory of its own."""
+    lists = [found for found in seen.given[-1]["chosen"][row, head].tolist() if NOBODY not in found]
+    assert all(found == lists[0] for found in lists)
+    return [block for block in lists[0] if block >= 0]
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 10**6),
     length=st.integers(20, 120),
@@ -111,19 +150,25 @@ def test_both_branches_are_the_definition(
     sinks=st.integers(0, 1),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     equal=st.booleans(),
-    few=st.sampled_from([0, 512]),
+    few=st.sampled_from([0, 2**14]),
+    pieces=st.sampled_from([1, 2]),
 )
 def test_the_chosen_blocks_are_those_of_the_definition(
-    seed: int, length: int, heads: tuple[int, int], top_k: int, sinks: int, dtype: torch.dtype, equal: bool, few: int
-) -> None:
-    """Wherever scores differ by more than rounding; and where all are equal, to the bit, the lower blocks."""
+    seed: int, length: int, heads: tuple[int, int], top_k: int, sinks: int, dtype: torch.dtype, equal: bool, few: int,
+    pieces: int, seen: Seen,
+) -> None:  # fmt: skip
+    """Wherever scores differ by more than rounding; and where all are equal, to the bit, the lower blocks. By each program
+    that reads some of them the same, to the bit."""
     case = store(seed, [length], [2], kv_heads=heads[0], group=heads[1], dtype=dtype)
     if equal:
         case.q.zero_()
     reach = Reach(5, top_k, sinks, torch.ones(heads[0] * heads[1]))
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(launch, "FEW_BLOCKS", few)
-        found = launch.choose(case.q, case.summaries, case.step, reach, case.step.positions, case.requests)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "FEW_NUMBERS", few)
+        patch.setattr(launch, "ALONE_BLOCKS", few)
+        patch.setattr(launch, "_tile", lambda q: 4)  # so that each piece has some of the K + 1 blocks
+        patch.setattr(launch, "_pieces", lambda programs, near, far: (pieces, pieces))
+        attended(case, reach)
     q, k, _, asked = whole(case, 0)
     scores = reference.block_scores(q[0].transpose(0, 1), k[0].transpose(0, 1), 4, "mean")
     if equal:
@@ -132,31 +177,30 @@ def test_the_chosen_blocks_are_those_of_the_definition(
     sure = margin(case, 0, reach, 4) > MARGIN[dtype]
     for row in range(2):
         for head in range(heads[0]):
-            blocks = [int(b) for b in found[row, head] if b >= 0]
+            blocks = chosen_of(seen, row, head)
             assert blocks == sorted(set(blocks)) and len(blocks) == min(top_k, (int(case.step.positions[row]) + 1) // 4)
             if sure[row] or equal:
                 assert blocks == want[head, row].nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize("heads", [1, 2])
-def test_both_zeros_are_one_score(heads: int) -> None:
+def test_both_zeros_are_one_score(heads: int, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in training and in torch, so that the lower block is read; a product that rounds to nothing may be either."""
     from shoal.model.gpu import attention
 
-    z = torch.tensor([[5.0, -0.0, 0.0, 0.0, -0.0, 0.0]]).repeat(1, heads, 1)
-    chosen = torch.empty(1, 1, 3, dtype=torch.int32)
-    none, at = torch.zeros(1), torch.tensor([11])
-    attention._choose[(1, 1)](
-        none, none, at, at, at * 0, z, chosen, 1, 1, 1, 1, 4, 0, 6, G=heads, HEADS=heads, KV_HEADS=1, D=16, WIDE=16, PAGED=1,
-        S=2, K=3, SINKS=1, BEYOND=False, VARIANCE=False, SCORES=False, EACH=16, TILE=16, ROWS=heads, FULL=4, SCALE=1.0,
-        EXACT=False,
-    )  # fmt: skip
-    assert chosen.tolist() == [[[0, 1, 2]]]
+    zeros = torch.tensor([5.0, -0.0, 0.0, 0.0, -0.0, 0.0])
+    scored = {(1, 1, 1): lambda *given, **_: given[5].copy_(zeros)}
+    monkeypatch.setattr(attention, "_score", scored)
+    monkeypatch.setattr(launch, "ALONE_BLOCKS", 0)
+    case = store(1, [12], [1], kv_heads=1, group=heads, page=12, block=2, dtype=torch.float32)
+    case.step.tables = case.step.tables[:, :1]
+    attended(case, Reach(3, 3, 1, torch.ones(heads)))
+    assert chosen_of(seen, 0, 0) == [0, 1, 2]
 
 
 @pytest.fixture(params=[1, 2])
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Into how many pieces the keys of a branch are cut: of one, all is one launch."""
+    """Into how many pieces the keys of a branch are cut: of one, one program reads all of a row."""
     pieces: int = request.param
     monkeypatch.setattr(launch, "_pieces", lambda programs, near, far: (pieces, pieces * (far > 0)))
     return pieces
@@ -197,11 +241,112 @@ def test_the_variance_is_scored(cut: int) -> None:
     assert (other - want).abs().max() > 1e-3
 
 
-def test_where_rows_are_many_each_is_attended_in_one_launch() -> None:
+def test_where_rows_are_many_each_is_attended_by_one_program() -> None:
     """But not where one of them may read so much that the others would wait for it."""
     assert launch._pieces(launch.BUSY, 1024, 1088) == (1, 1) and launch._pieces(launch.BUSY, 512, 0) == (1, 0)
     assert min(launch._pieces(launch.BUSY, 2**17, 0)) == 0 and launch._pieces(launch.BUSY, 2**17, 0)[0] > 1
     assert min(launch._pieces(2, 1024, 1088)) > 4
+    assert launch._pieces(2, 512, 33 * 32) == (4, 8), "a row of 1b"
+
+
+# ---- the last to arrive joins: in whatever order that is
+
+
+@pytest.fixture
+def shuffled(monkeypatch: pytest.MonkeyPatch) -> Shuffled:
+    """Programs run in an order that is drawn anew for each launch; of the interpreter's loops the last one alone is left."""
+    from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
+
+    made = Shuffled(random.Random(0))
+    place = interpreter_builder.set_grid_idx
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda *at: place(*made.at(*at)))
+    run = InterpretedFunction.run
+
+    def ordered(self: Any, *args: Any, grid: Any, **named: Any) -> Any:
+        made.begin(grid)
+        return run(self, *args, grid=grid, **named)
+
+    monkeypatch.setattr(InterpretedFunction, "run", ordered)
+    return made
+
+
+class Shuffled:
+    """Which program runs in the place of another; the piece that comes last is another one in each launch."""
+
+    def __init__(self, draw: random.Random) -> None:
+        self.draw, self.order = draw, list[tuple[int, ...]]()
+        self.last = list[tuple[int, ...]]()  # of each launch
+
+    def begin(self, grid: tuple[int, ...]) -> None:
+        self.order = [*itertools.product(*map(range, (*grid, 1, 1)[:3]))]
+        self.draw.shuffle(self.order)
+        piece = len(self.last) % (1 + max(at[2] for at in self.order))
+        self.order.sort(key=lambda at: at[2] != piece)  # who is first here runs last; among equals the order stays
+        self.last.append(self.order[0])
+
+    def at(self, *_: int) -> tuple[int, ...]:
+        return self.order.pop()
+
+
+KINDS = {
+    "H": Reach(10, 3, 1, torch.linspace(0.2, 0.8, 4)),
+    "S": Reach(10, 3, 1, None, torch.linspace(-1, 2, 4)),
+    "L": Reach(10, 0, 0, None),
+    "D": Reach(ALL, 0, 0, None, dense=ALL),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_comes_last_changes_no_bit(
+    kind: str, dtype: torch.dtype, shuffled: Shuffled, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the order of the programs, of rows of which some have no key for some pieces. What they count with is as it was
+    found, so the launches after it count right."""
+    monkeypatch.setattr(launch, "_pieces", lambda programs, near, far: (2, 3 * (far > 0)))
+    monkeypatch.setattr(launch, "_tile", lambda q: 4)
+    case = store(9, [70, 9], [1, 1], kv_heads=1, group=4, dtype=dtype)
+    found = [attended(case, KINDS[kind]) for _ in range(3)]
+    assert all(torch.equal(each, found[0]) for each in found) and found[0].isfinite().all()
+    assert len({last[2] for last in shuffled.last}) > 1, "another piece is the last"
+    places = {given["arrived"].data_ptr() for given in seen.given}
+    assert len(places) == 1 and not any(given["arrived"].any() for given in seen.given)
+
+
+def test_pieces_are_joined_in_their_order_and_not_in_that_of_their_coming(
+    seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every order of the pieces of a row, where sums in another order have other bits."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    monkeypatch.setattr(launch, "_pieces", lambda programs, near, far: (2, 2))
+    monkeypatch.setattr(launch, "_tile", lambda q: 4)
+    case = store(2, [60], [1], kv_heads=1, dtype=torch.float32)
+    want, place = (
+        attended(case, dataclasses.replace(KINDS["H"], gamma=torch.full((2,), 0.3))),
+        interpreter_builder.set_grid_idx,
+    )
+    for order in itertools.permutations(range(4)):
+        with monkeypatch.context() as patch:
+            patch.setattr(interpreter_builder, "set_grid_idx", lambda x, y, z, to=order: place(x, y, to[z]))
+            assert torch.equal(attended(case, dataclasses.replace(KINDS["H"], gamma=torch.full((2,), 0.3))), want)
+    part = seen.given[-1]["part"].view(4, 2, 16)
+    assert not torch.equal(part[0] + part[1] + part[2], part[2] + part[1] + part[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("where", ["query", "window", "chosen"])
+def test_what_is_no_number_is_not_lost(kind: str, where: str, cut: int) -> None:
+    """A row that holds a NaN is NaN, as in torch: a piece of NaNs was taken for one without keys, and a model that is broken
+    would have answered as if nothing were."""
+    case = store(3, [70], [1], kv_heads=1, group=4)
+    if where == "query":
+        case.q.fill_(torch.nan)
+    else:
+        t = 69 if where == "window" else 1  # the first block is a sink
+        case.kv[case.step.tables[0, t // 8], :, t % 8, :16] = torch.nan
+    found = attended(case, KINDS[kind])
+    assert found.isnan().all() == (kind != "L" or where != "chosen")
 
 
 def test_no_rows_are_no_launch() -> None:

@@ -25,8 +25,7 @@ from tests.recorded import Again, Tape, kernels_on_tape
 
 pytestmark = pytest.mark.timeout(600)  # the interpreter is slow, and so is a busy machine
 
-CUT = ["_norm", "_store", "_choose", "_attend", "_join", "_norm", "_swiglu"]
-ALONE = ["_norm", "_store", "_alone", "_norm", "_swiglu"]
+KERNELS = ["_norm", "_store", "_attend", "_norm", "_swiglu"]
 
 
 def model(pattern: str, quantized: bool = False) -> Model:
@@ -138,9 +137,9 @@ def test_a_decoding_step_on_a_gpu_waits_for_one_copy_and_its_launches_are_counte
     kernels_there: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All of it, from the plan to the tokens. A layer is seven kernels of ours (six with the window alone), or five where keys
-    are not cut into pieces, four products, and the gate's sigmoid; a group adds a sum, and the first one what embeds and
-    rotates; `beside` all layers are exit, head and sampler."""
+    """All of it, from the plan to the tokens. A layer is five kernels of ours, four products, and the gate's sigmoid; a group
+    adds a sum, the zeros that those count from who join pieces, if there are pieces, and the first one what embeds and rotates;
+    `beside` all layers are exit, head and sampler."""
     monkeypatch.setattr(launch, "_pieces", lambda programs, near, far: (pieces, pieces * (far > 0)))
     layers: dict[int, list[str]] = {}
     with pretended() as gpu:
@@ -166,10 +165,10 @@ def test_a_decoding_step_on_a_gpu_waits_for_one_copy_and_its_launches_are_counte
         engine.runner.run, kept._group = counted, layers_of  # type: ignore[method-assign]
         engine.generate([Request([40 + i, *range(50, 66)], sampling, depth="full") for i in range(2)])
     assert [waits for rows, waits, _ in steps if rows == 2] == [["tolist"]] * 2
-    kernels = ALONE if pieces == 1 else [name for name in CUT if pattern == "H" or name != "_choose"]
-    assert Counter(name for name in layers[1] if name in (*CUT, *ALONE)) == Counter(kernels), "a group is one layer"
-    others = [name for name in layers[1] if name not in (*CUT, *ALONE)]
+    assert Counter(name for name in layers[1] if name[0] == "_") == Counter(KERNELS), "a group is one layer"
+    others = [name for name in layers[1] if name[0] != "_"]
+    assert others.count("zeros") == (pieces > 1)
     # products, sum and sigmoid; what the group leaves is copied by a way that the pretended device does not count
-    assert len(others) == 4 + 1 + (pattern == "H"), others
+    assert len(others) == 4 + 1 + (pattern == "H") + (pieces > 1), others
     assert len(layers[0]) - len(layers[1]) == 15, layers[0]
     assert max(total for rows, _, total in steps if rows == 2) == beside + sum(map(len, layers.values()))

@@ -53,7 +53,7 @@ def test_one_program_holds_the_queries_or_the_keys() -> None:
     }  # fmt: skip
 
 
-def test_keys_are_cut_into_enough_pieces_to_fill_a_device_and_each_is_a_tile_at_least() -> None:
+def test_keys_are_cut_into_enough_pieces_to_fill_a_device_and_none_is_short() -> None:
     for programs, near, far in itertools.product(
         (1, 2, 7, 64, 127, 128, 500), (1, 64, 500, 5000), (0, 1, 65, 2000, 4096)
     ):
@@ -61,14 +61,11 @@ def test_keys_are_cut_into_enough_pieces_to_fill_a_device_and_each_is_a_tile_at_
         if programs >= launch.BUSY and near + far <= launch.MOST_KEYS:
             assert found == (1, int(far > 0)), "these fill a device by themselves"
             continue
-        each = max(64, -(-(near + far) * programs // launch.PROGRAMS))  # keys of a piece
-        wanted = []
-        for keys in (near, far):
-            count = 1
-            while count * each < keys:
-                count *= 2
-            wanted.append(count if keys else 0)
-        assert found == tuple(wanted)
+        each = max(launch.LEAST_KEYS, -(-(near + far) * programs // launch.PROGRAMS))  # keys of a piece, at least
+        assert found[0] == max(1, near // each) and bool(found[1]) == bool(far)
+        for keys, count in zip((near, far), found, strict=True):
+            assert count <= 1 or count * each <= keys < (count + 1) * each
+        assert programs * sum(found) <= launch.PROGRAMS + 2 * programs
 
 
 def test_a_row_is_of_the_request_that_owns_it() -> None:
@@ -99,20 +96,54 @@ def test_who_reads_all_of_a_context_for_many_new_tokens_is_left_to_torch() -> No
     assert launch.attends(step_of([1], most + 1, 8, 8), local), "nothing is chosen"
 
 
-def test_what_chooses_does_both_in_one_launch_where_there_is_a_choice_among_few() -> None:
-    q, summaries = torch.zeros(3, 4, 10), torch.zeros(5, 2, 2, 20)
-    shape, both = launch._choosing(q, summaries, step_of([1, 1, 1], 6), Reach(8, 3, 1, None, torch.zeros(4)), 12)
+def test_what_kernels_of_attention_have_in_common() -> None:
+    q, kv, summaries = torch.zeros(3, 4, 10), torch.zeros(5, 2, 8, 20), torch.zeros(5, 2, 2, 20)
+    shape = launch._shape(q, kv, summaries, step_of([1, 1, 1], 6), Reach(8, 3, 1, None, torch.zeros(4)))
     assert shape == {
         "G": 2, "HEADS": 4, "KV_HEADS": 2, "D": 10, "WIDE": 16, "PAGED": 2, "S": 4, "K": 3, "BEYOND": True, "VARIANCE": True,
-        "ROWS": 16, "SCALE": pytest.approx(10**-0.5), "EXACT": False,
+        "ROWS": 16, "TILE": 64, "SCALE": pytest.approx(10**-0.5), "EXACT": False,
     }  # fmt: skip
-    assert both
-    shape, both = launch._choosing(
-        q.double(), summaries[..., :10], step_of([1] * 3, 6), Reach(8, 12, 1, torch.zeros(4)), 12
-    )
-    assert not both, "all twelve blocks are read"
+    shape = launch._shape(q.double(), kv, summaries[..., :10], step_of([1] * 3, 6), Reach(8, 12, 1, torch.zeros(4)))
     assert (shape["BEYOND"], shape["VARIANCE"], shape["ROWS"], shape["EXACT"]) == (False, False, 2, True)
-    assert not launch._choosing(q, summaries, step_of([1] * 3, 6), Reach(8, 3, 1, None), 11)[1], "of too many"
+    assert launch._shape(q, kv, summaries, step_of([1] * 3, 6), Reach(8, 12, 1, None))["K"] == 0, "the window alone"
+    assert [launch._blocks(n) for n in (1, 256, 257, 1024, 4096, 4097, 2**14)] == [
+        256,
+        256,
+        1024,
+        1024,
+        4096,
+        2**14,
+        2**14,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "blocks", "values", "launches"),
+    [
+        (1, 256, 64, 1),
+        (1, 257, 64, 2),
+        (1, 128, 128, 1),
+        (1, 256, 128, 2),
+        (1, 3, 64, 1),
+        (64, 4096, 64, 1),
+        (64, 4097, 64, 2),
+    ],
+)
+def test_blocks_are_scored_by_each_who_reads_them_where_that_is_shorter_than_a_launch(
+    rows: int, blocks: int, values: int, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row and KV head's only program scores more. Of three blocks all are read."""
+    told = list[tuple[str, Any]]()
+    made = {
+        name: Kernel(lambda grid, *given, name=name, **shape: told.append((name, shape.get("SCORES"))))
+        for name in ("_score", "_attend")
+    }
+    monkeypatch.setitem(sys.modules, "shoal.model.gpu.attention", SimpleNamespace(**made))
+    monkeypatch.setattr("shoal.model.gpu.attention", SimpleNamespace(**made), raising=False)
+    step = step_of([1] * rows, blocks, page=4)
+    q, kv = torch.zeros(rows, 4, 64), torch.zeros(2, 2, 4, 128)
+    launch.attend(q, kv, torch.zeros(2, 2, 1, values), step, Reach(300, 3, 1, torch.zeros(4)))
+    assert [name for name, _ in told] == ["_score", "_attend"][-launches:] and told[-1][1] == (launches == 1)
 
 
 # ---- launches, by kernels that do in torch what their programs would, and where they stand

@@ -59,36 +59,14 @@ def score(
     grid: Any, q: Any, summaries: Any, tables: Any, positions: Any, requests: Any, z: Any, *sizes: int, **shape: Any
 ) -> None:
     *strides, window, dense, count = sizes
-    assert strides == [tables.stride(0), *summaries.stride()[:STRIDES]] and z.shape[2] == count
+    assert strides == [tables.stride(0), *summaries.stride()[:STRIDES]] and z.shape[3] == count
+    assert z.shape[2] == 1
     for row, head, tile in itertools.product(*map(range, grid)):
         many = complete(t := int(positions[row]), window, shape)
         if t >= dense and many > shape["K"]:
             mine = slice(head * shape["G"], (head + 1) * shape["G"])
             of = slice(tile * shape["TILE"], min(many, (tile + 1) * shape["TILE"]))
-            z[row, mine, of] = rated(q, summaries, tables, requests, row, head, many, shape)[:, of]
-
-
-def choose(
-    grid: Any, q: Any, summaries: Any, tables: Any, positions: Any, requests: Any, z: Any, chosen: Any, *sizes: int,
-    **shape: Any,
-) -> None:  # fmt: skip
-    *strides, window, dense, count = sizes
-    assert strides == [tables.stride(0), *summaries.stride()[:STRIDES]]
-    assert shape["TILE"] >= count and shape["FULL"] >= shape["K"] == chosen.shape[2] and shape["ROWS"] >= shape["G"]
-    for row, head in itertools.product(*map(range, grid)):
-        t = int(positions[row])
-        many = complete(t, window, shape) if t >= dense else 0
-        if many > shape["K"]:
-            mine = slice(head * shape["G"], (head + 1) * shape["G"])
-            scores = (
-                rated(q, summaries, tables, requests, row, head, many, shape)
-                if shape["SCORES"]
-                else z[row, mine, :many]
-            )
-            found = listed(scores, many, shape)
-        else:
-            found = [*range(many)]
-        chosen[row, head] = torch.tensor(found + [-1] * (shape["K"] - len(found)))
+            z[row, mine, 0, of] = rated(q, summaries, tables, requests, row, head, many, shape)[:, of]
 
 
 def reads(t: int, window: int, dense: int, found: list[int], shape: dict[str, Any]) -> tuple[list[int], list[int]]:
@@ -113,71 +91,61 @@ def weighed(
     return e @ slots[:, dim:], z.max(), e.sum()
 
 
+def joined(pieces: list[tuple[Any, Any, Any]]) -> tuple[Any, Any, Any]:
+    """Of some pieces, and none, as one."""
+    if not pieces:
+        return 0.0, torch.tensor(-torch.inf), torch.tensor(0.0)
+    sums, tops, totals = (torch.stack(each) for each in zip(*pieces, strict=True))
+    weight = (tops - tops.max()).exp()
+    return weight @ sums, tops.max(), weight @ totals
+
+
 def attend(
-    grid: Any, q: Any, kv: Any, tables: Any, positions: Any, requests: Any, chosen: Any, bias: Any, part: Any, stats: Any,
-    *sizes: int, **shape: Any,
-) -> None:  # fmt: skip
-    *strides, window, dense = sizes
-    assert strides == [tables.stride(0), *kv.stride()[:STRIDES]] and not shape["INT8"]
-    stats[..., 1] = 0
-    near, pieces = shape["NEAR"], shape["PIECES"]
-    assert part.shape[2] == stats.shape[2] == pieces == grid[2]
-    for row, own, piece in itertools.product(*map(range, grid)):
-        found = [b for b in chosen[row, own].tolist() if b >= 0] if shape["K"] else []
-        branches = reads(int(positions[row]), window, dense, found, shape)
-        far = piece >= near
-        keys, number, of = branches[far], piece - near * far, pieces - near if far else near
-        each = -(-len(keys) // of)
-        some = keys[number * each : (number + 1) * each]
-        for head in range(own * shape["G"], (own + 1) * shape["G"]) if some else ():
-            more = bias[head] if shape["BEYOND"] and not far and positions[row] >= dense else 0.0
-            part[row, head, piece], *two = weighed(q, kv, tables, requests, row, head, some, more, shape)
-            stats[row, head, piece] = torch.stack(two)
-
-
-def join(grid: Any, part: Any, stats: Any, gamma: Any, out: Any, **shape: Any) -> None:
-    assert shape["PADDED"] >= shape["PIECES"] == part.shape[2] and shape["HEADS"] == out.shape[1]
-
-    def one(row: int, head: int, of: slice) -> Any:
-        there = stats[row, head, of, 1] > 0
-        top, divisor = stats[row, head, of][there].unbind(-1)
-        weight = (top - top.max()).exp()
-        return weight @ part[row, head, of][there] / (weight @ divisor)
-
-    for row, head in itertools.product(*map(range, grid)):
-        if shape["GATED"]:
-            near, far = one(row, head, slice(shape["NEAR"])), one(row, head, slice(shape["NEAR"], None))
-            out[row, head] = far + gamma[head] * (near - far)
-        else:
-            out[row, head] = one(row, head, slice(None))
-
-
-def alone(
     grid: Any, q: Any, kv: Any, summaries: Any, tables: Any, positions: Any, requests: Any, z: Any, chosen: Any, bias: Any,
-    gamma: Any, out: Any, *sizes: int, **shape: Any,
+    gamma: Any, part: Any, stats: Any, arrived: Any, out: Any, *sizes: int, **shape: Any,
 ) -> None:  # fmt: skip
-    *strides, window, dense, count = sizes
-    assert strides == [tables.stride(0), *kv.stride()[:STRIDES], *summaries.stride()[:STRIDES]]
-    assert not shape["K"] or (shape["BLOCKS"] >= count and shape["FULL"] >= shape["K"] and z.shape[-1] in (1, count))
-    for row, own in itertools.product(*map(range, grid)):
+    *strides, window, dense, count, nears, pieces = sizes
+    assert strides == [tables.stride(0), *kv.stride()[:STRIDES], *summaries.stride()[:STRIDES]] and not shape["INT8"]
+    fars, group, kv_heads = pieces - nears, shape["G"], shape["KV_HEADS"]
+    assert chosen.shape == (len(q), kv_heads, max(1, fars), max(1, shape["K"])) and shape["FULL"] >= shape["K"]
+    assert not shape["K"] or shape["BLOCKS"] >= count
+    assert shape["GROUP"] >= group and all(size & size - 1 == 0 for size in (shape["GROUP"], shape["EACH"]))
+    if shape["ALONE"]:
+        assert pieces <= 2 and nears == 1 and grid[2] == 1
+    else:
+        assert (
+            grid[2] == pieces == part.shape[2] == stats.shape[2] and part.shape[3] == shape["D"] and stats.shape[3] == 2
+        )
+        assert arrived.dtype == torch.int32 and len(arrived) >= grid[0] * grid[1] and not arrived.any()
+    for row, own in itertools.product(range(grid[0]), range(grid[1])):
         t = int(positions[row])
         many = complete(t, window, shape) if shape["K"] and t >= dense else 0
-        scores = rated(q, summaries, tables, requests, row, own, many, shape)
-        near, far = reads(t, window, dense, listed(scores, many, shape), shape)
-        for head in range(own * shape["G"], (own + 1) * shape["G"]):
-            more = bias[head] if shape["BEYOND"] and t >= dense else 0.0
-            branches = [near, far] if shape["GATED"] else [near + far]
-            if shape["BEYOND"]:
-                more = torch.tensor([more] * len(near) + [0.0] * len(far), dtype=q.dtype)
-            found = [weighed(q, kv, tables, requests, row, head, keys, more, shape) for keys in branches]
-            said = [total / divisor for total, _, divisor in found]
-            out[row, head] = said[0] if len(said) == 1 else said[1] + gamma[head] * (said[0] - said[1])
+        scores = q.new_zeros(group, 0)
+        if many > shape["K"] and shape["SCORES"]:
+            assert z.shape == (len(q), shape["HEADS"], fars, count), "memory of each program"
+            scores = rated(q, summaries, tables, requests, row, own, many, shape)
+        elif many > shape["K"]:
+            scores = z[row, own * group : (own + 1) * group, 0, :many]
+        branches = reads(t, window, dense, listed(scores, many, shape), shape)
+        for head in range(own * group, (own + 1) * group):
+            found = list[list[tuple[Any, Any, Any]]]()
+            lift = bias[head] if shape["BEYOND"] and t >= dense else 0.0
+            for keys, of, more in zip(branches, (nears, max(1, fars)), (lift, 0.0), strict=True):
+                each = -(-len(keys) // of) or 1
+                cut = [keys[at : at + each] for at in range(0, len(keys), each)]
+                found.append([weighed(q, kv, tables, requests, row, head, some, more, shape) for some in cut])
+            (near, _, total), (far, _, other) = map(joined, found)
+            if shape["GATED"]:
+                share = gamma[head]
+                out[row, head] = far / other + share * (near / total - far / other) if other else near / total
+            else:
+                sums, _, total = joined([*found[0], *found[1]])
+                out[row, head] = sums / total
 
 
 @pytest.fixture(autouse=True)
 def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = {"_score": score, "_choose": choose, "_attend": attend, "_join": join, "_alone": alone}
-    made = SimpleNamespace(**{name: Kernel(run) for name, run in kernels.items()})
+    made = SimpleNamespace(_score=Kernel(score), _attend=Kernel(attend))
     monkeypatch.setitem(sys.modules, "shoal.model.gpu.attention", made)
     monkeypatch.setattr("shoal.model.gpu.attention", made, raising=False)
     monkeypatch.setattr(fused, "usable", lambda x: False)
@@ -200,12 +168,13 @@ GAMMA = torch.linspace(0.2, 0.8, 4, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("variance", [False, True])
-@pytest.mark.parametrize(("group", "few"), [(2, 512), (1, 512), (2, 0)])
-def test_both_branches_in_one_launch_or_in_four(
+@pytest.mark.parametrize(("group", "few"), [(2, 4096), (1, 4096), (2, 0)])
+def test_both_branches_in_one_launch_or_in_two(
     group: int, few: int, variance: bool, cut: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scores are made by who chooses, or in a launch of their own; rows of one request in strips."""
-    monkeypatch.setattr(launch, "FEW_BLOCKS", few)
+    monkeypatch.setattr(launch, "FEW_NUMBERS", few)
+    monkeypatch.setattr(launch, "ALONE_BLOCKS", few)
     monkeypatch.setattr(launch, "SCORED", 4 * 18 * 3)
     case = store(1, [70, 38, 9, 1], [3, 2, 1, 1], kv_heads=4 // group, group=group, variance=variance)
     for top_k in (3, 40):
@@ -222,8 +191,34 @@ def test_one_softmax_over_both(dense: int, cut: None) -> None:
 def test_the_window_alone_and_all_of_the_context(window: int, dense: int, cut: None) -> None:
     case = store(4, [50, 9], [1, 4])
     same(case, Reach(window, 0, 0, None, dense=dense))
-    chosen = launch.choose(case.q, case.summaries, case.step, Reach(7, 3, 1, GAMMA), case.step.positions, case.requests)
-    assert chosen.shape == (5, 2, 3) and chosen[1:, :, 2].unique().tolist() == [-1], "9 tokens have two blocks"
+
+
+def test_programs_of_two_forwards_count_apart_and_those_of_a_forward_in_one_place(
+    cut: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two engines of a process, or a forward after one that ended in the middle, share no count; layers and strips of rows do,
+    as each launch ends before the next begins. Where keys are not cut there is none."""
+    places = list[tuple[int, int]]()
+    monkeypatch.setattr(
+        "shoal.model.gpu.attention._attend",
+        Kernel(
+            lambda grid, *given, **shape: places.append(
+                (given[12].data_ptr(), 0 if shape["ALONE"] else given[12].numel())
+            )
+        ),
+    )
+    one, other = (store(1, [70, 38], [3, 1]) for _ in range(2))
+    with torch.no_grad():
+        for case, most in ((one, 2**24), (one, 4 * 20 * 2), (other, 2**24)):
+            monkeypatch.setattr(launch, "SCORED", most)
+            launch.attend(case.q, case.kv, case.summaries, case.step, Reach(10, 3, 1, GAMMA))
+    counts = [place for place in places if place[1]]
+    if counts:
+        assert len(places) == 4 == len(counts) and {size for _, size in counts} == {4 * 2}
+        assert len({at for at, _ in counts[:3]}) == 1 and counts[3][0] != counts[0][0]
+        assert "arrived" in one.step.rows._made and one.step.rows is not other.step.rows
+    else:
+        assert "arrived" not in one.step.rows._made
 
 
 # ---- a linear in int8

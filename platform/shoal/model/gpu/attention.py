@@ -1,21 +1,22 @@
 """Attention over pages in Triton: score the blocks, choose, attend. Nothing is gathered, and no row pays for the length of
-another. `launch.attend` says what each is given, and which of two ways is taken.
+another. `launch.attend` says what each is given.
 
-    _alone     all of it, a row and a KV head a program: one launch, where these are enough to fill a device
+    _attend    all of it, in one launch: a row and a KV head a program where these are enough to fill a device, else several,
+               each with a piece of the keys; the last of them to arrive joins the pieces
+    _score     q x summaries of the complete blocks, a tile of blocks a program; before it, where blocks are many
 
-    _score     q x summaries of the complete blocks, a tile of blocks a program; left out where blocks are few
-    _choose    softmax over blocks, summed over the heads of a group; the K best by their bits, in the order of the text
-    _attend    window and chosen blocks, each cut into pieces of equal length, a piece a program
-    _join      the pieces of each branch, and the branches by gamma
+Each program of a row and a KV head that reads chosen blocks scores and chooses for itself: all by the same operations on the
+same numbers, so that they agree to the bit and none waits for another. Which one joins depends on who was slow. What it gives
+does not: it reads every piece from memory, its own too, and joins them in their order.
 
-Programs of a launch know nothing of each other: where one reads what another wrote there are two launches. What a program
-wrote itself it reads after a barrier of its own threads.
+What a program wrote itself it reads after a barrier of its own threads; what others wrote, after it has counted that they are
+done (`_last`).
 
 A number that is no constant would be handed over in fp32, so SCALE, 1 / sqrt d, is one.
 Sums, scores and softmax are fp32; under EXACT (fp64 models, which tests use) all is fp64 and no tensor core is asked.
 
 Letters: N rows (a token each), H query heads, Hk KV heads, G = H/Hk, d head dim, S block, P page, B blocks of the longest
-table, K blocks read, w window, U units, M units of a table, Y pieces of both branches.
+table, K blocks read, w window, U units, M units of a table, Y pieces: A of the window, C of chosen blocks.
 """
 
 from __future__ import annotations
@@ -171,31 +172,6 @@ def _list(
 
 
 @triton.jit
-def _choose(
-    q, summaries, tables, positions, requests, z, chosen,
-    table_step, unit_step, head_step, block_step, window, dense, count,
-    G: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, PAGED: tl.constexpr,
-    S: tl.constexpr, K: tl.constexpr, SINKS: tl.constexpr, BEYOND: tl.constexpr, VARIANCE: tl.constexpr, SCORES: tl.constexpr,
-    EACH: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, FULL: tl.constexpr, SCALE: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """chosen [N, Hk, K] int32, as `_list`, of scores z [N, H, B], which are made here under SCORES."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    kind: tl.constexpr = tl.float64 if EXACT else tl.float32
-    t = tl.load(positions + row).to(tl.int32)
-    group, at = tl.arange(0, ROWS), tl.arange(0, WIDE)
-    own = tl.zeros([ROWS, WIDE], kind)
-    if SCORES:
-        mine = (row * HEADS + head * G + group[:, None]) * D + at[None, :]
-        own = tl.load(q + mine, mask=(group < G)[:, None] & (at < D)[None, :], other=0).to(kind)
-    table = tables + tl.load(requests + row) * table_step
-    _list(
-        own, summaries, table, head, t, _complete(t, window, S, BEYOND), z + (row * HEADS + head * G) * count,
-        chosen + (row * KV_HEADS + head) * K, unit_step, head_step, block_step, dense, count,
-        G, D, PAGED, K, SINKS, VARIANCE, SCORES, EACH, TILE, WIDE, ROWS, FULL, SCALE, EXACT,
-    )  # fmt: skip
-
-
-@triton.jit
 def _scales(at, mask):
     """The bfloat16 that lies in the two bytes at each place of int8 memory, as fp32."""
     low = tl.load(at, mask=mask, other=0).to(tl.int32) & 0xFF
@@ -264,137 +240,157 @@ def _over(
 
 
 @triton.jit
-def _attend(
-    q, kv, tables, positions, requests, chosen, bias, part, stats,
-    table_step, unit_step, head_step, slot_step, window, dense,
-    G: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, P: tl.constexpr,
-    S: tl.constexpr, K: tl.constexpr, BEYOND: tl.constexpr, INT8: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    NEAR: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr, SCALE: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """part [N, H, Y, d] and stats [N, H, Y, 2]: a sum of values that is not yet divided, its largest score and its divisor, for
-    each piece of what a row reads. The first NEAR are of the window, the others of the chosen blocks (and the tail,
-    where the branches are two). A piece without a key has the divisor 0."""
-    row, head, piece = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    kind: tl.constexpr = tl.float64 if EXACT else tl.float32
-    t = tl.load(positions + row).to(tl.int32)
-    group, at = tl.arange(0, ROWS), tl.arange(0, WIDE)
-    heads, inside = group < G, at < D
-    mine = (row * HEADS + head * G + group[:, None]) * D + at[None, :]
-    own = tl.load(q + mine, mask=heads[:, None] & inside[None, :], other=0)
-    table = tables + tl.load(requests + row) * table_step
-    near = piece < NEAR
-    share = tl.where(near, NEAR, PIECES - NEAR)
-    index = tl.where(near, piece, piece - NEAR)
-    many = 0
-    if K > 0:
-        many = _complete(t, window, S, BEYOND)
-    first, length, far = _reads(t, many, window, dense, S, K, BEYOND)
-    more = tl.zeros([ROWS], kind)
-    if near:
-        if BEYOND:
-            more += tl.where(t < dense, 0.0, tl.load(bias + head * G + group, mask=heads, other=0).to(kind))
-    else:
-        length = far
-    each = (length + share * TILE - 1) // (share * TILE) * TILE
-    top, total, sums = _over(
-        own, more, kv, table, chosen + (row * KV_HEADS + head) * K, head, t, many, first, near, index * each,
-        tl.minimum((index + 1) * each, length), tl.full([ROWS], float("-inf"), kind), tl.zeros([ROWS], kind),
-        tl.zeros([ROWS, WIDE], kind), unit_step, head_step, slot_step,
-        D, WIDE, P, S, K, BEYOND, INT8, TILE, PRECISION, SCALE, EXACT,
-    )  # fmt: skip
-    to = (row * HEADS + head * G + group) * PIECES + piece
-    tl.store(part + to[:, None] * D + at[None, :], sums, mask=heads[:, None] & inside[None, :])
-    tl.store(stats + to * 2, top, mask=heads)
-    tl.store(stats + to * 2 + 1, total, mask=heads)
+def _last(arrived, others):
+    """Is this program the last to arrive of those that count at `arrived`, where `others` are before it?
+
+    The barrier puts the stores of all its threads before the one thread that counts; that releases them to, and acquires what
+    was released by, whoever counts at the same place. So the last one may read what all have stored. Nobody waits. The last
+    one's count begins anew for the next launch, which the stream orders after this one."""
+    tl.debug_barrier()
+    last = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == others
+    if last:
+        tl.store(arrived, 0)
+    return last
 
 
 @triton.jit
-def _alone(
-    q, kv, summaries, tables, positions, requests, z, chosen, bias, gamma, out,
-    table_step, unit_step, head_step, slot_step, to_unit, to_head, to_block, window, dense, count,
-    G: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, P: tl.constexpr,
-    PAGED: tl.constexpr, S: tl.constexpr, K: tl.constexpr, SINKS: tl.constexpr, BEYOND: tl.constexpr, GATED: tl.constexpr,
-    VARIANCE: tl.constexpr, INT8: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr,
-    FULL: tl.constexpr, PRECISION: tl.constexpr, SCALE: tl.constexpr, EXACT: tl.constexpr,
+def _pieced(
+    part, stats, many,
+    G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, EACH: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """out [N, H, d]: a row and a KV head from scores to the sum of both branches. z [N, H, B] and chosen [N, Hk, K] are its
-    own memory; BLOCKS is at least B, FULL at least K."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """Largest score [GROUP], divisor [GROUP] and undivided sum of values [GROUP, d] of `many` pieces, EACH at a time in their
+    order: part [Y, G, d], stats [Y, G, 2]. What is loaded is taken from L2: L1 is not coherent, and may hold a line that came
+    with a neighbour's numbers before these were written."""
     kind: tl.constexpr = tl.float64 if EXACT else tl.float32
-    t = tl.load(positions + row).to(tl.int32)
-    group, at = tl.arange(0, ROWS), tl.arange(0, WIDE)
-    mine = (row * HEADS + head * G + group[:, None]) * D + at[None, :]
-    real = (group < G)[:, None] & (at < D)[None, :]
-    own = tl.load(q + mine, mask=real, other=0)
-    table = tables + tl.load(requests + row) * table_step
-    listed = chosen + (row * KV_HEADS + head) * K
-    many = 0
-    if K > 0:
-        many = _complete(t, window, S, BEYOND)
-        _list(
-            own.to(kind), summaries, table, head, t, many, z + (row * HEADS + head * G) * count, listed,
-            to_unit, to_head, to_block, dense, count,
-            G, D, PAGED, K, SINKS, VARIANCE, True, TILE, BLOCKS, WIDE, ROWS, FULL, SCALE, EXACT,
-        )  # fmt: skip
-        tl.debug_barrier()
-    first, length, far = _reads(t, many, window, dense, S, K, BEYOND)
-    none, more = tl.zeros([ROWS], kind), tl.zeros([ROWS], kind)
-    if BEYOND:
-        more += tl.where(t < dense, 0.0, tl.load(bias + head * G + group, mask=group < G, other=0).to(kind))
-    lowest, empty = tl.full([ROWS], float("-inf"), kind), tl.zeros([ROWS, WIDE], kind)
-    top, total, sums = _over(
-        own, more, kv, table, listed, head, t, many, first, True, 0, length, lowest, none, empty,
-        unit_step, head_step, slot_step, D, WIDE, P, S, K, BEYOND, INT8, TILE, PRECISION, SCALE, EXACT,
-    )  # fmt: skip
-    if BEYOND:
-        top, total, sums = _over(
-            own, none, kv, table, listed, head, t, many, first, False, 0, far, top, total, sums,
-            unit_step, head_step, slot_step, D, WIDE, P, S, K, BEYOND, INT8, TILE, PRECISION, SCALE, EXACT,
-        )  # fmt: skip
-    found = sums / total[:, None]
+    r, at = tl.arange(0, EACH * GROUP), tl.arange(0, WIDE)
+    top, total = tl.full([GROUP], float("-inf"), kind), tl.zeros([GROUP], kind)
+    sums = tl.zeros([GROUP, WIDE], kind)
+    for begin in range(0, many, EACH):
+        piece, g = begin + r // GROUP, r % GROUP
+        there, place = (piece < many) & (g < G), piece * G + g
+        tops = tl.load(stats + place * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
+        totals = tl.load(stats + place * 2 + 1, mask=there, other=0, cache_modifier=".cg")
+        where, inside = part + place[:, None] * D + at[None, :], there[:, None] & (at < D)[None, :]
+        some = tl.load(where, mask=inside, other=0, cache_modifier=".cg")
+        tops, totals = tl.reshape(tops, (EACH, GROUP)), tl.reshape(totals, (EACH, GROUP))
+        higher = tl.maximum(top, tl.max(tops, 0))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        weight, shrink = tl.exp(tops - base[None, :]), tl.exp(top - base)
+        total = total * shrink + tl.sum(weight * totals, 0)
+        sums = sums * shrink[:, None] + tl.sum(tl.reshape(some, (EACH, GROUP, WIDE)) * weight[:, :, None], 0)
+        top = higher
+    return top, total, sums
+
+
+@triton.jit
+def _both(top, total, sums, other_top, other_total, other_sums, gamma, g, G: tl.constexpr, GATED: tl.constexpr):
+    """[R, d]: window and chosen blocks of the heads `g` [R] of a group by gamma, or as one softmax. A branch without a key has
+    the divisor 0; that of one which holds a NaN is NaN, and so is what comes of it."""
     if GATED:
-        top, total, sums = _over(
-            own, none, kv, table, listed, head, t, many, first, False, 0, far, lowest, none, empty,
-            unit_step, head_step, slot_step, D, WIDE, P, S, K, BEYOND, INT8, TILE, PRECISION, SCALE, EXACT,
-        )  # fmt: skip
-        other = sums / tl.where(total > 0, total, 1.0)[:, None]
-        share = tl.load(gamma + head * G + group, mask=group < G, other=0).to(kind)
-        found = tl.where((total > 0)[:, None], other + share[:, None] * (found - other), found)
-    tl.store(out + mine, found.to(out.dtype.element_ty), mask=real)
-
-
-@triton.jit
-def _joined(part, stats, which, at, D: tl.constexpr, piece):
-    """[d]: the pieces that `which` names as one; and their divisor, 0 where they hold no key."""
-    top = tl.load(stats + piece * 2, mask=which, other=float("-inf"))
-    total = tl.load(stats + piece * 2 + 1, mask=which, other=0)
-    highest = tl.max(top, 0)
-    weight = tl.where(which & (total > 0), tl.exp(top - highest), 0.0)
-    inside = which[:, None] & (at < D)[None, :]
-    sums = tl.load(part + piece[:, None] * D + at[None, :], mask=inside, other=0)
-    divisor = tl.sum(weight * total, 0)
-    whole = tl.sum(tl.where(weight[:, None] > 0, sums * weight[:, None], 0.0), 0)
-    return whole / tl.where(divisor > 0, divisor, 1.0), divisor
+        near = sums / total[:, None]
+        far = other_sums / tl.where(other_total == 0, 1.0, other_total)[:, None]
+        share = tl.load(gamma + g, mask=g < G, other=0).to(near.dtype)
+        found = tl.where((other_total == 0)[:, None], near, far + share[:, None] * (near - far))
+    else:
+        higher = tl.maximum(top, other_top)
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        one, other = tl.exp(top - base), tl.exp(other_top - base)
+        found = (sums * one[:, None] + other_sums * other[:, None]) / (total * one + other_total * other)[:, None]
+    return found
 
 
 @triton.jit
 def _join(
-    part, stats, gamma, out,
-    HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, NEAR: tl.constexpr, PIECES: tl.constexpr, PADDED: tl.constexpr,
-    GATED: tl.constexpr,
+    part, stats, gamma, out, nears, pieces,
+    G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, EACH: tl.constexpr, GATED: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
-    """out [N, H, d] of the pieces: those of both branches by gamma, or all in one softmax."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    piece, at = tl.arange(0, PADDED), tl.arange(0, WIDE)
-    there = piece < PIECES
-    place = (row * HEADS + head) * PIECES
-    part += place * D
-    stats += place * 2
-    if GATED:
-        near, _ = _joined(part, stats, piece < NEAR, at, D, piece)
-        far, divisor = _joined(part, stats, there & (piece >= NEAR), at, D, piece)
-        share = tl.load(gamma + head).to(near.dtype)
-        found = tl.where(divisor > 0, far + share * (near - far), near)
+    """out [G, d] of the pieces of a row and a KV head."""
+    g, at = tl.arange(0, GROUP), tl.arange(0, WIDE)
+    top, total, sums = _pieced(part, stats, nears, G, D, WIDE, GROUP, EACH, EXACT)
+    others = pieces - nears
+    other_top, other_total, other_sums = _pieced(
+        part + nears * G * D, stats + nears * G * 2, others, G, D, WIDE, GROUP, EACH, EXACT
+    )
+    found = _both(top, total, sums, other_top, other_total, other_sums, gamma, g, G, GATED)
+    to = out + g[:, None] * D + at[None, :]
+    tl.store(to, found.to(out.dtype.element_ty), mask=(g < G)[:, None] & (at < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["nears", "pieces"])
+def _attend(
+    q, kv, summaries, tables, positions, requests, z, chosen, bias, gamma, part, stats, arrived, out,
+    table_step, unit_step, head_step, slot_step, to_unit, to_head, to_block, window, dense, count, nears, pieces,
+    G: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, P: tl.constexpr,
+    PAGED: tl.constexpr, S: tl.constexpr, K: tl.constexpr, SINKS: tl.constexpr, BEYOND: tl.constexpr, GATED: tl.constexpr,
+    VARIANCE: tl.constexpr, INT8: tl.constexpr, SCORES: tl.constexpr, ALONE: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, BLOCKS: tl.constexpr, FULL: tl.constexpr, GROUP: tl.constexpr, EACH: tl.constexpr,
+    PRECISION: tl.constexpr, SCALE: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """out [N, H, d]: both branches. Of the `pieces` of a row and a KV head the first `nears` are of the window, the others of
+    the chosen blocks (and the tail, where the branches are two). ALONE: one program reads both.
+
+    z, scores: [N, H, B] of `_score`; under SCORES [N, Hk, C, G, B], memory of each program. chosen [N, Hk, C, K], too. A piece
+    leaves part [N, Hk, Y, G, d], a sum of values that is not yet divided, and stats [N, Hk, Y, G, 2], its largest score and
+    its divisor, which is 0 without a key. arrived [N, Hk]: 0 before and after. BLOCKS is at least B, FULL at least K, GROUP at
+    least G."""
+    row, head, piece = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    kind: tl.constexpr = tl.float64 if EXACT else tl.float32
+    t = tl.load(positions + row).to(tl.int32)
+    group, at = tl.arange(0, ROWS), tl.arange(0, WIDE)
+    real = (group < G)[:, None] & (at < D)[None, :]
+    own = tl.load(q + (row * HEADS + head * G + group[:, None]) * D + at[None, :], mask=real, other=0)
+    table, whose = tables + tl.load(requests + row) * table_step, row * KV_HEADS + head
+    near, chooses, share, index = True, True, 1, whose
+    if not ALONE:
+        near = piece < nears
+        share, index = tl.where(near, nears, pieces - nears), tl.where(near, piece, piece - nears)
+    many = 0
+    if K > 0:
+        many = _complete(t, window, S, BEYOND)
+    first, length, far = _reads(t, many, window, dense, S, K, BEYOND)
+    start, end = 0, length
+    if not ALONE:
+        end = tl.where(near, length, far)
+        each = (end + share * TILE - 1) // (share * TILE) * TILE
+        start, end = index * each, tl.minimum((index + 1) * each, end)
+        chooses = (piece >= nears) & (start < end)
+        index += whose * share
+    listed, scores = chosen + index * K, z + whose * G * count
+    if SCORES:
+        scores = z + index * G * count
+    if K > 0:  # noqa: SIM102  # a constant, and a branch
+        if chooses:
+            _list(
+                own.to(kind), summaries, table, head, t, many, scores, listed, to_unit, to_head, to_block, dense, count,
+                G, D, PAGED, K, SINKS, VARIANCE, SCORES, TILE, BLOCKS, WIDE, ROWS, FULL, SCALE, EXACT,
+            )  # fmt: skip
+            tl.debug_barrier()
+    none, more = tl.zeros([ROWS], kind), tl.zeros([ROWS], kind)
+    if BEYOND:
+        more += tl.where((t >= dense) & near, tl.load(bias + head * G + group, mask=group < G, other=0).to(kind), 0.0)
+    lowest, empty = tl.full([ROWS], float("-inf"), kind), tl.zeros([ROWS, WIDE], kind)
+    top, total, sums = _over(
+        own, more, kv, table, listed, head, t, many, first, near, start, end, lowest, none, empty,
+        unit_step, head_step, slot_step, D, WIDE, P, S, K, BEYOND, INT8, TILE, PRECISION, SCALE, EXACT,
+    )  # fmt: skip
+    if ALONE:
+        if K > 0:
+            lowest, none, empty = _over(
+                own, none, kv, table, listed, head, t, many, first, False, 0, far, lowest, none, empty,
+                unit_step, head_step, slot_step, D, WIDE, P, S, K, BEYOND, INT8, TILE, PRECISION, SCALE, EXACT,
+            )  # fmt: skip
+        found = _both(top, total, sums, lowest, none, empty, gamma + head * G, group, G, GATED)
+        to = out + (row * HEADS + head * G + group[:, None]) * D + at[None, :]
+        tl.store(to, found.to(out.dtype.element_ty), mask=real)
     else:
-        found, _ = _joined(part, stats, there, at, D, piece)
-    tl.store(out + (row * HEADS + head) * D + at, found.to(out.dtype.element_ty), mask=at < D)
+        part, stats = part + whose * pieces * G * D, stats + whose * pieces * G * 2
+        place = piece * G + group
+        tl.store(part + place[:, None] * D + at[None, :], sums, mask=real)
+        tl.store(stats + place * 2, top, mask=group < G)
+        tl.store(stats + place * 2 + 1, total, mask=group < G)
+        if _last(arrived + whose, pieces - 1):
+            _join(
+                part, stats, gamma + head * G, out + (row * HEADS + head * G) * D, nears, pieces,
+                G, D, WIDE, GROUP, EACH, GATED, EXACT,
+            )  # fmt: skip

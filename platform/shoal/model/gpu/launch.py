@@ -33,8 +33,12 @@ TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 PROGRAMS = 264  # that fill a device: two for each of 132 multiprocessors; what a row reads is cut into as many pieces
 BUSY = 128  # that keep it busy: from so many rows and KV heads on one reads all by itself, in one launch,
 MOST_KEYS = 4096  # unless it may be more keys than these: beside short requests one program would read for long
-FEW_BLOCKS = 512  # that the program which chooses among them scores as well
-ALONE_BLOCKS = 4096  # among which the program that reads chooses as well: beyond it would lack registers
+LEAST_KEYS = 128  # of a piece: of each the sums of a group's heads must be joined
+FEW_NUMBERS = (
+    2**14
+)  # of summaries that each program of a row scores for itself: more take longer than a launch (decision 0094)
+ALONE_BLOCKS = 4096  # that a program scores which is a row's only one
+JOINED = 2**13  # numbers of pieces that are joined at once: 64 registers of each of 128 threads
 TILE = 64  # at most: keys of a step of the attention's loop, blocks that a program scores,
 NUMBERS = 2**12  # and numbers of these
 SCORED = 2**24  # scores that exist at once (fp32: 64 MB)
@@ -204,42 +208,6 @@ def attend(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Rea
     return out
 
 
-def choose(q: Tensor, summaries: Tensor, step: PagedStep, reach: Reach, positions: Tensor, requests: Tensor) -> Tensor:
-    """int32 [N, Hk, K]: the blocks that the rows `q` [N, H, d] at `positions` of `requests` read, in ascending order; -1 where
-    there are fewer. One launch where blocks are few, else two."""
-    from shoal.model.gpu import attention
-
-    rows, kv_heads, blocks = len(q), summaries.shape[1], step.tables.shape[1] * summaries.shape[2]
-    shape, scores = _choosing(q, summaries, step, reach, FEW_BLOCKS)
-    sizes = min(reach.window, MOST_LAST), min(reach.dense, MOST_LAST), blocks
-    chosen = torch.empty(rows, kv_heads, reach.top_k, dtype=torch.int32, device=q.device)
-    z = q.new_empty((rows, q.shape[1], blocks) if blocks > reach.top_k else (1,), dtype=fp(q.dtype))
-    given = (q, summaries, step.tables, positions, requests, z)
-    strides = step.tables.stride(0), *summaries.stride()[:3]
-    if blocks > reach.top_k and not scores:
-        tile = _tile(q)
-        attention._score[(rows, kv_heads, -(-blocks // tile))](*given, *strides, *sizes, **shape, TILE=tile)
-    attention._choose[(rows, kv_heads)](
-        *given, chosen, *strides, *sizes,
-        **shape, SINKS=reach.sinks, SCORES=scores, EACH=_tile(q), TILE=_power(blocks), FULL=_power(reach.top_k, 1),
-        num_warps=max(4 if scores else 1, _warps(blocks)),
-    )  # fmt: skip
-    return chosen
-
-
-def _choosing(q: Tensor, summaries: Tensor, step: PagedStep, reach: Reach, most: int) -> tuple[dict[str, Any], bool]:
-    """The constants of kernels that score and choose for `q` [N, H, d], and whether one program does both: where there is
-    something to choose, among no more than `most` blocks."""
-    dim, exact, blocks = q.shape[2], _exact(q), step.tables.shape[1] * summaries.shape[2]
-    shape = {
-        "G": q.shape[1] // summaries.shape[1], "HEADS": q.shape[1], "KV_HEADS": summaries.shape[1], "D": dim,
-        "WIDE": _power(dim), "PAGED": summaries.shape[2], "S": step.block, "K": reach.top_k,
-        "BEYOND": reach.bias is not None, "VARIANCE": summaries.shape[-1] > dim,
-        "ROWS": _power(q.shape[1] // summaries.shape[1], 1 if exact else 16), "SCALE": 1 / math.sqrt(dim), "EXACT": exact,
-    }  # fmt: skip
-    return shape, reach.top_k < blocks <= most
-
-
 def _attend(
     q: Tensor,
     kv: Tensor,
@@ -250,45 +218,53 @@ def _attend(
     requests: Tensor,
     out: Tensor,
 ) -> None:
-    """Fill `out` for the rows `q` [N, H, d] at `positions` [N] of `requests` [N]."""
+    """Fill `out` for the rows `q` [N, H, d] at `positions` [N] of `requests` [N]: one launch, and one before it where blocks
+    are too many to be scored by each program."""
     from shoal.model.gpu import attention
 
     rows, heads, dim = q.shape
-    kv_heads, exact, most = kv.shape[1], _exact(q), step.tables.shape[1] * kv.shape[2]
-    beyond, top_k = reach.bias is not None, reach.top_k if reach.chooses else 0
+    kv_heads, keys, blocks = kv.shape[1], step.tables.shape[1] * kv.shape[2], step.tables.shape[1] * summaries.shape[2]
+    top_k = reach.top_k if reach.chooses else 0
     window, dense = min(reach.window, MOST_LAST), min(reach.dense, MOST_LAST)
-    shape = {
-        "G": heads // kv_heads, "HEADS": heads, "KV_HEADS": kv_heads, "D": dim, "WIDE": _power(dim), "P": kv.shape[2],
-        "S": step.block, "K": top_k, "BEYOND": beyond, "INT8": kv.dtype == torch.int8, "TILE": _tile(q),
-        "ROWS": _power(heads // kv_heads, 1 if exact else 16), "PRECISION": _precision(q), "SCALE": 1 / math.sqrt(dim),
-        "EXACT": exact,
+    near, far = _pieces(rows * kv_heads, min(keys, max(window, dense)), (top_k + 1) * step.block if top_k else 0)
+    alone, gated = near == 1 >= far, reach.gamma is not None and far > 0
+    shape, kind, fits = _shape(q, kv, summaries, step, reach), fp(q.dtype), blocks * summaries.shape[-1] <= FEW_NUMBERS
+    given, strides = (summaries, step.tables, positions, requests), (step.tables.stride(0), *summaries.stride()[:3])
+    scores = top_k > 0 and (blocks <= ALONE_BLOCKS if alone else fits)
+    z = q.new_empty((rows, heads, far if scores else 1, blocks) if 0 < top_k < blocks else (1,), dtype=kind)
+    if 0 < top_k < blocks and not scores:
+        tiles = -(-blocks // shape["TILE"])
+        attention._score[(rows, kv_heads, tiles)](q, *given, z, *strides, window, dense, blocks, **shape)
+    chosen = torch.empty(rows, kv_heads, max(1, far), max(1, top_k), dtype=torch.int32, device=q.device)
+    pieces, part, stats, arrived = near + far, q, q, q
+    if not alone:
+        part, stats = (q.new_empty(rows, heads, pieces, each, dtype=kind) for each in (dim, 2))
+        count = len(step.positions) * kv_heads
+        arrived = step.rows.once("arrived", lambda: torch.zeros(count, dtype=torch.int32, device=q.device))
+    group, most = _power(shape["G"], 1), _blocks(blocks) if top_k else 16
+    attention._attend[(rows, kv_heads, 1 if alone else pieces)](
+        q, kv, *given, z, chosen, reach.bias if shape["BEYOND"] else q, reach.gamma if gated else q, part, stats, arrived, out,
+        strides[0], *kv.stride()[:3], *strides[1:], window, dense, blocks, near, pieces,
+        **shape, P=kv.shape[2], SINKS=reach.sinks, GATED=gated, INT8=kv.dtype == torch.int8, SCORES=scores, ALONE=alone,
+        BLOCKS=most, FULL=_power(max(1, top_k), 1), GROUP=group, EACH=max(1, min(64, JOINED // (group * shape["WIDE"]))),
+        PRECISION=_precision(q), num_warps=max(4, _warps(most)),
+    )  # fmt: skip
+
+
+def _shape(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Reach) -> dict[str, Any]:
+    """The constants that attention's kernels have in common, for `q` [N, H, d]."""
+    group, dim, exact = q.shape[1] // kv.shape[1], q.shape[2], _exact(q)
+    return {
+        "G": group, "HEADS": q.shape[1], "KV_HEADS": kv.shape[1], "D": dim, "WIDE": _power(dim), "PAGED": summaries.shape[2],
+        "S": step.block, "K": reach.top_k if reach.chooses else 0, "BEYOND": reach.bias is not None,
+        "VARIANCE": summaries.shape[-1] > dim, "ROWS": _power(group, 1 if exact else 16), "TILE": _tile(q),
+        "SCALE": 1 / math.sqrt(dim), "EXACT": exact,
     }  # fmt: skip
-    near, far = _pieces(rows * kv_heads, min(most, max(window, dense)), (top_k + 1) * step.block if top_k else 0)
-    gated, bias = reach.gamma is not None and far > 0, reach.bias if beyond else q
-    strides = step.tables.stride(0), *kv.stride()[:3]
-    blocks = most // step.block
-    if near == 1 and far <= 1 and blocks * bool(top_k) <= ALONE_BLOCKS:
-        z = q.new_empty((rows, heads, blocks) if top_k and blocks > top_k else (1,), dtype=fp(q.dtype))
-        chosen = torch.empty(rows, kv_heads, max(1, top_k), dtype=torch.int32, device=q.device)
-        attention._alone[(rows, kv_heads)](
-            q, kv, summaries, step.tables, positions, requests, z, chosen, bias, reach.gamma if gated else q, out,
-            *strides, *summaries.stride()[:3], window, dense, blocks,
-            **shape, PAGED=kv.shape[2] // step.block, SINKS=reach.sinks, GATED=gated, VARIANCE=summaries.shape[-1] > dim,
-            BLOCKS=_power(blocks) if top_k else 16, FULL=_power(max(1, top_k), 1),
-            num_warps=max(4, _warps(blocks) if top_k else 4),
-        )  # fmt: skip
-        return
-    chosen = choose(q, summaries, step, reach, positions, requests) if top_k else positions
-    part = q.new_empty(rows, heads, near + far, dim, dtype=fp(q.dtype))
-    stats = q.new_empty(rows, heads, near + far, 2, dtype=fp(q.dtype))
-    attention._attend[(rows, kv_heads, near + far)](
-        q, kv, step.tables, positions, requests, chosen, bias, part, stats, *strides, window, dense,
-        **shape, NEAR=near, PIECES=near + far,
-    )  # fmt: skip
-    attention._join[(rows, heads)](
-        part, stats, reach.gamma if gated else q, out,
-        HEADS=heads, D=dim, WIDE=_power(dim), NEAR=near, PIECES=near + far, PADDED=_power(near + far, 1), GATED=gated,
-    )  # fmt: skip
+
+
+def _blocks(blocks: int) -> int:
+    """Room for the scores of so many blocks: one of four sizes, as each is a kernel that must be compiled first."""
+    return next(size for size in (256, 1024, 4096, MOST_BLOCKS) if blocks <= size)
 
 
 def int8_product(weight: Tensor, scale: Tensor) -> Any:
@@ -317,11 +293,11 @@ def int8_product(weight: Tensor, scale: Tensor) -> Any:
 
 def _pieces(programs: int, near: int, far: int) -> tuple[int, int]:
     """Into how many pieces the keys of window and chosen blocks are cut, for so many rows and KV heads: enough to fill a
-    device, or none where these do. Powers of two, as each other number is a kernel that must be compiled first."""
+    device, or none where these do."""
     if programs >= BUSY and near + far <= MOST_KEYS:
         return 1, int(far > 0)
-    each = max(TILE, -(-(near + far) * programs // PROGRAMS))
-    return _power(max(1, -(-near // each)), 1), _power(-(-far // each), 1) if far else 0
+    each = max(LEAST_KEYS, -(-(near + far) * programs // PROGRAMS))
+    return max(1, near // each), max(1, far // each) if far else 0
 
 
 def _requests(starts: list[int], device: torch.device) -> Tensor:
