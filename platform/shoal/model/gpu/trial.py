@@ -21,24 +21,27 @@ from shoal.model.reach import ALL, Reach
 @torch.inference_mode()
 def of_steps(net: Any, kv_dtype: torch.dtype | None = None) -> None:
     """Each form of a step of `net` (a `Net` on its device), with keys and values in `kv_dtype`, through all of its layers: one
-    request, as many as make a device busy, and a prompt. Tables are as wide as they get: sizes of kernels follow from that."""
+    request, as many as make a device busy, and a prompt. Tables are as wide as they get: sizes of kernels follow from that;
+    and for one request as wide as they are while each program scores blocks for itself."""
     c, device = net.config, net.device
     if device.type != "cuda" or not launch.able(device):
         return
     cache = GroupCache.zeros(c, 1, net.dtype, device, kv_dtype)  # the null unit, and nothing is written
-    busy = -(-launch.BUSY // c.kv_heads)
-    for starts in (range(2), range(busy + 1), (0, launch.LONG + 1)):
+    busy, widest = -(-launch.BUSY // c.kv_heads), -(-c.context // c.page)
+    short = max(1, min(widest, launch.FEW_NUMBERS // c.summary_values * c.block // c.page))
+    many: list[tuple[Sequence[int], int]] = [(range(busy + 1), widest), ((0, launch.LONG + 1), widest)]
+    for starts, pages in [*((range(2), pages) for pages in sorted({short, widest})), *many]:
         try:
-            _step(net, cache, starts)
+            _step(net, cache, starts, pages)
         except Exception as error:
             launch.give_up(device, error)
             return
 
 
-def _step(net: Any, cache: GroupCache, starts: Sequence[int]) -> None:
+def _step(net: Any, cache: GroupCache, starts: Sequence[int], pages: int) -> None:
     c, device, rows = net.config, net.device, starts[-1]
     at = torch.zeros(rows, dtype=torch.long, device=device)
-    tables = torch.zeros(len(starts) - 1, -(-c.context // c.page), dtype=torch.long, device=device)
+    tables = torch.zeros(len(starts) - 1, pages, dtype=torch.long, device=device)
     step = PagedStep(at, at - 1, tables, list(starts), c.page, c.block)
     x = torch.zeros(rows, c.width, dtype=net.dtype, device=device)
     for group in net.groups:
