@@ -40,9 +40,10 @@ def on_gpu(case: Stored) -> Stored:
 def test_attention_is_that_of_torch_in_float64(
     kind: str, dtype: torch.dtype, off: float, kv: torch.dtype | None, busy: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same memory read by both, in one launch and with keys in pieces; most rows, as one block of many may be chosen
+    """The same memory read by both, by one program a row and with keys in pieces; most rows, as one block of many may be chosen
     otherwise where scores tie in fp32."""
     monkeypatch.setattr(launch, "BUSY", busy)
+    monkeypatch.setattr(launch, "LEAST_KEYS", 32)
     case = store(0, [3000, 700, 65, 1], [3, 1, 2, 1], group=4, dim=64, page=32, block=16, dtype=dtype, kv_dtype=kv)
     gamma, bias = torch.rand(8).to(dtype), torch.randn(8).to(dtype)
     reach = Reach(128, 8 * (kind in "HS"), 1, gamma if kind == "H" else None, bias if kind == "S" else None)
@@ -64,6 +65,23 @@ def test_attention_is_that_of_torch_in_float64(
     got = launch.attend(there.q, there.kv, there.summaries, there.step, moved)
     errors = (got.double().cpu() - want).abs().amax((1, 2)) / want.abs().max()
     assert errors.median() <= off and (errors <= off).double().mean() >= 0.85
+
+
+@pytest.mark.parametrize("times", [50_000])
+@torch.no_grad()
+def test_the_last_to_arrive_reads_what_all_have_stored(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That it reads nothing older a GPU alone can show, and only if the launch before left other numbers in the same memory."""
+    monkeypatch.setattr(launch, "BUSY", 10**9)
+    monkeypatch.setattr(launch, "LEAST_KEYS", 32)
+    case = on_gpu(store(1, [700, 65, 1], [1, 1, 1], group=4, dim=64, page=32, block=16, dtype=torch.bfloat16))
+    reach = Reach(128, 8, 1, torch.rand(8).to(DEVICE))
+    asked = [case.q, -case.q, case.q.flip(-1)]
+    want = [launch.attend(q, case.kv, case.summaries, case.step, reach) for q in asked]
+    wrong = torch.zeros((), dtype=torch.long, device=DEVICE)
+    for turn in range(times):
+        got = launch.attend(asked[turn % 3], case.kv, case.summaries, case.step, reach)
+        wrong += (got != want[turn % 3]).any()
+    assert int(wrong) == 0
 
 
 def test_the_device_is_one_for_the_kernels() -> None:
