@@ -117,35 +117,6 @@ def test_what_kernels_of_attention_have_in_common() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("rows", "blocks", "values", "launches"),
-    [
-        (1, 256, 64, 1),
-        (1, 257, 64, 2),
-        (1, 128, 128, 1),
-        (1, 256, 128, 2),
-        (1, 3, 64, 1),
-        (64, 4096, 64, 1),
-        (64, 4097, 64, 2),
-    ],
-)
-def test_blocks_are_scored_by_each_who_reads_them_where_that_is_shorter_than_a_launch(
-    rows: int, blocks: int, values: int, launches: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A row and KV head's only program scores more. Of three blocks all are read."""
-    told = list[tuple[str, Any]]()
-    made = {
-        name: Kernel(lambda grid, *given, name=name, **shape: told.append((name, shape.get("SCORES"))))
-        for name in ("_score", "_attend")
-    }
-    monkeypatch.setitem(sys.modules, "shoal.model.gpu.attention", SimpleNamespace(**made))
-    monkeypatch.setattr("shoal.model.gpu.attention", SimpleNamespace(**made), raising=False)
-    step = step_of([1] * rows, blocks, page=4)
-    q, kv = torch.zeros(rows, 4, 64), torch.zeros(2, 2, 4, 128)
-    launch.attend(q, kv, torch.zeros(2, 2, 1, values), step, Reach(300, 3, 1, torch.zeros(4)))
-    assert [name for name, _ in told] == ["_score", "_attend"][-launches:] and told[-1][1] == (launches == 1)
-
-
 # ---- launches, by kernels that do in torch what their programs would, and where they stand
 
 

@@ -16,7 +16,7 @@ from shoal.model.cpu import fused
 from shoal.model.gpu import launch
 from shoal.model.reach import ALL, Reach
 from tests.triton.stored import Stored, store
-from tests.unit.model.test_launch import Kernel
+from tests.unit.model.test_launch import Kernel, step_of
 
 STRIDES = 3  # of a memory: unit, head, slot or block
 
@@ -219,6 +219,35 @@ def test_programs_of_two_forwards_count_apart_and_those_of_a_forward_in_one_plac
         assert "arrived" in one.step.rows._made and one.step.rows is not other.step.rows
     else:
         assert "arrived" not in one.step.rows._made
+
+
+@pytest.mark.parametrize(
+    ("rows", "blocks", "values", "launches"),
+    [
+        (1, 256, 64, 1),
+        (1, 257, 64, 2),
+        (1, 128, 128, 1),
+        (1, 256, 128, 2),
+        (1, 3, 64, 1),
+        (64, 4096, 64, 1),
+        (64, 4097, 64, 2),
+    ],
+)
+def test_blocks_are_scored_by_each_who_reads_them_where_that_is_shorter_than_a_launch(
+    rows: int, blocks: int, values: int, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row and KV head's only program scores more. Of three blocks all are read."""
+    told = list[tuple[str, Any]]()
+    made = {
+        name: Kernel(lambda grid, *given, name=name, **shape: told.append((name, shape.get("SCORES"))))
+        for name in ("_score", "_attend")
+    }
+    monkeypatch.setitem(sys.modules, "shoal.model.gpu.attention", SimpleNamespace(**made))
+    monkeypatch.setattr("shoal.model.gpu.attention", SimpleNamespace(**made), raising=False)
+    step = step_of([1] * rows, blocks, page=4)
+    q, kv = torch.zeros(rows, 4, 64), torch.zeros(2, 2, 4, 128)
+    launch.attend(q, kv, torch.zeros(2, 2, 1, values), step, Reach(300, 3, 1, torch.zeros(4)))
+    assert [name for name, _ in told] == ["_score", "_attend"][-launches:] and told[-1][1] == (launches == 1)
 
 
 # ---- a linear in int8

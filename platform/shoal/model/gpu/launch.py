@@ -34,9 +34,7 @@ PROGRAMS = 264  # that fill a device: two for each of 132 multiprocessors; what 
 BUSY = 128  # that keep it busy: from so many rows and KV heads on one reads all by itself, in one launch,
 MOST_KEYS = 4096  # unless it may be more keys than these: beside short requests one program would read for long
 LEAST_KEYS = 128  # of a piece: of each the sums of a group's heads must be joined
-FEW_NUMBERS = (
-    2**14
-)  # of summaries that each program of a row scores for itself: more take longer than a launch (decision 0094)
+FEW_NUMBERS = 2**14  # of summaries that each program of a row scores itself: more outlast a launch (decision 0094)
 ALONE_BLOCKS = 4096  # that a program scores which is a row's only one
 JOINED = 2**13  # numbers of pieces that are joined at once: 64 registers of each of 128 threads
 TILE = 64  # at most: keys of a step of the attention's loop, blocks that a program scores,
