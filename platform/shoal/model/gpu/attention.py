@@ -317,6 +317,7 @@ def _join(
     tl.store(to, found.to(out.dtype.element_ty), mask=(g < G)[:, None] & (at < D)[None, :])
 
 
+# long: one launch, of which half is what it is given
 @triton.jit(do_not_specialize=["nears", "pieces"])
 def _attend(
     q, kv, summaries, tables, positions, requests, z, chosen, bias, gamma, part, stats, arrived, out,
