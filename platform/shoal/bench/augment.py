@@ -88,7 +88,7 @@ def recipe_of(run: Path) -> Recipe:
     try:
         told = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
         recipe = named(str(told["recipe"]))
-    except (OSError, ValueError, KeyError, UsageError) as error:  # the last: one of a user's own, or of no version known here
+    except (OSError, ValueError, KeyError, UsageError) as error:  # the last: a user's own, or of no version known
         raise DataError(f"{run} is no run of a recipe of ours", got=str(error), do="make one: shoal recipe") from error
     if told.get("model") or not (run / "model" / "config.json").exists():
         raise DataError(f"{run} has no model from nothing", do="let shoal recipe finish there, without --model")
