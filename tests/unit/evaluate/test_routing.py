@@ -356,7 +356,7 @@ def test_a_model_that_a_killed_command_took_away_is_put_back_before_it_gets_its_
     made = fit_router(CONFIG, x, gaps, steps=1)
     monkeypatch.setattr(routing, "fit_router", lambda *_, **__: made)
     monkeypatch.setattr(second_look, "fit", lambda *_, **__: (None, None))
-    given = prompts.Prompts(x, gaps, torch.zeros(64), ("a",) * 64, torch.arange(64))
+    given = prompts.Prompts(x, gaps, torch.zeros(64), torch.ones(64), ("a",) * 64, torch.arange(64))
     routing._fitted(lambda *_: (), str(tmp_path / "model"), given, 5, False)  # type: ignore[arg-type]
     assert Model.load(tmp_path / "model").router is not None
 
