@@ -106,7 +106,6 @@ def served(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         serve.stop()
 
 
-@pytest.mark.drill
 def test_both_replicas_have_an_adapter_before_it_is_listed(served: Served) -> None:
     assert served.names() == ["fish", "a"]
     served.all_say("a")
