@@ -32,17 +32,24 @@ def on_gpu(case: Stored) -> Stored:
     return dataclasses.replace(case, q=q, kv=kv, summaries=summaries, step=step)
 
 
-@pytest.mark.parametrize("busy", [1, 10**9])
+@pytest.mark.parametrize(("busy", "few"), [(1, launch.FEW_NUMBERS), (10**9, launch.FEW_NUMBERS), (10**9, 0)])
 @pytest.mark.parametrize("kv", [None, torch.int8])
 @pytest.mark.parametrize(("dtype", "off"), [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 2**-6)])
 @pytest.mark.parametrize("kind", ["H", "S", "L", "D"])
 @torch.no_grad()
 def test_attention_is_that_of_torch_in_float64(
-    kind: str, dtype: torch.dtype, off: float, kv: torch.dtype | None, busy: int, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    dtype: torch.dtype,
+    off: float,
+    kv: torch.dtype | None,
+    busy: int,
+    few: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same memory read by both, by one program a row and with keys in pieces; most rows, as one block of many may be chosen
-    otherwise where scores tie in fp32."""
+    """The same memory read by both, by one program a row and with keys in pieces, which have teams or not; most rows, as one
+    block of many may be chosen otherwise where scores tie in fp32."""
     monkeypatch.setattr(launch, "BUSY", busy)
+    monkeypatch.setattr(launch, "FEW_NUMBERS", few)
     monkeypatch.setattr(launch, "LEAST_KEYS", 32)
     case = store(0, [3000, 700, 65, 1], [3, 1, 2, 1], group=4, dim=64, page=32, block=16, dtype=dtype, kv_dtype=kv)
     gamma, bias = torch.rand(8).to(dtype), torch.randn(8).to(dtype)
@@ -67,12 +74,16 @@ def test_attention_is_that_of_torch_in_float64(
     assert errors.median() <= off and (errors <= off).double().mean() >= 0.85
 
 
+@pytest.mark.parametrize("few", [launch.FEW_NUMBERS, 0])
 @pytest.mark.parametrize("times", [50_000])
 @torch.no_grad()
-def test_the_last_to_arrive_reads_what_all_have_stored(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That it reads nothing older a GPU alone can show, and only if the launch before left other numbers in the same memory."""
+def test_the_last_to_arrive_reads_what_all_have_stored(times: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That it reads nothing older a GPU alone can show, and only if the launch before left other numbers in the same memory.
+    Of pieces which score for themselves, and of teams of three."""
     monkeypatch.setattr(launch, "BUSY", 10**9)
     monkeypatch.setattr(launch, "LEAST_KEYS", 32)
+    monkeypatch.setattr(launch, "FEW_NUMBERS", few)
+    monkeypatch.setattr(launch, "TILE", 16)
     case = on_gpu(store(1, [700, 65, 1], [1, 1, 1], group=4, dim=64, page=32, block=16, dtype=torch.bfloat16))
     reach = Reach(128, 8, 1, torch.rand(8).to(DEVICE))
     asked = [case.q, -case.q, case.q.flip(-1)]

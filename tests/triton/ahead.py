@@ -63,32 +63,31 @@ def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> No
     made = triton.compile(ASTSource(self, signature, constants, attributes), target=target, options=options)
     assert made.asm["cubin"]
     if self.__name__ == "_attend" and not given["ALONE"]:
-        in_order(made.asm["ptx"])
+        in_order(made.asm["ptx"], 1 + given["SHARED"])
     assert made.metadata.shared <= MOST_SHARED, f"{self.__name__} takes {made.metadata.shared} bytes of shared memory"
     launched.append(self.__name__)
 
 
-def in_order(ptx: str) -> None:
-    """What makes "the last to arrive joins" right on a device: a barrier between what a program stores and the one thread that
-    counts, which releases and acquires for all of a GPU; another before anything is read, past the first cache; and nothing
-    stored between but the count itself, which begins anew."""
+def in_order(ptx: str, counts: int) -> None:
+    """What makes "the last to arrive joins", and before it "the last of a team goes on", right on a device, of each that is
+    counted: a barrier between what a program stores and the one thread that counts, which releases and acquires for all of a
+    GPU; another before anything is read, past the first cache; and nothing read by way of it before that."""
     code = [line.split("//")[0].strip() for line in ptx.splitlines()]
-    (count,) = [at for at, line in enumerate(code) if " atom." in f" {line}"]
-    assert "atom.global.gpu.acq_rel.add" in code[count], code[count]
+    found = [at for at, line in enumerate(code) if " atom." in f" {line}"]
+    assert len(found) == counts
     barriers = [at for at, line in enumerate(code) if line.startswith(("bar.sync", "barrier.sync"))]
     stores = [at for at, line in enumerate(code) if " st.global" in f" {line}"]
-    shared = [at for at, line in enumerate(code) if " ld.global.cg" in f" {line}"]
-    assert len(shared) >= 3 and min(shared) > count, (
-        "pieces are read before they are counted, or through the first cache"
-    )
-    assert any(max(at for at in stores if at < count) < barrier < count for barrier in barriers), (
-        "nothing orders the stores"
-    )
-    assert any(count < barrier < min(shared) for barrier in barriers), (
-        "the other threads do not wait for the one that counts"
-    )
-    plain = [at for at, line in enumerate(code) if " ld.global" in f" {line}" and at > count and at not in shared]
-    assert not plain or min(plain) > max(shared), "the shares of the branches alone are read as ever"
+    loads = [at for at, line in enumerate(code) if " ld.global" in f" {line}"]
+    shared = [at for at in loads if " ld.global.cg" in f" {code[at]}"]
+    assert min(shared) > found[0], "what others wrote is read before it is counted"
+    for begin, count, end in zip([0, *found], found, [*found[1:], len(code)], strict=False):
+        assert "atom.global.gpu.acq_rel.add" in code[count], code[count]
+        mine = [at for at in stores if begin < at < count]
+        assert any(max(mine) < barrier < count for barrier in barriers), "nothing orders the stores"
+        theirs, plain = ([at for at in each if count < at < end] for each in (shared, {*loads} - {*shared}))
+        assert len(theirs) >= (1 if end < len(code) else 3), "what others wrote is read through the first cache"
+        assert any(count < barrier < min(theirs) for barrier in barriers), "other threads do not wait for who counts"
+        assert not plain or min(plain) > max(theirs), "all else is read as ever, and after it"
 
 
 def sixteen(value: Any) -> bool:

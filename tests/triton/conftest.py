@@ -11,6 +11,7 @@ import pytest
 
 from shoal.model.cpu import fused
 from shoal.model.gpu import launch
+from tests.triton.seen import Seen
 
 LACKS = None
 if importlib.util.find_spec("triton") is None:
@@ -28,3 +29,12 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(fused, "usable", lambda x: False)
     monkeypatch.setattr(fused, "few", lambda rows: False)
     yield
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    from shoal.model.gpu import attention
+
+    made = Seen(attention._attend)
+    monkeypatch.setattr(attention, "_attend", made)
+    return made

@@ -14,8 +14,8 @@ TRAINING = ["_near", "_rate", "_pick", "_forward", "_to_q", "_to_pieces", "_to_k
 LAYERS = {
     "decoding": [*BEFORE, "_attend", *AFTER],
     "a few rows": [*BEFORE, "_summarise", "_attend", *AFTER],
-    **{kind: [*BEFORE, "_score", "_attend", *AFTER] for kind in ("many blocks", "S", "many alone")},
-    **{kind: [*BEFORE, "_attend", *AFTER] for kind in ("L", "D", "H alone", "S alone", "L alone", "D alone")},
+    **{kind: [*BEFORE, "_attend", *AFTER] for kind in ("many blocks", "S", "L", "D", "many alone")},
+    **{f"{kind} alone": [*BEFORE, "_attend", *AFTER] for kind in "HSLD"},
     **{f"{kind} trained": TRAINING for kind in "HS"},
     "one token": ["_near", "_near_to_q", "_near_to_kv"],
     "int8": ["_levels", "_product"] * 2,
@@ -32,7 +32,7 @@ def test_layers_of_each_kind_compile_and_launch_five_or_six_kernels(
     preset: str, dtype: str, architecture: str, kv: list[str]
 ) -> None:
     """Beside four products, and the gate's sigmoid; then those of attention in training, and of INT8. In no more shared memory
-    than the smallest device has; and whoever joins pieces reads them after they were stored (`ahead.in_order`)."""
+    than the smallest device has; and whoever goes on for others reads what they stored after they did (`ahead.in_order`)."""
     told = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.triton.ahead", preset, dtype, architecture, *kv]
     done = subprocess.run(command, env=told, capture_output=True, text=True, timeout=500, check=False)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import random
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch import Tensor
 from shoal.model import paged, reference
 from shoal.model.gpu import launch
 from shoal.model.reach import ALL, Reach
+from tests.triton.seen import KINDS, NOBODY, Seen, attended
 from tests.triton.stored import Stored, store
 
 pytestmark = pytest.mark.timeout(600)  # the interpreter is slow, and so is a busy machine
@@ -26,11 +25,6 @@ pytestmark = pytest.mark.timeout(600)  # the interpreter is slow, and so is a bu
 # which the interpreter cuts where a GPU rounds
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7}
 MARGIN = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}  # scores are fp32 in bf16 too
-
-
-@torch.no_grad()
-def attended(case: Stored, reach: Reach) -> Tensor:
-    return launch.attend(case.q, case.kv, case.summaries, case.step, reach)
 
 
 def whole(case: Stored, request: int) -> tuple[Tensor, Tensor, Tensor, slice]:
@@ -81,8 +75,8 @@ def test_both_branches_are_the_definition(
     few: int,
     new: int,
 ) -> None:
-    """Ragged lengths, groups, pages and blocks, all in one launch or in pieces, which are scored apart or not; several rows a
-    request, as in verification and prefill."""
+    """Ragged lengths, groups, pages and blocks, by one program or in pieces, which score for themselves or have teams; several
+    rows a request, as in verification and prefill."""
     (page, block), (kv_heads, group) = sizes, heads
     case = store(
         seed, lengths, [min(new, n) for n in lengths],
@@ -105,33 +99,6 @@ def test_both_branches_are_the_definition(
         sure = margin(case, r, reach, block) > MARGIN[dtype]
         off = (got[slice(*case.step.starts[r : r + 2])] - want).abs().amax((1, 2))[sure]
         assert (off <= BOUNDS[dtype] * v.abs().max().clamp(min=1)).all()
-
-
-NOBODY = -7  # wrote a list: a piece without keys needs none
-
-
-class Seen:
-    """In place of a kernel: it runs as ever, and what it was given is kept, by name."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel, self.given = kernel, list[dict[str, Any]]()
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def run(*args: Any, **named: Any) -> None:
-            self.given.append(dict(zip(self.kernel.arg_names, args, strict=False)) | named)
-            self.given[-1]["chosen"].fill_(NOBODY)
-            self.kernel[grid](*args, **named)
-
-        return run
-
-
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
-    from shoal.model.gpu import attention
-
-    made = Seen(attention._attend)
-    monkeypatch.setattr(attention, "_attend", made)
-    return made
 
 
 def chosen_of(seen: Seen, row: int, head: int) -> list[int]:
@@ -183,19 +150,28 @@ def test_the_chosen_blocks_are_those_of_the_definition(
                 assert blocks == want[head, row].nonzero().flatten().tolist()
 
 
+@pytest.mark.parametrize("few", [0, 2**14])
 @pytest.mark.parametrize("heads", [1, 2])
-def test_both_zeros_are_one_score(heads: int, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_zeros_are_one_score(heads: int, few: int, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in training and in torch, so that the lower block is read; a product that rounds to nothing may be either."""
+    from triton import language as tl
+
     from shoal.model.gpu import attention
 
-    zeros = torch.tensor([5.0, -0.0, 0.0, 0.0, -0.0, 0.0])
-    scored = {(1, 1, 1): lambda *given, **_: given[5].copy_(zeros)}
-    monkeypatch.setattr(attention, "_score", scored)
-    monkeypatch.setattr(launch, "ALONE_BLOCKS", 0)
+    def scored(own: Any, *given: Any) -> Any:
+        b = given[3]
+        z = tl.where(b == 0, 5.0, 0.0) * tl.where((b == 1) | (b == 4), -1.0, 1.0)
+        return tl.broadcast_to(z[None, :], own.shape[0], b.shape[0])
+
+    monkeypatch.setattr(attention, "_rated", scored)
+    monkeypatch.setattr(launch, "FEW_NUMBERS", few)
+    monkeypatch.setattr(launch, "ALONE_BLOCKS", few)
     case = store(1, [12], [1], kv_heads=1, group=heads, page=12, block=2, dtype=torch.float32)
     case.step.tables = case.step.tables[:, :1]
     attended(case, Reach(3, 3, 1, torch.ones(heads)))
-    assert chosen_of(seen, 0, 0) == [0, 1, 2]
+    assert seen.given[-1]["SHARED"] == (few == 0) and chosen_of(seen, 0, 0) == [0, 1, 2]
+    zeros = seen.given[-1]["z"].view(heads, 6)
+    assert torch.equal(torch.signbit(zeros[0]), torch.tensor([False, True, False, False, True, False]))
 
 
 @pytest.fixture(params=[1, 2])
@@ -247,91 +223,6 @@ def test_where_rows_are_many_each_is_attended_by_one_program() -> None:
     assert min(launch._pieces(launch.BUSY, 2**17, 0)) == 0 and launch._pieces(launch.BUSY, 2**17, 0)[0] > 1
     assert min(launch._pieces(2, 1024, 1088)) > 4
     assert launch._pieces(2, 512, 33 * 32) == (4, 8), "a row of 1b"
-
-
-# ---- the last to arrive joins: in whatever order that is
-
-
-@pytest.fixture
-def shuffled(monkeypatch: pytest.MonkeyPatch) -> Shuffled:
-    """Programs run in an order that is drawn anew for each launch; of the interpreter's loops the last one alone is left."""
-    from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
-
-    made = Shuffled(random.Random(0))
-    place = interpreter_builder.set_grid_idx
-    monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda *at: place(*made.at(*at)))
-    run = InterpretedFunction.run
-
-    def ordered(self: Any, *args: Any, grid: Any, **named: Any) -> Any:
-        made.begin(grid)
-        return run(self, *args, grid=grid, **named)
-
-    monkeypatch.setattr(InterpretedFunction, "run", ordered)
-    return made
-
-
-class Shuffled:
-    """Which program runs in the place of another; the piece that comes last is another one in each launch."""
-
-    def __init__(self, draw: random.Random) -> None:
-        self.draw, self.order = draw, list[tuple[int, ...]]()
-        self.last = list[tuple[int, ...]]()  # of each launch
-
-    def begin(self, grid: tuple[int, ...]) -> None:
-        self.order = [*itertools.product(*map(range, (*grid, 1, 1)[:3]))]
-        self.draw.shuffle(self.order)
-        piece = len(self.last) % (1 + max(at[2] for at in self.order))
-        self.order.sort(key=lambda at: at[2] != piece)  # who is first here runs last; among equals the order stays
-        self.last.append(self.order[0])
-
-    def at(self, *_: int) -> tuple[int, ...]:
-        return self.order.pop()
-
-
-KINDS = {
-    "H": Reach(10, 3, 1, torch.linspace(0.2, 0.8, 4)),
-    "S": Reach(10, 3, 1, None, torch.linspace(-1, 2, 4)),
-    "L": Reach(10, 0, 0, None),
-    "D": Reach(ALL, 0, 0, None, dense=ALL),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", KINDS)
-def test_who_comes_last_changes_no_bit(
-    kind: str, dtype: torch.dtype, shuffled: Shuffled, seen: Seen, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever the order of the programs, of rows of which some have no key for some pieces. What they count with is as it was
-    found, so the launches after it count right."""
-    monkeypatch.setattr(launch, "_pieces", lambda programs, near, far: (2, 3 * (far > 0)))
-    monkeypatch.setattr(launch, "_tile", lambda q: 4)
-    case = store(9, [70, 9], [1, 1], kv_heads=1, group=4, dtype=dtype)
-    found = [attended(case, KINDS[kind]) for _ in range(3)]
-    assert all(torch.equal(each, found[0]) for each in found) and found[0].isfinite().all()
-    assert len({last[2] for last in shuffled.last}) > 1, "another piece is the last"
-    places = {given["arrived"].data_ptr() for given in seen.given}
-    assert len(places) == 1 and not any(given["arrived"].any() for given in seen.given)
-
-
-def test_pieces_are_joined_in_their_order_and_not_in_that_of_their_coming(
-    seen: Seen, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every order of the pieces of a row, where sums in another order have other bits."""
-    from triton.runtime.interpreter import interpreter_builder
-
-    monkeypatch.setattr(launch, "_pieces", lambda programs, near, far: (2, 2))
-    monkeypatch.setattr(launch, "_tile", lambda q: 4)
-    case = store(2, [60], [1], kv_heads=1, dtype=torch.float32)
-    want, place = (
-        attended(case, dataclasses.replace(KINDS["H"], gamma=torch.full((2,), 0.3))),
-        interpreter_builder.set_grid_idx,
-    )
-    for order in itertools.permutations(range(4)):
-        with monkeypatch.context() as patch:
-            patch.setattr(interpreter_builder, "set_grid_idx", lambda x, y, z, to=order: place(x, y, to[z]))
-            assert torch.equal(attended(case, dataclasses.replace(KINDS["H"], gamma=torch.full((2,), 0.3))), want)
-    part = seen.given[-1]["part"].view(4, 2, 16)
-    assert not torch.equal(part[0] + part[1] + part[2], part[2] + part[1] + part[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)

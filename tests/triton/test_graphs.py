@@ -50,10 +50,15 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "LEAST_TOKENS", 16)
 
 
-@pytest.mark.parametrize("pattern", ["H", "D"])
-def test_a_replay_gives_what_the_kernels_give_bit_for_bit(pattern: str, taped: None) -> None:
+@pytest.mark.parametrize(("pattern", "teams"), [("H", False), ("D", False), ("H", True)])
+def test_a_replay_gives_what_the_kernels_give_bit_for_bit(
+    pattern: str, teams: bool, taped: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As requests join and leave, at all depths: logits of each step, and what is stored, beside the same sizes run anew; and
     the answers of an engine without graphs. No operator in it waits for a value."""
+    if teams:
+        for name, value in (("FEW_NUMBERS", 0), ("ALONE_BLOCKS", 0), ("_teams", lambda *given: (2, 2))):
+            monkeypatch.setattr(launch, name, value)
     made, counts = model(pattern), Again()
     asked = [
         Request(
@@ -126,12 +131,18 @@ ALL_ASKED = Sampling(temperature=0.7, top_p=0.9, seed=1, max_tokens=3, ignore_eo
 
 
 @pytest.mark.parametrize(
-    ("pattern", "pieces", "sampling", "beside"),
-    [("H", 2, ALL_ASKED, 86), ("L", 2, ALL_ASKED, 86), ("H", 1, ALL_ASKED, 86), ("H", 1, GREEDY, 16)],
+    ("pattern", "pieces", "few", "sampling", "beside"),
+    [
+        ("H", 2, 0, ALL_ASKED, 86),
+        ("L", 2, 0, ALL_ASKED, 86),
+        ("H", 1, launch.FEW_NUMBERS, ALL_ASKED, 86),
+        ("H", 1, launch.FEW_NUMBERS, GREEDY, 16),
+    ],
 )
 def test_a_decoding_step_on_a_gpu_waits_for_one_copy_and_its_launches_are_counted(
     pattern: str,
     pieces: int,
+    few: int,
     sampling: Sampling,
     beside: int,
     kernels_there: None,
@@ -141,6 +152,7 @@ def test_a_decoding_step_on_a_gpu_waits_for_one_copy_and_its_launches_are_counte
     adds a sum, the zeros that those count from who join pieces, if there are pieces, and the first one what embeds and rotates;
     `beside` all layers are exit, head and sampler."""
     monkeypatch.setattr(launch, "_pieces", lambda programs, near, far: (pieces, pieces * (far > 0)))
+    monkeypatch.setattr(launch, "FEW_NUMBERS", few)
     layers: dict[int, list[str]] = {}
     with pretended() as gpu:
         made = model(pattern)

@@ -55,20 +55,6 @@ def listed(z: Any, many: int, shape: dict[str, Any]) -> list[int]:
     return sorted([*range(shape["SINKS"]), *others][: shape["K"]])
 
 
-def score(
-    grid: Any, q: Any, summaries: Any, tables: Any, positions: Any, requests: Any, z: Any, *sizes: int, **shape: Any
-) -> None:
-    *strides, window, dense, count = sizes
-    assert strides == [tables.stride(0), *summaries.stride()[:STRIDES]] and z.shape[3] == count
-    assert z.shape[2] == 1
-    for row, head, tile in itertools.product(*map(range, grid)):
-        many = complete(t := int(positions[row]), window, shape)
-        if t >= dense and many > shape["K"]:
-            mine = slice(head * shape["G"], (head + 1) * shape["G"])
-            of = slice(tile * shape["TILE"], min(many, (tile + 1) * shape["TILE"]))
-            z[row, mine, 0, of] = rated(q, summaries, tables, requests, row, head, many, shape)[:, of]
-
-
 def reads(t: int, window: int, dense: int, found: list[int], shape: dict[str, Any]) -> tuple[list[int], list[int]]:
     """The keys of the window, and of the other branch: what it chose, and the tail."""
     low = 0 if t < dense else max(0, t - window + 1)
@@ -104,28 +90,26 @@ def attend(
     grid: Any, q: Any, kv: Any, summaries: Any, tables: Any, positions: Any, requests: Any, z: Any, chosen: Any, bias: Any,
     gamma: Any, part: Any, stats: Any, arrived: Any, out: Any, *sizes: int, **shape: Any,
 ) -> None:  # fmt: skip
-    *strides, window, dense, count, nears, pieces = sizes
+    *strides, window, dense, count, nears, pieces, crew = sizes
     assert strides == [tables.stride(0), *kv.stride()[:STRIDES], *summaries.stride()[:STRIDES]] and not shape["INT8"]
     fars, group, kv_heads = pieces - nears, shape["G"], shape["KV_HEADS"]
     assert chosen.shape == (len(q), kv_heads, max(1, fars), max(1, shape["K"])) and shape["FULL"] >= shape["K"]
     assert not shape["K"] or shape["BLOCKS"] >= count
     assert shape["GROUP"] >= group and all(size & size - 1 == 0 for size in (shape["GROUP"], shape["EACH"]))
     if shape["ALONE"]:
-        assert pieces <= 2 and nears == 1 and grid[2] == 1
+        assert pieces <= 2 and nears == 1 and grid[2] == 1 and not shape["SHARED"]
     else:
-        assert (
-            grid[2] == pieces == part.shape[2] == stats.shape[2] and part.shape[3] == shape["D"] and stats.shape[3] == 2
-        )
-        assert arrived.dtype == torch.int32 and len(arrived) >= grid[0] * grid[1] and not arrived.any()
+        assert grid[2] == nears + fars * crew and (crew == 1 or shape["SHARED"])
+        assert part.shape[2] == pieces == stats.shape[2] and part.shape[3] == shape["D"] and stats.shape[3] == 2
+        counted = grid[0] * grid[1] * (1 + fars * shape["SHARED"])
+        assert arrived.dtype == torch.int32 and len(arrived) >= counted and not arrived.any()
     for row, own in itertools.product(range(grid[0]), range(grid[1])):
         t = int(positions[row])
         many = complete(t, window, shape) if shape["K"] and t >= dense else 0
         scores = q.new_zeros(group, 0)
-        if many > shape["K"] and shape["SCORES"]:
-            assert z.shape == (len(q), shape["HEADS"], fars, count), "memory of each program"
+        if many > shape["K"]:
+            assert z.shape == (len(q), shape["HEADS"], fars, count), "memory of each piece"
             scores = rated(q, summaries, tables, requests, row, own, many, shape)
-        elif many > shape["K"]:
-            scores = z[row, own * group : (own + 1) * group, 0, :many]
         branches = reads(t, window, dense, listed(scores, many, shape), shape)
         for head in range(own * group, (own + 1) * group):
             found = list[list[tuple[Any, Any, Any]]]()
@@ -145,7 +129,7 @@ def attend(
 
 @pytest.fixture(autouse=True)
 def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = SimpleNamespace(_score=Kernel(score), _attend=Kernel(attend))
+    made = SimpleNamespace(_attend=Kernel(attend))
     monkeypatch.setitem(sys.modules, "shoal.model.gpu.attention", made)
     monkeypatch.setattr("shoal.model.gpu.attention", made, raising=False)
     monkeypatch.setattr(fused, "usable", lambda x: False)
@@ -169,10 +153,8 @@ GAMMA = torch.linspace(0.2, 0.8, 4, dtype=torch.float64)
 
 @pytest.mark.parametrize("variance", [False, True])
 @pytest.mark.parametrize(("group", "few"), [(2, 4096), (1, 4096), (2, 0)])
-def test_both_branches_in_one_launch_or_in_two(
-    group: int, few: int, variance: bool, cut: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Scores are made by who chooses, or in a launch of their own; rows of one request in strips."""
+def test_both_branches(group: int, few: int, variance: bool, cut: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores are made by who chooses, or by teams; rows of one request in strips."""
     monkeypatch.setattr(launch, "FEW_NUMBERS", few)
     monkeypatch.setattr(launch, "ALONE_BLOCKS", few)
     monkeypatch.setattr(launch, "SCORED", 4 * 18 * 3)
@@ -214,7 +196,7 @@ def test_programs_of_two_forwards_count_apart_and_those_of_a_forward_in_one_plac
             launch.attend(case.q, case.kv, case.summaries, case.step, Reach(10, 3, 1, GAMMA))
     counts = [place for place in places if place[1]]
     if counts:
-        assert len(places) == 4 == len(counts) and {size for _, size in counts} == {4 * 2}
+        assert len(places) == 4 == len(counts) and {size for _, size in counts} == {2 * 4 * 2 + launch.PROGRAMS}
         assert len({at for at, _ in counts[:3]}) == 1 and counts[3][0] != counts[0][0]
         assert "arrived" in one.step.rows._made and one.step.rows is not other.step.rows
     else:
@@ -222,32 +204,53 @@ def test_programs_of_two_forwards_count_apart_and_those_of_a_forward_in_one_plac
 
 
 @pytest.mark.parametrize(
-    ("rows", "blocks", "values", "launches"),
+    ("rows", "blocks", "values", "top_k", "way"),
     [
-        (1, 256, 64, 1),
-        (1, 257, 64, 2),
-        (1, 128, 128, 1),
-        (1, 256, 128, 2),
-        (1, 3, 64, 1),
-        (64, 4096, 64, 1),
-        (64, 4097, 64, 2),
+        (1, 256, 64, 3, "apart"),
+        (1, 257, 64, 3, "shared"),
+        (1, 128, 128, 3, "apart"),
+        (1, 256, 128, 3, "shared"),
+        (1, 300, 64, 300, "apart"),
+        (64, 4096, 64, 3, "alone"),
+        (64, 4097, 64, 3, "shared"),
+        (64, 4097, 2, 3, "apart"),
     ],
 )
-def test_blocks_are_scored_by_each_who_reads_them_where_that_is_shorter_than_a_launch(
-    rows: int, blocks: int, values: int, launches: int, monkeypatch: pytest.MonkeyPatch
+def test_teams_score_where_blocks_are_many(
+    rows: int, blocks: int, values: int, top_k: int, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row and KV head's only program scores more. Of three blocks all are read."""
-    told = list[tuple[str, Any]]()
-    made = {
-        name: Kernel(lambda grid, *given, name=name, **shape: told.append((name, shape.get("SCORES"))))
-        for name in ("_score", "_attend")
-    }
-    monkeypatch.setitem(sys.modules, "shoal.model.gpu.attention", SimpleNamespace(**made))
-    monkeypatch.setattr("shoal.model.gpu.attention", SimpleNamespace(**made), raising=False)
+    """In one launch whatever the way. A row and KV head's only program scores more, and is none where these are too many. Where
+    all blocks are read none is scored."""
+    told = list[tuple[Any, dict[str, Any]]]()
+    made = SimpleNamespace(_attend=Kernel(lambda grid, *given, **shape: told.append((grid, shape))))
+    monkeypatch.setitem(sys.modules, "shoal.model.gpu.attention", made)
+    monkeypatch.setattr("shoal.model.gpu.attention", made, raising=False)
     step = step_of([1] * rows, blocks, page=4)
     q, kv = torch.zeros(rows, 4, 64), torch.zeros(2, 2, 4, 128)
-    launch.attend(q, kv, torch.zeros(2, 2, 1, values), step, Reach(300, 3, 1, torch.zeros(4)))
-    assert [name for name, _ in told] == ["_score", "_attend"][-launches:] and told[-1][1] == (launches == 1)
+    launch.attend(q, kv, torch.zeros(2, 2, 1, values), step, Reach(300, top_k, 1, torch.zeros(4)))
+    assert [("alone" if shape["ALONE"] else "shared" if shape["SHARED"] else "apart") for _, shape in told] == [way]
+    assert (told[0][0][2] == 1) == (way == "alone")
+
+
+@pytest.mark.parametrize(
+    ("programs", "pieces", "share", "tiles", "wanted"),
+    [
+        (2, (4, 8), 1.03, 16, (8, 16)),  # a row of 1b at 32k
+        (2, (4, 8), 0.26, 64, (6, 21)),  # and at 128k
+        (2, (4, 1), 0.26, 3, (1, 3)),
+        (16, (4, 8), 1.03, 16, (4, 3)),
+        (64, (1, 2), 100.0, 16, (2, 1)),
+        (264, (1, 1), 0.06, 256, (1, 1)),
+        (4000, (1, 1), 0.06, 256, (1, 1)),
+    ],
+)
+def test_teams_fill_a_device_and_no_more(
+    programs: int, pieces: tuple[int, int], share: float, tiles: int, wanted: tuple[int, int]
+) -> None:
+    teams, crew = launch._teams(programs, *pieces, share, tiles)
+    assert (teams, crew) == wanted
+    assert programs * (pieces[0] + teams * crew) <= max(launch.PROGRAMS, 2 * programs)
+    assert programs * teams <= programs + launch.PROGRAMS, "there is a count for each"
 
 
 # ---- a linear in int8

@@ -1,16 +1,18 @@
-"""Attention over pages in Triton: score the blocks, choose, attend. Nothing is gathered, and no row pays for the length of
-another. `launch.attend` says what each is given.
+"""Attention over pages in Triton: score the blocks, choose, attend, in one launch (`_attend`). Nothing is gathered, and no row
+pays for the length of another. `launch.attend` says what it is given.
 
-    _attend    all of it, in one launch: a row and a KV head a program where these are enough to fill a device, else several,
-               each with a piece of the keys; the last of them to arrive joins the pieces
-    _score     q x summaries of the complete blocks, a tile of blocks a program; before it, where blocks are many
+A row and a KV head have one program where these are enough to fill a device, else several: pieces of the keys of the window,
+and of the chosen blocks. The last of them to arrive joins the pieces. Each piece of the chosen blocks chooses for itself: all
+by the same operations on the same numbers, so that they agree to the bit and none waits for another. It scores the blocks
+itself where these are few; else it has a team of programs, each of which scores some of them, and the last of a team to arrive
+goes on as the piece, alone.
 
-Each program of a row and a KV head that reads chosen blocks scores and chooses for itself: all by the same operations on the
-same numbers, so that they agree to the bit and none waits for another. Which one joins depends on who was slow. What it gives
-does not: it reads every piece from memory, its own too, and joins them in their order.
+Who joins, and who goes on, depends on who was slow. What they give does not: the one reads every piece from memory, its own
+too, and joins them in their order; the other reads every score from memory.
 
 What a program wrote itself it reads after a barrier of its own threads; what others wrote, after it has counted that they are
-done (`_last`).
+done (`_last`), and from L2: L1 is not coherent, and may hold a line that came with a neighbour's numbers before these were
+written.
 
 A number that is no constant would be handed over in fp32, so SCALE, 1 / sqrt d, is one.
 Sums, scores and softmax are fp32; under EXACT (fp64 models, which tests use) all is fp64 and no tensor core is asked.
@@ -66,42 +68,20 @@ def _rated(
 
 
 @triton.jit
-def _score(
-    q, summaries, tables, positions, requests, z,
-    table_step, unit_step, head_step, block_step, window, dense, count,
-    G: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, PAGED: tl.constexpr,
-    S: tl.constexpr, K: tl.constexpr, BEYOND: tl.constexpr, VARIANCE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    SCALE: tl.constexpr, EXACT: tl.constexpr,
+def _fill(
+    own, summaries, table, head, begin, end, many, z, unit_step, head_step, block_step, count,
+    G: tl.constexpr, D: tl.constexpr, PAGED: tl.constexpr, VARIANCE: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, SCALE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """z [N, H, B]: `_rated` for each block that the row may choose, where it has more than K."""
-    row, head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    kind: tl.constexpr = tl.float64 if EXACT else tl.float32
-    t = tl.load(positions + row)
-    many = _complete(t, window, S, BEYOND)
-    if (t >= dense) & (many > K) & (tile * TILE < many):
-        group, at, b = tl.arange(0, ROWS), tl.arange(0, WIDE), tile * TILE + tl.arange(0, TILE)
-        mine = group[:, None] * D + at[None, :] + (row * HEADS + head * G) * D
-        own = tl.load(q + mine, mask=(group < G)[:, None] & (at < D)[None, :], other=0).to(kind)
-        table = tables + tl.load(requests + row) * table_step
+    """The scores `z` [G, B] that `own` [R, d] gives the blocks from number `begin` to `end` of the `many` of a table."""
+    group = tl.arange(0, ROWS)
+    for first in range(begin, end, TILE):
+        some = first + tl.arange(0, TILE)
         found = _rated(
-            own,
-            summaries,
-            table,
-            head,
-            b,
-            many,
-            unit_step,
-            head_step,
-            block_step,
-            D,
-            WIDE,
-            PAGED,
-            VARIANCE,
-            SCALE,
-            EXACT,
-        )
-        to = (row * HEADS + head * G + group[:, None]) * count + b[None, :]
-        tl.store(z + to, found, mask=(group < G)[:, None] & (b < many)[None, :])
+            own, summaries, table, head, some, many, unit_step, head_step, block_step, D, WIDE, PAGED, VARIANCE, SCALE, EXACT,
+        )  # fmt: skip
+        to = z + group.to(tl.int64)[:, None] * count + some[None, :]
+        tl.store(to, found, mask=(group < G)[:, None] & (some < end)[None, :])
 
 
 @triton.jit
@@ -133,34 +113,23 @@ def _best(score, b, many, K: tl.constexpr, SINKS: tl.constexpr, EXACT: tl.conste
 
 @triton.jit
 def _list(
-    own, summaries, table, head, t, many, z, chosen, unit_step, head_step, block_step, dense, count,
-    G: tl.constexpr, D: tl.constexpr, PAGED: tl.constexpr, K: tl.constexpr, SINKS: tl.constexpr, VARIANCE: tl.constexpr,
-    SCORES: tl.constexpr, EACH: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, FULL: tl.constexpr,
-    SCALE: tl.constexpr, EXACT: tl.constexpr,
+    z, chosen, rated, many, count,
+    G: tl.constexpr, K: tl.constexpr, SINKS: tl.constexpr, SHARED: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
-    """`chosen` [K] int32: the sinks and the best of the rest in ascending order; the number of a block, or -1. Of equal scores
-    the lower block. `z` [G, B] holds the scores; under SCORES it is filled first, EACH blocks at a time, for `own` [R, d].
-    TILE: blocks, at least B; FULL: at least K."""
-    if (t >= dense) & (many > K):
-        if SCORES:
-            group = tl.arange(0, ROWS)
-            for begin in range(0, many, EACH):
-                some = begin + tl.arange(0, EACH)
-                found = _rated(
-                    own, summaries, table, head, some, many, unit_step, head_step, block_step, D, WIDE, PAGED, VARIANCE,
-                    SCALE, EXACT,
-                )  # fmt: skip
-                to = z + group.to(tl.int64)[:, None] * count + some[None, :]
-                tl.store(to, found, mask=(group < G)[:, None] & (some < many)[None, :])
-            tl.debug_barrier()
+    """`chosen` [K] int32: where blocks are `rated`, the sinks and the best of the rest by the scores `z` [G, B], else all, in
+    ascending order; the number of a block, or -1. Of equal scores the lower block. TILE: blocks, at least B; FULL: at least
+    K. SHARED: others wrote them."""
+    PAST: tl.constexpr = ".cg" if SHARED else ""
+    if rated:
         b = tl.arange(0, TILE)
         there = b < many
         if G == 1:
-            score = tl.load(z + b, mask=there, other=float("-inf"))
+            score = tl.load(z + b, mask=there, other=float("-inf"), cache_modifier=PAST)
         else:
             score = tl.zeros([TILE], tl.float64 if EXACT else tl.float32)
             for g in range(G):
-                one = tl.load(z + g * count + b, mask=there, other=float("-inf"))
+                one = tl.load(z + g * count + b, mask=there, other=float("-inf"), cache_modifier=PAST)
                 one = tl.exp(one - tl.max(one, 0))
                 score += one / tl.sum(one, 0)
         taken = _best(score, b, many, K, SINKS, EXACT)
@@ -259,8 +228,7 @@ def _pieced(
     G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, EACH: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Largest score [GROUP], divisor [GROUP] and undivided sum of values [GROUP, d] of `many` pieces, EACH at a time in their
-    order: part [Y, G, d], stats [Y, G, 2]. What is loaded is taken from L2: L1 is not coherent, and may hold a line that came
-    with a neighbour's numbers before these were written."""
+    order: part [Y, G, d], stats [Y, G, 2]."""
     kind: tl.constexpr = tl.float64 if EXACT else tl.float32
     r, at = tl.arange(0, EACH * GROUP), tl.arange(0, WIDE)
     top, total = tl.full([GROUP], float("-inf"), kind), tl.zeros([GROUP], kind)
@@ -318,23 +286,24 @@ def _join(
 
 
 # long: one launch, of which half is what it is given
-@triton.jit(do_not_specialize=["nears", "pieces"])
+@triton.jit(do_not_specialize=["nears", "pieces", "crew"])
 def _attend(
     q, kv, summaries, tables, positions, requests, z, chosen, bias, gamma, part, stats, arrived, out,
-    table_step, unit_step, head_step, slot_step, to_unit, to_head, to_block, window, dense, count, nears, pieces,
+    table_step, unit_step, head_step, slot_step, to_unit, to_head, to_block, window, dense, count, nears, pieces, crew,
     G: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, P: tl.constexpr,
     PAGED: tl.constexpr, S: tl.constexpr, K: tl.constexpr, SINKS: tl.constexpr, BEYOND: tl.constexpr, GATED: tl.constexpr,
-    VARIANCE: tl.constexpr, INT8: tl.constexpr, SCORES: tl.constexpr, ALONE: tl.constexpr, ROWS: tl.constexpr,
+    VARIANCE: tl.constexpr, INT8: tl.constexpr, SHARED: tl.constexpr, ALONE: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr, BLOCKS: tl.constexpr, FULL: tl.constexpr, GROUP: tl.constexpr, EACH: tl.constexpr,
     PRECISION: tl.constexpr, SCALE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """out [N, H, d]: both branches. Of the `pieces` of a row and a KV head the first `nears` are of the window, the others of
-    the chosen blocks (and the tail, where the branches are two). ALONE: one program reads both.
+    the chosen blocks (and the tail, where the branches are two). ALONE: one program reads both. SHARED: of each other piece
+    `crew` programs, who share its scores; the last to arrive is the piece.
 
-    z, scores: [N, H, B] of `_score`; under SCORES [N, Hk, C, G, B], memory of each program. chosen [N, Hk, C, K], too. A piece
-    leaves part [N, Hk, Y, G, d], a sum of values that is not yet divided, and stats [N, Hk, Y, G, 2], its largest score and
-    its divisor, which is 0 without a key. arrived [N, Hk]: 0 before and after. BLOCKS is at least B, FULL at least K, GROUP at
-    least G."""
+    z [N, Hk, C, G, B] and chosen [N, Hk, C, K]: memory of each piece. A piece leaves part [N, Hk, Y, G, d], a sum of values
+    that is not yet divided, and stats [N, Hk, Y, G, 2], its largest score and its divisor, which is 0 without a key. arrived
+    [N, Hk], and behind it, under SHARED, [N, Hk, C]: 0 before and after. BLOCKS is at least B, FULL at least K, GROUP at least
+    G."""
     row, head, piece = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     kind: tl.constexpr = tl.float64 if EXACT else tl.float32
     t = tl.load(positions + row).to(tl.int32)
@@ -342,8 +311,11 @@ def _attend(
     real = (group < G)[:, None] & (at < D)[None, :]
     own = tl.load(q + (row * HEADS + head * G + group[:, None]) * D + at[None, :], mask=real, other=0)
     table, whose = tables + tl.load(requests + row) * table_step, row * KV_HEADS + head
-    near, chooses, share, index = True, True, 1, whose
+    near, chooses, goes_on, member, share, index = True, True, True, 0, 1, whose
     if not ALONE:
+        if SHARED:
+            member = tl.maximum(piece - nears, 0) % crew
+            piece = tl.where(piece < nears, piece, nears + (piece - nears) // crew)
         near = piece < nears
         share, index = tl.where(near, nears, pieces - nears), tl.where(near, piece, piece - nears)
     many = 0
@@ -357,41 +329,53 @@ def _attend(
         start, end = index * each, tl.minimum((index + 1) * each, end)
         chooses = (piece >= nears) & (start < end)
         index += whose * share
-    listed, scores = chosen + index * K, z + whose * G * count
-    if SCORES:
-        scores = z + index * G * count
-    if K > 0:  # noqa: SIM102  # a constant, and a branch
-        if chooses:
-            _list(
-                own.to(kind), summaries, table, head, t, many, scores, listed, to_unit, to_head, to_block, dense, count,
-                G, D, PAGED, K, SINKS, VARIANCE, SCORES, TILE, BLOCKS, WIDE, ROWS, FULL, SCALE, EXACT,
+    listed, scores = chosen + index * K, z + index * G * count
+    if K > 0:
+        rated, until = (t >= dense) & (many > K), many
+        if SHARED:
+            until = (many + crew * TILE - 1) // (crew * TILE) * TILE
+        if rated & chooses:
+            _fill(
+                own.to(kind), summaries, table, head, member * until, tl.minimum((member + 1) * until, many), many, scores,
+                to_unit, to_head, to_block, count, G, D, PAGED, VARIANCE, TILE, WIDE, ROWS, SCALE, EXACT,
             )  # fmt: skip
+        if SHARED:
+            goes_on = member == 0
+            if rated & chooses:
+                goes_on = _last(arrived + tl.num_programs(0) * KV_HEADS + index, crew - 1)
+        else:
             tl.debug_barrier()
-    none, more = tl.zeros([ROWS], kind), tl.zeros([ROWS], kind)
-    if BEYOND:
-        more += tl.where((t >= dense) & near, tl.load(bias + head * G + group, mask=group < G, other=0).to(kind), 0.0)
-    lowest, empty = tl.full([ROWS], float("-inf"), kind), tl.zeros([ROWS, WIDE], kind)
-    top, total, sums = _over(
-        own, more, kv, table, listed, head, t, many, first, near, start, end, lowest, none, empty,
-        unit_step, head_step, slot_step, D, WIDE, P, S, K, BEYOND, INT8, TILE, PRECISION, SCALE, EXACT,
-    )  # fmt: skip
-    if ALONE:
-        if K > 0:
-            lowest, none, empty = _over(
-                own, none, kv, table, listed, head, t, many, first, False, 0, far, lowest, none, empty,
-                unit_step, head_step, slot_step, D, WIDE, P, S, K, BEYOND, INT8, TILE, PRECISION, SCALE, EXACT,
-            )  # fmt: skip
-        found = _both(top, total, sums, lowest, none, empty, gamma + head * G, group, G, GATED)
-        to = out + (row * HEADS + head * G + group[:, None]) * D + at[None, :]
-        tl.store(to, found.to(out.dtype.element_ty), mask=real)
-    else:
-        part, stats = part + whose * pieces * G * D, stats + whose * pieces * G * 2
-        place = piece * G + group
-        tl.store(part + place[:, None] * D + at[None, :], sums, mask=real)
-        tl.store(stats + place * 2, top, mask=group < G)
-        tl.store(stats + place * 2 + 1, total, mask=group < G)
-        if _last(arrived + whose, pieces - 1):
-            _join(
-                part, stats, gamma + head * G, out + (row * HEADS + head * G) * D, nears, pieces,
-                G, D, WIDE, GROUP, EACH, GATED, EXACT,
-            )  # fmt: skip
+    if goes_on:
+        if K > 0:  # noqa: SIM102  # a constant, and a branch
+            if chooses:
+                _list(scores, listed, rated, many, count, G, K, SINKS, SHARED, BLOCKS, FULL, EXACT)
+                tl.debug_barrier()
+        none, more = tl.zeros([ROWS], kind), tl.zeros([ROWS], kind)
+        if BEYOND:
+            lift = tl.load(bias + head * G + group, mask=group < G, other=0).to(kind)
+            more += tl.where((t >= dense) & near, lift, 0.0)
+        lowest, empty = tl.full([ROWS], float("-inf"), kind), tl.zeros([ROWS, WIDE], kind)
+        top, total, sums = _over(
+            own, more, kv, table, listed, head, t, many, first, near, start, end, lowest, none, empty,
+            unit_step, head_step, slot_step, D, WIDE, P, S, K, BEYOND, INT8, TILE, PRECISION, SCALE, EXACT,
+        )  # fmt: skip
+        if ALONE:
+            if K > 0:
+                lowest, none, empty = _over(
+                    own, none, kv, table, listed, head, t, many, first, False, 0, far, lowest, none, empty,
+                    unit_step, head_step, slot_step, D, WIDE, P, S, K, BEYOND, INT8, TILE, PRECISION, SCALE, EXACT,
+                )  # fmt: skip
+            found = _both(top, total, sums, lowest, none, empty, gamma + head * G, group, G, GATED)
+            to = out + (row * HEADS + head * G + group[:, None]) * D + at[None, :]
+            tl.store(to, found.to(out.dtype.element_ty), mask=real)
+        else:
+            parts, several = part + whose * pieces * G * D, stats + whose * pieces * G * 2
+            place = piece * G + group
+            tl.store(parts + place[:, None] * D + at[None, :], sums, mask=real)
+            tl.store(several + place * 2, top, mask=group < G)
+            tl.store(several + place * 2 + 1, total, mask=group < G)
+            if _last(arrived + whose, pieces - 1):
+                _join(
+                    parts, several, gamma + head * G, out + (row * HEADS + head * G) * D, nears, pieces,
+                    G, D, WIDE, GROUP, EACH, GATED, EXACT,
+                )  # fmt: skip

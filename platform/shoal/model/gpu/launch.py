@@ -34,7 +34,7 @@ PROGRAMS = 264  # that fill a device: two for each of 132 multiprocessors; what 
 BUSY = 128  # that keep it busy: from so many rows and KV heads on one reads all by itself, in one launch,
 MOST_KEYS = 4096  # unless it may be more keys than these: beside short requests one program would read for long
 LEAST_KEYS = 128  # of a piece: of each the sums of a group's heads must be joined
-FEW_NUMBERS = 2**14  # of summaries that each program of a row scores itself: more outlast a launch (decision 0094)
+FEW_NUMBERS = 2**14  # of summaries that a piece of the chosen blocks scores itself: of more, a team (decision 0094)
 ALONE_BLOCKS = 4096  # that a program scores which is a row's only one
 JOINED = 2**13  # numbers of pieces that are joined at once: 64 registers of each of 128 threads
 TILE = 64  # at most: keys of a step of the attention's loop, blocks that a program scores,
@@ -216,8 +216,7 @@ def _attend(
     requests: Tensor,
     out: Tensor,
 ) -> None:
-    """Fill `out` for the rows `q` [N, H, d] at `positions` [N] of `requests` [N]: one launch, and one before it where blocks
-    are too many to be scored by each program."""
+    """Fill `out` for the rows `q` [N, H, d] at `positions` [N] of `requests` [N], in one launch."""
     from shoal.model.gpu import attention
 
     rows, heads, dim = q.shape
@@ -225,25 +224,27 @@ def _attend(
     top_k = reach.top_k if reach.chooses else 0
     window, dense = min(reach.window, MOST_LAST), min(reach.dense, MOST_LAST)
     near, far = _pieces(rows * kv_heads, min(keys, max(window, dense)), (top_k + 1) * step.block if top_k else 0)
-    alone, gated = near == 1 >= far, reach.gamma is not None and far > 0
-    shape, kind, fits = _shape(q, kv, summaries, step, reach), fp(q.dtype), blocks * summaries.shape[-1] <= FEW_NUMBERS
-    given, strides = (summaries, step.tables, positions, requests), (step.tables.stride(0), *summaries.stride()[:3])
-    scores = top_k > 0 and (blocks <= ALONE_BLOCKS if alone else fits)
-    z = q.new_empty((rows, heads, far if scores else 1, blocks) if 0 < top_k < blocks else (1,), dtype=kind)
-    if 0 < top_k < blocks and not scores:
-        tiles = -(-blocks // shape["TILE"])
-        attention._score[(rows, kv_heads, tiles)](q, *given, z, *strides, window, dense, blocks, **shape)
+    rated, gated = 0 < top_k < blocks, reach.gamma is not None and far > 0
+    alone = near == 1 >= far and not (rated and blocks > ALONE_BLOCKS)
+    shape, kind, crew = _shape(q, kv, summaries, step, reach), fp(q.dtype), 1
+    shared = rated and not alone and blocks * summaries.shape[-1] > FEW_NUMBERS
+    if shared:
+        read = (top_k + 1) * step.block * kv.shape[3] * kv.element_size()
+        scored = blocks * summaries.shape[3] * summaries.element_size()
+        far, crew = _teams(rows * kv_heads, near, far, read / scored, -(-blocks // shape["TILE"]))
+    z = q.new_empty((rows, heads, far, blocks) if rated else (1,), dtype=kind)
     chosen = torch.empty(rows, kv_heads, max(1, far), max(1, top_k), dtype=torch.int32, device=q.device)
     pieces, part, stats, arrived = near + far, q, q, q
     if not alone:
         part, stats = (q.new_empty(rows, heads, pieces, each, dtype=kind) for each in (dim, 2))
-        count = len(step.positions) * kv_heads
+        count = 2 * len(step.positions) * kv_heads + PROGRAMS  # of each row and KV head, and of each of their teams
         arrived = step.rows.once("arrived", lambda: torch.zeros(count, dtype=torch.int32, device=q.device))
     group, most = _power(shape["G"], 1), _blocks(blocks) if top_k else 16
-    attention._attend[(rows, kv_heads, 1 if alone else pieces)](
-        q, kv, *given, z, chosen, reach.bias if shape["BEYOND"] else q, reach.gamma if gated else q, part, stats, arrived, out,
-        strides[0], *kv.stride()[:3], *strides[1:], window, dense, blocks, near, pieces,
-        **shape, P=kv.shape[2], SINKS=reach.sinks, GATED=gated, INT8=kv.dtype == torch.int8, SCORES=scores, ALONE=alone,
+    attention._attend[(rows, kv_heads, 1 if alone else near + far * crew)](
+        q, kv, summaries, step.tables, positions, requests, z, chosen, reach.bias if shape["BEYOND"] else q,
+        reach.gamma if gated else q, part, stats, arrived, out,
+        step.tables.stride(0), *kv.stride()[:3], *summaries.stride()[:3], window, dense, blocks, near, pieces, crew,
+        **shape, P=kv.shape[2], SINKS=reach.sinks, GATED=gated, INT8=kv.dtype == torch.int8, SHARED=shared, ALONE=alone,
         BLOCKS=most, FULL=_power(max(1, top_k), 1), GROUP=group, EACH=max(1, min(64, JOINED // (group * shape["WIDE"]))),
         PRECISION=_precision(q), num_warps=max(4, _warps(most)),
     )  # fmt: skip
@@ -296,6 +297,17 @@ def _pieces(programs: int, near: int, far: int) -> tuple[int, int]:
         return 1, int(far > 0)
     each = max(LEAST_KEYS, -(-(near + far) * programs // PROGRAMS))
     return max(1, near // each), max(1, far // each) if far else 0
+
+
+def _teams(programs: int, near: int, far: int, share: float, tiles: int) -> tuple[int, int]:
+    """Into how many pieces, `far` at most, the chosen blocks are cut where each has a team that scores for it; and how many
+    programs are a team, one at least of the `tiles` each. `share`: bytes of the chosen keys for one of summaries.
+
+    One of F teams of C programs scores by 1/C of the summaries, then reads 1/F of the keys alone. As F C programs fill what the
+    window's leave of a device, both together are least where they are equal (decision 0094)."""
+    room = max(1, PROGRAMS // programs - near)
+    teams = max(1, min(far, room, round(math.sqrt(room * share))))
+    return teams, max(1, min(room // teams, tiles))
 
 
 def _requests(starts: list[int], device: torch.device) -> Tensor:

@@ -22,15 +22,16 @@ from shoal.model.reach import ALL, Reach
 def of_steps(net: Any, kv_dtype: torch.dtype | None = None) -> None:
     """Each form of a step of `net` (a `Net` on its device), with keys and values in `kv_dtype`, through all of its layers: one
     request, as many as make a device busy, and a prompt. Tables are as wide as they get: sizes of kernels follow from that;
-    and for one request as wide as they are while each program scores blocks for itself."""
+    and as wide as they are while each piece of a request, and each program of many, scores blocks for itself."""
     c, device = net.config, net.device
     if device.type != "cuda" or not launch.able(device):
         return
     cache = GroupCache.zeros(c, 1, net.dtype, device, kv_dtype)  # the null unit, and nothing is written
     busy, widest = -(-launch.BUSY // c.kv_heads), -(-c.context // c.page)
-    short = max(1, min(widest, launch.FEW_NUMBERS // c.summary_values * c.block // c.page))
-    many: list[tuple[Sequence[int], int]] = [(range(busy + 1), widest), ((0, launch.LONG + 1), widest)]
-    for starts, pages in [*((range(2), pages) for pages in sorted({short, widest})), *many]:
+    few, alone = launch.FEW_NUMBERS // c.summary_values * c.block // c.page, launch.ALONE_BLOCKS * c.block // c.page
+    forms: list[tuple[Sequence[int], int]] = [(range(2), few), (range(busy + 1), alone), ((0, launch.LONG + 1), widest)]
+    steps = {(tuple(starts), max(1, min(pages, widest))) for starts, most in forms for pages in (most, widest)}
+    for starts, pages in sorted(steps):
         try:
             _step(net, cache, starts, pages)
         except Exception as error:
