@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -183,6 +184,67 @@ def test_copies_are_within_the_bound_together_and_one_that_is_in_use_stays(
     finally:
         for lock in held.values():
             os.close(lock)
+
+
+@pytest.fixture
+def large(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Bytes of the corpus, in a cache that has room for one and a half."""
+    size = sum(file.stat().st_size for file in corpus.iterdir())
+    monkeypatch.setenv("SHOAL_CACHE_BYTES", str(3 * size // 2))
+    return size
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir() if file.name != copies.USED)
+
+
+@pytest.mark.usefixtures("large")
+def test_who_was_killed_while_it_fetched_leaves_room_for_the_next_and_nothing_else(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it had reserved was counted beside what the next one needs, which then read all of its rows by range for good."""
+
+    def killed(client: object, bucket: str, key: str, folder: Path, files: dict[str, int]) -> None:
+        (folder / "train-text-00000.arrow.5eC0nD5").write_bytes(bytes(BLOCK))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            monkeypatch.setattr(remote, "_fetch", killed)
+            remote.local(URI)
+        finally:
+            os._exit(1)
+    os.waitpid(child, 0)
+    assert names(remote.local(URI)) == sorted(file.name for file in corpus.iterdir() if not file.name.startswith("."))
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("kind", ["shard", "index"])
+def test_a_copy_that_is_cut_short_on_this_disk_is_fetched_anew(corpus: Path, kind: str) -> None:
+    """A machine that lost its power has the name of a file and not all of its bytes."""
+    folder, index = remote.local(URI), open_index(corpus)
+    name = index.shards[0].file if kind == "shard" else "index.json"
+    (folder / name).write_bytes(b"")
+    assert remote.local(URI) == folder and (folder / name).read_bytes() == (corpus / name).read_bytes()
+    assert open_index(folder) == index
+
+
+def test_a_file_that_is_cut_short_on_this_disk_is_fetched_anew(s3: Service) -> None:
+    s3.client.put_object(Bucket="corpora", Key="chats/b.jsonl", Body=b"{}\n")
+    copy = remote.local("s3://corpora/chats/b.jsonl")
+    copy.write_bytes(b"")
+    copy.with_name("b.jsonl.5eC0nD5").write_bytes(b"{")
+    assert remote.local("s3://corpora/chats/b.jsonl") == copy
+    assert copy.read_bytes() == b"{}\n" and names(copy.parent) == ["b.jsonl"]
+
+
+def test_one_whose_shards_stay_in_s3_keeps_no_part_of_them(corpus: Path, cache: Path) -> None:
+    folder = remote.local(URI)
+    shard = open_index(corpus).shards[0].file
+    shutil.copy(corpus / shard, folder / shard)
+    (folder / "index.json").unlink()  # as if it had been fetched by half
+    assert shard not in names(remote.local(URI)) and ranged.ORIGIN in names(folder)
 
 
 def test_a_file_for_which_there_is_no_room_is_one_line(

@@ -8,7 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shoal.errors import ResourceError, ShoalError
@@ -30,9 +30,13 @@ def alone(path: Path, busy: ShoalError, *, wait: float = 0.0) -> Iterator[None]:
         if time.monotonic() >= end:
             raise busy
         time.sleep(PAUSE)
+    owner = os.getpid()
     try:
         yield
     finally:
+        if os.getpid() == owner:  # a fork has the lock in common with this process, and would keep it while it lives
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_UN)
         os.close(lock)
 
 

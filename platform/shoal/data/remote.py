@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -72,17 +72,20 @@ def local(place: str | Path, service: S3 | None = None) -> Path:
         _, index = s3.got(client, Bucket=bucket, Key=f"{key}{INDEX}")
         folder = cache() / "corpora" / hashlib.sha256(index).hexdigest()[:32]
         with _fetching(folder):
-            if not (folder / INDEX).is_file():
+            if not _is_complete(folder):
+                files = _files(client, bucket, key)
+                copies.tidy(folder, {*files, ORIGIN})
                 with aside(folder / INDEX) as beside:
                     beside.write_bytes(index)
                     listed = index_of(uri, beside)
-                    here, files = {shard.file: shard.sha256 for shard in listed.shards}, _files(client, bucket, key)
+                    here = {shard.file: shard.sha256 for shard in listed.shards}
                     with copies.reserved(folder, _missing(folder, files)) as fits:
                         if fits:
                             (folder / ORIGIN).unlink(missing_ok=True)
                         else:
                             write_origin(folder, uri, service)
                             files = {name: size for name, size in files.items() if name not in here}
+                            copies.tidy(folder, {*files, ORIGIN, beside.name})
                             here = {}
                         _fetch(client, bucket, key, folder, files)
                         _check(folder, here | {TOKENIZER: listed.tokenizer_sha256}, uri)
@@ -101,8 +104,9 @@ def _file(uri: str, service: S3) -> Path:
         folder = cache() / "files" / digest.hexdigest()[:32]
         copy = folder / PurePosixPath(key).name
         with _fetching(folder):
-            if not copy.is_file():
-                size = found[0]["Size"]
+            size = found[0]["Size"]
+            if not _is_whole(copy, size):
+                copies.tidy(folder, ())
                 with copies.reserved(folder, size) as fits:
                     if not fits:
                         allowed = f"{cache_bytes()}, with what is in use"
@@ -145,6 +149,15 @@ def _fetch(client: Any, bucket: str, key: str, folder: Path, files: Mapping[str,
 def _missing(folder: Path, files: Mapping[str, int]) -> int:
     """Bytes that `_fetch` would fetch."""
     return sum(size for name, size in files.items() if not _is_whole(folder / name, size))
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a copy is there, its shards in full size where they are to be here: of a machine that stopped before they were on
+    the disk they may not be."""
+    with suppress(DataError):
+        index = read_index(folder / INDEX)
+        return (folder / ORIGIN).is_file() or all(_is_whole(folder / shard.file, shard.size) for shard in index.shards)
+    return False
 
 
 def _is_whole(path: Path, size: int) -> bool:

@@ -1,7 +1,10 @@
 """The lock of a folder: one process at a time, and none that has ended."""
 
+import contextlib
 import errno
 import fcntl
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +42,30 @@ def test_another_process_keeps_us_out_until_it_is_killed(tmp_path: Path) -> None
     with alone(tmp_path / "run" / "lock", BUSY, wait=60.0):  # what is killed may take a moment to be gone
         pass
     process.wait()
+
+
+def test_a_fork_neither_keeps_nor_frees_what_its_parent_holds(tmp_path: Path) -> None:
+    """It has the lock in common with its parent: whoever waited for the parent's end waited for the fork's."""
+    with alone(tmp_path / "lock", BUSY):
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+            os._exit(0)
+    try:
+        with alone(tmp_path / "lock", BUSY):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    with contextlib.ExitStack() as held:
+        held.enter_context(alone(tmp_path / "lock", BUSY))
+        child = os.fork()
+        if child == 0:
+            held.close()
+            os._exit(0)
+        os.waitpid(child, 0)
+        with pytest.raises(DataError), alone(tmp_path / "lock", BUSY):
+            raise AssertionError
 
 
 def test_a_lock_file_that_was_removed_meanwhile_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
