@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -57,3 +58,38 @@ def test_clients_share_a_session_until_there_are_other_credentials(
     assert signs_as() == signs_as() == "third"
     assert len(made) == 3
     s3._session.cache_clear()  # none of this machine's own is one of these
+
+
+def test_who_may_not_look_for_a_file_of_credentials_has_a_client_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose user has no home, or another's."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "mine")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "~nobody-has-this-name/credentials")
+    assert signs_as() == "mine"
+    stat = os.stat
+
+    def refused(path: Any, **how: Any) -> os.stat_result:
+        if str(path).startswith(str(tmp_path)):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **how)
+
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setattr(os, "stat", refused)
+    assert signs_as() == "mine"
+
+
+def test_a_fork_makes_clients_though_a_thread_of_its_parent_was_making_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "mine")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    signs_as()
+    with s3._MAKING:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # else it would wait for ever
+            try:
+                os._exit(0 if signs_as() == "mine" else 1)
+            finally:
+                os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -99,14 +99,32 @@ def _credentials() -> tuple[object, ...]:
     """What changes where AWS tools would find other credentials: their variables, and the times of their files."""
     told = sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
     names = {"AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials", "AWS_CONFIG_FILE": "~/.aws/config"}
-    files = [Path(os.environ.get(name) or usual).expanduser() for name, usual in names.items()]
-    return (*told, *(file.stat().st_mtime_ns if file.is_file() else 0 for file in files))
+    files = [os.path.expanduser(os.environ.get(name) or usual) for name, usual in names.items()]
+    return (*told, *(_changed(file) for file in files))
+
+
+def _changed(file: str) -> tuple[int, ...]:
+    """What is another for another file there; empty where none can be read, by a user without a home, say."""
+    with suppress(OSError):
+        stats = os.stat(file)
+        return stats.st_ino, stats.st_mtime_ns, stats.st_size
+    return ()
 
 
 @lru_cache(maxsize=4)
 def _session(boto3: Any, credentials: tuple[object, ...]) -> Any:
     """One for all clients, as it keeps what it has read of its package: the first client of another takes 15 times as long."""
     return boto3.session.Session()
+
+
+def _forked() -> None:
+    """In a fork nobody holds the lock that a thread of its parent held, nor goes on with what that had begun."""
+    global _MAKING
+    _MAKING = threading.Lock()
+    _session.cache_clear()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def no_boto() -> ResourceError:
