@@ -35,7 +35,7 @@ from shoal.machine import need_disk
 from shoal.on_ray.resources import NODE_GROUP, local_ray, worker_env
 from shoal.on_ray.train_metrics import Exported
 from shoal.on_ray.train_records import following_actor, following_file, records, sent_to
-from shoal.train.bucket import ask_to_stop, bucket_of, commanding
+from shoal.train.bucket import ask_to_stop, bucket_of, commanding, has_lease
 from shoal.train.log import Record, Report, ignore
 from shoal.train.loop import FitResult, fit
 from shoal.train.needs import disk_needed, memory_needed, saved_at_once
@@ -169,7 +169,8 @@ def _alone(plan: FitPlan) -> Iterator[FitPlan]:
             finally:
                 with contextlib.suppress(DataError):
                     bucket = bucket_of(plan.run)
-                    bucket.remove([name for name, _ in bucket.sizes(f"{OF_RAY}/")])
+                    if has_lease(leased):  # else they are another command's
+                        bucket.remove([name for name, _ in bucket.sizes(f"{OF_RAY}/")])
         return
     need_disk(plan.run, disk_needed(plan))
     busy = ResourceError(f"another command is training in {plan.run}", do="wait for it, stop it, or give another --out")
@@ -293,7 +294,7 @@ def _sigterm_stops(plan: FitPlan) -> Iterator[None]:
         for tell in STOPS:
             tell()
         if is_remote(plan.run):  # by a thread, which may wait for the network
-            threading.Thread(target=ask_to_stop, args=(plan.run,)).start()
+            threading.Thread(target=ask_to_stop, args=(plan,)).start()
         else:
             stop_file(plan.run).touch()
 

@@ -98,12 +98,19 @@ def commanding(plan: FitPlan) -> Iterator[FitPlan]:
         yield dataclasses.replace(plan, lease=run)
 
 
-def ask_to_stop(run: str) -> None:
-    """Ask the run in S3 for a checkpoint and its end; where that cannot be done a line says so."""
+def ask_to_stop(plan: FitPlan) -> None:
+    """Ask the run of `plan`, which is in S3, for a checkpoint and its end, unless another command took it over: that one would
+    end. Where it cannot be asked a line says so."""
     try:
-        bucket_of(run).put_text(STOP, b"")
+        if has_lease(plan):
+            bucket_of(plan.run).put_text(STOP, b"")
     except DataError as error:
-        print(f"warning: {run} could not be asked to stop: {error}", file=sys.stderr)
+        print(f"warning: {plan.run} could not be asked to stop: {error}", file=sys.stderr)
+
+
+def has_lease(plan: FitPlan) -> bool:
+    """Whether the run of `plan`, of which `commanding` gave it the lease, is still its own. Raises DataError."""
+    return said(bucket_of(plan.run), LEASE).get("run") == plan.lease
 
 
 @contextmanager
@@ -180,7 +187,8 @@ class BucketStore(CheckpointStore):
             shutil.rmtree(saved.aside, ignore_errors=True)
 
     def tidy(self) -> None:
-        with contextlib.suppress(DataError):  # the next one does
+        with contextlib.suppress(ShoalError):  # the next one does
+            self._need_lease()  # what is later than ours is another's
             super().tidy()
 
     def newest(self, ranks: Ranks, warn: Callable[[str], None]) -> Path | None:

@@ -189,6 +189,37 @@ def test_a_run_that_was_taken_over_does_not_train_on_for_nothing(
     assert ("stop" in objects(s3, uri)) == other_stops and not store_of(uri).steps()
 
 
+def test_a_run_that_was_taken_over_while_it_published_removes_nothing_of_the_other(
+    s3: Service, uri: str, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest of the other are of later steps, which were taken for damaged ones that this run has passed."""
+    put_text, later = Bucket.put_text, "checkpoints/step-00000009/manifest.json"
+
+    def taken_over(self: Bucket, name: str, data: bytes, **only: str) -> str | None:
+        tag = put_text(self, name, data, **only)
+        if name == "checkpoints/step-00000002/manifest.json":
+            put_text(self, LEASE, json.dumps({"run": "another"}).encode())
+            put_text(self, later, b"{}")
+        return tag
+
+    monkeypatch.setattr(Bucket, "put_text", taken_over)
+    Bucket(uri, s3.inside).put_text(LEASE, json.dumps({"run": "mine"}).encode())
+    with pytest.raises(CheckpointError, match=f"another run took over {uri}"):
+        fit(short(shards, uri, lease="mine"))
+    assert later in objects(s3, uri)
+
+
+def test_a_command_that_was_taken_over_does_not_stop_the_other(s3: Service, uri: str, shards: Path) -> None:
+    with bucket.commanding(short(shards, uri)) as plan:
+        bucket.ask_to_stop(plan)
+        assert bucket.has_lease(plan) and "stop" in objects(s3, uri)
+        place = Bucket(uri, s3.inside)
+        place.remove(["stop"])
+        place.put_text(LEASE, json.dumps({"run": "another"}).encode())
+        bucket.ask_to_stop(plan)
+        assert not bucket.has_lease(plan) and "stop" not in objects(s3, uri)
+
+
 def test_an_object_called_stop_ends_a_run_with_a_checkpoint(
     s3: Service, uri: str, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
