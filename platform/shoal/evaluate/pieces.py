@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +80,8 @@ def here(pieces: Sequence[Piece]) -> Iterator[Any]:
 
 
 def beside(count: int) -> Run:
-    """In so many processes beside this one, which share the cores; in this one where there are no two of both. Raises
-    ResourceError where one dies."""
+    """In so many processes beside this one, which share the cores; in this one where there are no two of both. Where a piece
+    fails, or nobody waits any longer, as after Ctrl-C, they end at once. Raises what it raises; where one dies ResourceError."""
 
     def run(some: Sequence[Piece]) -> Iterator[Any]:
         cores = os.cpu_count() or 1
@@ -87,27 +89,47 @@ def beside(count: int) -> Run:
             yield from here(some)
             return
         context, threads = multiprocessing.get_context("spawn"), max(1, cores // count)
+        ending, end = context.Pipe(duplex=False)
         try:
-            with ProcessPoolExecutor(count, mp_context=context, initializer=_begun, initargs=(threads,)) as pool:
-                yield from pool.map(_done, some)
+            with ProcessPoolExecutor(count, mp_context=context, initializer=_begun, initargs=(threads, ending)) as pool:
+                try:
+                    yield from _in_order([pool.submit(_done, piece) for piece in some])
+                except BaseException:
+                    end.close()  # the pool waits for what was begun, and begins what lies in its queue
+                    raise
         except BrokenProcessPool as error:
             do = "see whether the system was out of memory (dmesg)"
             raise ResourceError("a process that measures died", do=do) from error
+        finally:
+            end.close()
+            ending.close()
 
     return run
+
+
+def _in_order(asked: Sequence[Future[Any]]) -> Iterator[Any]:
+    """What comes of each, the first first; raises as soon as any has failed."""
+    left = set(asked)
+    for each in asked:
+        while each in left:
+            done, left = wait(left, return_when=FIRST_COMPLETED)
+            for one in done:
+                one.result()
+        yield each.result()
 
 
 _HELD = Models()  # of a process of `beside`
 
 
-def _begun(threads: int) -> None:
-    """A process of `beside` ends with the one that began it, however that ends."""
+def _begun(threads: int, ending: Connection) -> None:
+    """A process of `beside` ends with the one that began it, however that ends, or when that lets go of its end of `ending`."""
     torch.set_num_threads(threads)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # which a terminal sends to both, and a pool takes for what a piece raised
 
     def follow() -> None:
-        parent.join()
+        ending.poll(None)
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()

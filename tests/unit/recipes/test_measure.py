@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,25 @@ def test_what_goes_wrong_beside_is_said_here() -> None:
         list(pieces.beside(2)([Piece(_fails), Piece(_fails)]))
     with pytest.raises(ResourceError, match="a process that measures died"):
         list(pieces.beside(2)([Piece(_dies), Piece(_dies)]))
+
+
+def _answers(models: Models) -> str:
+    return "said"
+
+
+def _lasts(models: Models, ended: Path) -> None:
+    time.sleep(15)
+    ended.touch()
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
+def test_who_waits_no_longer_waits_for_no_piece(tmp_path: Path) -> None:
+    """A pool ends what was begun, and begins what lies in its queue: of a recipe minutes, after Ctrl-C as well."""
+    lasts = Piece(_lasts, (tmp_path / "ended",))
+    with pytest.raises(DataError, match="it cannot be asked"):
+        list(pieces.beside(2)([lasts, Piece(_fails), lasts]))  # whose turn comes first
+    some = iter(pieces.beside(2)([Piece(_answers), lasts, lasts]))
+    assert next(some) == "said"
+    with pytest.raises(KeyboardInterrupt):
+        some.throw(KeyboardInterrupt())  # type: ignore[attr-defined]
+    assert not (tmp_path / "ended").exists()
