@@ -164,9 +164,10 @@ def _overlapping(
         for at in range(1, len(value))
         if _begins(value[at - 1], value[at], left)
     ][-MOST:]
-    # a letter more than a match may have says whether a word ends there
-    ahead = pa.array([whole[at : at + LONGEST + 1] for at, _ in places], pa.string())
-    marked = pc.replace_substring_regex(ahead, rf"\A({pattern}){right}(?s:.*)", rf"{_SPLIT}\1").to_pylist()
+    # the letter before says whether a line begins there, and one more than a match may have whether a word ends
+    around = pa.array([whole[at - 1 : at + LONGEST + 1] for at, _ in places], pa.string())
+    behind = rf"\A(?s:.){left}({pattern}){right}(?s:.*)"
+    marked = pc.replace_substring_regex(around, behind, rf"{_SPLIT}\1").to_pylist()
     said = [(at, one[1:], end) for (at, end), one in zip(places, marked, strict=True) if one.startswith(_SPLIT)]
     return [(at, one) for at, one, end in said if at + len(one) > end and len(one) <= LONGEST]
 

@@ -128,6 +128,7 @@ def test_a_value_that_begins_or_ends_in_no_letter_of_words_is_found(pattern: str
         ("[a-z]+ [a-z]+", "red lamp shade", ["red lamp", "lamp shade"]),
         ("#[0-9]+[# ]#?[0-9]+", "#1 #2 #3", ["#1 #2", "#2 #3"]),
         ("[0-9-]+", "on 2026-06-10", ["2026-06-10"]),  # a part of what was said is another date
+        ("(?m)^[A-Z][a-z]+( [A-Z][a-z]+)?", "for\nAnna Smith Jones", ["Anna Smith"]),  # no line begins with Smith
     ],
 )
 def test_of_values_that_overlap_each_was_said(pattern: str, text: str, found: list[str]) -> None:
