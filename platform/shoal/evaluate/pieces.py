@@ -81,7 +81,7 @@ def here(pieces: Sequence[Piece]) -> Iterator[Any]:
 
 def beside(count: int) -> Run:
     """In so many processes beside this one, which share the cores; in this one where there are no two of both. Where a piece
-    fails, or nobody waits any longer, as after Ctrl-C, they end at once. Raises what it raises; where one dies ResourceError."""
+    fails or nobody waits any longer, as after Ctrl-C, they end at once. Raises what it raises, ResourceError where one dies."""
 
     def run(some: Sequence[Piece]) -> Iterator[Any]:
         cores = os.cpu_count() or 1

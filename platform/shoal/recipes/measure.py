@@ -34,7 +34,7 @@ from shoal.loop.suites import SAFETY
 from shoal.model import files
 from shoal.model.model import Model
 from shoal.recipes.picks import Picks
-from shoal.recipes.recipe import CALIBRATION, SUITES, Answerer, Messages, Recipe, Row
+from shoal.recipes.recipe import CALIBRATION, SUITES, Answerer, Messages, Recipe, Row, conversation
 from shoal.recipes.sure import calibration
 
 SPEED_TOKENS = 64  # of an answer whose speed is measured
@@ -250,14 +250,14 @@ def some_of(rows: Sequence[Row], most: int) -> Sequence[Row]:
     """At most so many rows of a suite, whole conversations, always the same ones and in order; `most` 0, or fewer rows: all."""
     if not most or len(rows) <= most:
         return rows
-    sizes = Counter(row["group"] for row in rows)
+    sizes = Counter(map(conversation, rows))
     drawn = random.Random(0).sample([*sizes], len(sizes))
     left, kept = most, set()
     for group in drawn:
         if sizes[group] <= left:
             kept.add(group)
             left -= sizes[group]
-    return [row for row in rows if row["group"] in kept]
+    return [row for row in rows if conversation(row) in kept]
 
 
 def _costs(models: Mapping[str, Path]) -> dict[str, Any]:
@@ -300,7 +300,7 @@ def _came(
     if isinstance(answerer, ByEngine):
         figures[CALIBRATION] = calibration(recipe, rows, answers, answerer.sure)
     # the last row of a conversation holds all of it
-    whole = list({row["group"]: row for row in rows}.values()) if play else []
+    whole = list({conversation(row): row for row in rows}.values()) if play else []
     figures |= recipe.play(whole, answerer, seed) if whole else {}
     languages = list(by_language(recipe, suite, who, rows, answers)) if play else []
     return Came(who, figures, languages, _samples(suite, rows, answers)), answers

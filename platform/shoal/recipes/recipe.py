@@ -96,6 +96,11 @@ class Recipe(ABC):
         return {}
 
 
+def conversation(row: Row) -> str:
+    """Which conversation a row is of: its group, unless it names another."""
+    return str(row.get("conversation", row["group"]))
+
+
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write a file of rows, a line each, and its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,10 @@ def show(recipe: Recipe, report: Mapping[str, Any], console: Console) -> None:
 def markdown(recipe: Recipe, report: Mapping[str, Any]) -> str:
     """The page report.md."""
     lines = [f"# {recipe.name}: {recipe.told}", "", *(f"- {sentence}" for sentence in report["weak"])]
-    lines += ["", "Synthetic data, made by template. Shares with their 95 % intervals over conversations."]
+    lines += [
+        "",
+        "Synthetic data, made by template. Shares with their 95 % intervals over groups of what is not independent.",
+    ]
     lines += ["", *report["notes"], *_took(report)]
     for title, head, rows in _tables(recipe, report):
         lines += ["", f"## {title}", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
@@ -57,7 +60,7 @@ def _tables(recipe: Recipe, report: Mapping[str, Any]) -> Iterator[tuple[str, li
     """Title, head and rows of each table."""
     for suite, by in report["suites"].items():
         rows, groups = report["rows"][suite]
-        title = f"{suite}: {rows} answers of {groups} conversations"
+        title = f"{suite}: {rows} answers of {groups} groups"
         kept = [name for name in _measures(recipe) if any(name in figures for figures in by.values())]
         yield (
             title,

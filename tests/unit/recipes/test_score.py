@@ -28,7 +28,7 @@ from shoal.recipes.customer_service.service import serving
 from shoal.recipes.customer_service.shop import TOOLS, Shop
 from shoal.recipes.law.questions import questions
 from shoal.recipes.measure import some_of, weak
-from shoal.recipes.recipe import SUITES, Answerer, Messages, write_rows
+from shoal.recipes.recipe import SUITES, Answerer, Messages, conversation, write_rows
 from shoal.recipes.splits import SUITE, TRAIN
 
 Rows = list[dict[str, Any]]
@@ -56,7 +56,7 @@ def right(rows: Rows) -> Answerer:
 
 
 def whole(rows: Rows) -> Rows:
-    return list({row["group"]: row for row in rows}.values())
+    return list({conversation(row): row for row in rows}.values())
 
 
 def answers(rows: Rows, answerer: Answerer) -> list[str]:
@@ -228,10 +228,23 @@ def test_the_mission_s_example_is_played_in_the_shop() -> None:
     assert unknown == "it says: Gladly. What is the number of your order?"
 
 
+def test_what_differs_by_wording_alone_is_of_the_wording_s_group(new: Rows) -> None:
+    """Two wordings of each matter are asked: of 400 draws of which of them a model knows, 62 % of intervals over conversations
+    had the share of "plain", where 95 % are promised."""
+    plain = [row for row in new if row["task"] == PLAIN]
+    said = {(row["language"], row["messages"][-2]["content"]) for row in plain}
+    assert len({row["group"] for row in plain}) == len(said) <= 16 < len({conversation(row) for row in plain})
+    knows = ["Thank" in row["messages"][-2]["content"] or len(row["group"]) % 2 == 0 for row in plain]
+    texts = [reference(row["messages"][-1]) if known else "?" for row, known in zip(plain, knows, strict=True)]
+    assert score.scored(plain, texts)["plain"].groups == len(said)
+    calls = [row for row in new if row["task"] == CALL]
+    assert all(row["group"] == row["conversation"] for row in calls) and len(whole(new)) == 60
+
+
 def test_some_of_a_suite_are_whole_conversations_and_always_the_same(new: Rows) -> None:
     some = some_of(new, 40)
-    groups = {row["group"] for row in some}
-    assert 30 < len(some) <= 40 and some == [row for row in new if row["group"] in groups] == some_of(new, 40)
+    talks = set(map(conversation, some))
+    assert 30 < len(some) <= 40 and some == [row for row in new if conversation(row) in talks] == some_of(new, 40)
     assert {row["language"] for row in some} == {"en", "zh"} and some != new[: len(some)]
     assert some_of(new, 0) is new and some_of(new, len(new)) is new
 

@@ -42,12 +42,16 @@ class Conversation:
         return self._row(self.messages, self.matter)
 
     def turns(self) -> Iterator[dict[str, Any]]:
-        """A row for each of the assistant's answers, which asks for that one alone: those before it are read."""
+        """A row for each of the assistant's answers, which asks for that one alone: those before it are read. Of what is said
+        without a number, and answered without a call, only the wording was drawn: rows of the same are a group."""
         kinds = iter(self.kinds)
         for place, message in enumerate(self.messages):
             if message["role"] == "assistant":
                 read = [{**one, "weight": 0} if one["role"] == "assistant" else one for one in self.messages[:place]]
-                yield self._row([*read, message], next(kinds))
+                row = self._row([*read, message], next(kinds))
+                said = str(read[-1]["content"])
+                same = row["task"] in (ASK, PLAIN) and not any(map(str.isdigit, said))
+                yield {**row, "group": f"{self.language}: {said}" if same else self.name, "conversation": self.name}
 
     def _row(self, messages: list[Message], task: str) -> dict[str, Any]:
         return {

@@ -30,7 +30,7 @@ from shoal.evaluate.intervals import Figure, of_share
 from shoal.recipes.baselines import reference
 from shoal.recipes.customer_service.conversations import ASK, CALL, PLAIN, TOLD, Message, called
 from shoal.recipes.customer_service.shop import TOOLS
-from shoal.recipes.recipe import Answerer
+from shoal.recipes.recipe import Answerer, conversation
 
 MEASURES = (
     "call or not",
@@ -181,7 +181,7 @@ class _Play:
 
     def __init__(self, at: int, row: Mapping[str, Any], http: httpx.Client) -> None:
         self._row, self._http = row, http
-        self._shop = f"/shops/{row['group']}-played-{at}"
+        self._shop = f"/shops/{conversation(row)}-played-{at}"
         self._right = [message for message in row["messages"] if message["role"] == "user"]
         self.messages: list[Message] = [message for message in row["messages"][:1] if message["role"] == "system"]
         self._calls = 0
