@@ -124,9 +124,7 @@ _HELD = Models()  # of a process of `beside`
 def _begun(threads: int, ending: Connection) -> None:
     """A process of `beside` ends with the one that began it, however that ends, or when that lets go of its end of `ending`."""
     torch.set_num_threads(threads)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # which a terminal sends to both, and a pool takes for what a piece raised
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both; a pool takes it for what a piece raised
 
     def follow() -> None:
         ending.poll(None)

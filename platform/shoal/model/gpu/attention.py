@@ -1,5 +1,6 @@
 """Attention over pages in Triton: score the blocks, choose, attend, in one launch (`_attend`). Nothing is gathered, and no row
-pays for the length of another. `launch.attend` says what it is given.
+reads keys for the length of another; who chooses goes over the room for scores that the longest has. `launch.attend` says what
+it is given.
 
 A row and a KV head have one program where these are enough to fill a device, else several: pieces of the keys of the window,
 and of the chosen blocks. The last of them to arrive joins the pieces. Each piece of the chosen blocks chooses for itself: all
