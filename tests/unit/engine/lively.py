@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from shoal import Model
+from shoal.inputs.tokenizer import Tokenizer
+from shoal.model.router import fit_router
 
 
 def lively() -> Model:
@@ -17,3 +21,12 @@ def lively() -> Model:
     for norm in model.net.exit_norms.values():
         norm.weight.mul_(10)  # type: ignore[operator,union-attr]
     return model
+
+
+def with_router(model: Model) -> Model:
+    """`model` with a router that was fitted to noise: its decisions differ from prompt to prompt."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(96, 2 * model.config.width + 3, generator=generator)
+    gaps = torch.rand(96, len(model.config.exits) - 1, generator=generator)
+    router = fit_router(model.config, x, gaps, steps=20)
+    return Model(model.config, model.net, Tokenizer.bytes_only(), router=router)

@@ -27,9 +27,7 @@ from shoal.engine.pages import Pages
 from shoal.engine.running import Running
 from shoal.inputs.chat import Encoded
 from shoal.inputs.media import Patches, to_patches
-from shoal.inputs.tokenizer import Tokenizer
-from shoal.model.router import fit_router
-from tests.unit.engine.lively import lively
+from tests.unit.engine.lively import lively, with_router
 
 MODEL = lively()
 PAGE, BLOCK = MODEL.config.page, MODEL.config.block
@@ -198,12 +196,7 @@ def test_15_a_batch_that_shrinks_with_depth_is_each_depth_alone() -> None:
 
 @pytest.fixture(scope="module")
 def routed() -> Model:
-    """A model whose router was fitted to noise: its decisions differ from prompt to prompt."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(96, 2 * MODEL.config.width + 3, generator=generator)
-    gaps = torch.rand(96, len(MODEL.config.exits) - 1, generator=generator)
-    router = fit_router(MODEL.config, x, gaps, steps=20)
-    return Model(MODEL.config, MODEL.net, Tokenizer.bytes_only(), router=router)
+    return with_router(MODEL)
 
 
 def depth_of(engine: Engine, prompt: list[int], tolerance: float | None) -> int:

@@ -28,9 +28,7 @@ from shoal.engine.sampler import Sampler
 from shoal.engine.text import TextStream
 from shoal.engine.tolerance import Allowance, Chain, greedy_price, sampled_price, settle
 from shoal.errors import RequestError
-from shoal.inputs.tokenizer import Tokenizer
-from shoal.model.router import fit_router
-from tests.unit.engine.lively import lively
+from tests.unit.engine.lively import lively, with_router
 from tests.unit.engine.test_speculative import EAGER, PLAIN, prompt
 
 LIVELY = lively()
@@ -216,14 +214,6 @@ def test_a_logprob_is_that_of_the_token_that_stands() -> None:
         assert entry.logprob == pytest.approx(float(whole[place, entry.token]), abs=1e-9)
 
 
-def routed() -> Model:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(96, 2 * LIVELY.config.width + 3, generator=generator)
-    gaps = torch.rand(96, len(LIVELY.config.exits) - 1, generator=generator)
-    router = fit_router(LIVELY.config, x, gaps, steps=20)
-    return Model(LIVELY.config, LIVELY.net, Tokenizer.bytes_only(), router=router)
-
-
 def going_on(request: Request, events: list[Token | Finished]) -> Request:
     """`request` as it is sent to another replica after `events`."""
     sent = [event for event in events if isinstance(event, Token)]
@@ -249,7 +239,7 @@ def test_no_batch_chunk_preemption_prefix_or_move_to_other_engines_lets_an_answe
 ) -> None:
     """At any depth but the first, "auto" with it; over up to three engines, of which some know the prompts already, and some
     draft nothing."""
-    rng, model = random.Random(seed), routed()
+    rng, model = random.Random(seed), with_router(LIVELY)
     requests = [
         ask(
             100 * seed % 9973 + i,
@@ -355,7 +345,7 @@ def test_two_draws_share_as_much_as_the_closed_form_says() -> None:
 
 
 def test_where_the_router_would_decide_a_tolerance_is_measured_if_drafts_pay() -> None:
-    model = routed()
+    model = with_router(LIVELY)
     request = dataclasses.replace(ask(0, 5.0, speculative=None), depth="auto")
     alone = dataclasses.replace(request.sampling, speculative=0)
     cases: list[tuple[Request, dict[str, Any], bool]] = [
