@@ -93,8 +93,7 @@ def measure(net: Net, seed: int, families: Sequence[str], fit: int, test: int) -
     draws = np.random.default_rng((seed, 1_000_000))  # no update has that number
     fitted, tested = (measured(net, draws, families, count) for count in (fit, test))
     router, second = (
-        fit_router(net.config, seen, fitted.prompts.gaps, seed=seed, sure=True)
-        for seen in (fitted.prompts.features, fitted.seen)
+        fit_router(net.config, seen, fitted.prompts.gaps, seed=seed) for seen in (fitted.prompts.features, fitted.seen)
     )
     names = list(net.config.exit_names)
     found: dict[str, Any] = {"exact_match": {}, "families": {}}

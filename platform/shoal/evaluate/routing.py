@@ -50,7 +50,6 @@ def finish(
     say: Callable[[str], None],
     *,
     whole: bool = False,
-    sure: bool = False,
     run: Run = pieces.here,
 ) -> dict[str, float] | None:
     """`refit` where there is something held out, and enough of it; else None, and the model stays as it is. `say` is told in a
@@ -61,7 +60,7 @@ def finish(
         say("no router: the model has full depth alone, so there is nothing to choose")
         return None
     try:
-        report = refit(place, heldout, whole=whole, sure=sure, run=run)
+        report = refit(place, heldout, whole=whole, run=run)
     except TooFewRowsError as error:
         say(f'no router, so depth "auto" is full depth: {error}')
         return None
@@ -98,15 +97,14 @@ def refit(
     *,
     seed: int = 0,
     whole: bool = False,
-    sure: bool = False,
     run: Run = pieces.here,
 ) -> dict[str, float]:
     """Fit and store the router of the model at `place`, a directory or s3://; returns its calibration report.
 
     `heldout`: a .jsonl of chats, or a folder of shards. Of each task at most `MOST_ROWS` are taken, of the half of the groups
-    that evaluation does not ask (`halves`); `whole`: of all groups, for who gives it that half alone; `sure` as of
-    `fit_router`. `run` measures them, `LOT` a piece, fits and stores; neither the model nor its weights are held here. Raises
-    TooFewRowsError, DataError when `heldout` cannot be read, and CheckpointError when `place` holds what is not the model's.
+    that evaluation does not ask (`halves`); `whole`: of all groups, for who gives it that half alone. `run` measures
+    them, `LOT` a piece, fits and stores; neither the model nor its weights are held here. Raises TooFewRowsError, DataError
+    when `heldout` cannot be read, and CheckpointError when `place` holds what is not the model's.
     """
     need_replaceable(str(place)) if is_remote(place) else checkpoint.require_replaceable(place)
     fit = heldout_rows(described.read(here(place, weights=False)), heldout, MOST_ROWS, asked=None if whole else False)
@@ -119,7 +117,7 @@ def refit(
         )
     with _a_core_left():
         found = together(fit, list(run(asked_gaps(place, fit, second_look.AFTER))))
-        (report,) = run([Piece(_fitted, (wherever(place), found, seed, sure))])
+        (report,) = run([Piece(_fitted, (wherever(place), found, seed))])
     return dict(report)
 
 
@@ -134,13 +132,13 @@ def _lost(models: Models, place: str, rows: Sequence[Encoded], after: int | None
     return looked_at(model.net, rows, after)
 
 
-def _fitted(models: Models, place: str, prompts: Prompts, seed: int, sure: bool) -> dict[str, float]:
+def _fitted(models: Models, place: str, prompts: Prompts, seed: int) -> dict[str, float]:
     """Fits a router and writes it into the model at `place`, whose weights pass by a file at a time; its report."""
     with changed(place) as folder:
         checkpoint.require_replaceable(folder)  # and back in its place, where a process was killed that wrote it
         config = described.read_config(folder)[1]
-        router = fit_router(config, prompts.features, prompts.gaps, prompts.groups, seed=seed, sure=sure)
-        router.later = second_look.fit(config, router, prompts, seed=seed, sure=sure)[0]
+        router = fit_router(config, prompts.features, prompts.gaps, prompts.groups, seed=seed)
+        router.later = second_look.fit(config, router, prompts, seed=seed)[0]
         checkpoint.give_router(folder, router)
     later = {} if router.later is None else router.later.calibration.report
     return {**router.calibration.report, **{f"later_{name}": value for name, value in later.items()}}

@@ -32,8 +32,8 @@ from shoal.model.router import (
     TOLERANCES,
     Router,
     dealt,
-    expected,
     fit_weights,
+    promised,
     thresholds,
 )
 
@@ -43,21 +43,19 @@ POINTS = 60  # bounds of a curve at most
 
 
 def fit(
-    config: ModelConfig, router: Router, prompts: Prompts, *, seed: int = 0, sure: bool = False
+    config: ModelConfig, router: Router, prompts: Prompts, *, seed: int = 0
 ) -> tuple[Router | None, dict[str, float]]:
     """`fitted`, where it is sure to pay: where the whole interval of its loss less that of one look at the same cost, on the
     prompts of the test, is below 0. And what was found; nothing where there is none."""
-    later = fitted(config, router, prompts, seed=seed, sure=sure)
+    later = fitted(config, router, prompts, seed=seed)
     if later is None:
         return None, {}
     report = later.calibration.report
     return (later if report["paid_high"] < 0 else None), report
 
 
-def fitted(
-    config: ModelConfig, router: Router, prompts: Prompts, *, seed: int = 0, sure: bool = False
-) -> Router | None:
-    """The second look for `router`, which was fitted to the same `prompts` with the same `seed` and `sure`: with tables of both
+def fitted(config: ModelConfig, router: Router, prompts: Prompts, *, seed: int = 0) -> Router | None:
+    """The second look for `router`, which was fitted to the same `prompts` with the same `seed`: with tables of both
     looks, for those of `TOLERANCES` at which two lose less than one at the same cost on the prompts that calibrate, and a
     report on those of the test. None where there are none of these, and where too few answers are long enough."""
     rest = prompts.rest
@@ -71,11 +69,11 @@ def fitted(
     table.after, table.default_tolerance = rest.after, router.calibration.default_tolerance
     table.offset = _offset(_Looks.of(config, router, later, prompts.some(order[:half])))
     looks = _Looks.of(config, router, later, prompts.some(order[half:three]))
-    groups = prompts.groups[order[half:three]] if sure else None
+    groups = prompts.groups[order[half:three]]
     worst = float(looks.losses.max().clamp(min=0))
     found = thresholds(
         {*(looks.first.flatten() - table.offset).tolist(), *looks.second.flatten().tolist()},
-        lambda bound: expected(looks.lost(*looks.twice(bound, table.offset)).clamp(min=0), worst, groups),
+        lambda bound: promised(looks.lost(*looks.twice(bound, table.offset)).clamp(min=0), worst, groups),
     )
     even = torch.full((1, len(looks.first)), 1 / len(looks.first))
     _, at = _beside(looks, [bound for _, bound in found], table.offset, even)

@@ -3,11 +3,11 @@
     prompt -> group 1 -> page sums -> features -> small MLP -> predicted gap of each early exit (mean, 0.8-quantile)
            -> `choose`: the smallest exit within the tolerance, or the cheapest under the server's budget
 
-The gap of an exit is its loss minus full depth's, in nats a token, on the *answer*. Its predictions are calibrated on
-held-out prompts, and what is promised is a mean: prompts like those lose at most the tolerance in the mean, in expectation
-over calibrations; where a router must be `sure`, in 95 % of them. Of one prompt, or of the share of prompts that lose more,
-nothing is promised. The calibration travels with the model (``router.json``). Features are sums over pages, written when a
-page is complete, so a prompt served from the prefix cache is routed exactly as a fresh one (docs/architecture.md, "Depth").
+The gap of an exit is its loss minus full depth's, in nats a token, on the *answer*. Its predictions are calibrated on held-out
+prompts, and what is promised is a mean: prompts like those lose at most the tolerance in the mean, in 95 % of calibrations. Of
+one prompt, or of the share of prompts that lose more, nothing is promised. The calibration travels with the model
+(``router.json``). Features are sums over pages, written when a page is complete, so a prompt served from the prefix cache is
+routed exactly as a fresh one (docs/architecture.md, "Depth").
 
 Letters: n prompt tokens, D width, P page, A early exits (all but full depth), M calibration prompts.
 """
@@ -206,28 +206,25 @@ def fit_router(
     *,
     seed: int = 0,
     steps: int = 400,
-    sure: bool = False,
     nll: bool = False,
 ) -> Router:
     """A calibrated router from features `x` [M, 2D + 3] and measured gaps [M, A] of held-out prompts.
 
     Half of the prompts fit the weights, a quarter calibrates, a quarter tests (the calibration's report); those of one of
-    `groups` [M], whole numbers, do the same [each prompt is a group of its own]. `sure`: the promise is to hold in 95 % of
-    calibrations, and not in expectation alone, as for who is judged by it. `nll` as of `fit_weights`. Raises DataError for
-    fewer than `LEAST_PROMPTS` or three groups, and for features or gaps that are not finite.
+    `groups` [M], whole numbers, do the same [each prompt is a group of its own]. `nll` as of `fit_weights`. Raises DataError
+    for fewer than `LEAST_PROMPTS` or three groups, and for features or gaps that are not finite.
     """
     if len(x) < LEAST_PROMPTS:
         raise DataError("prompts to fit the router", got=len(x), allowed=f"at least {LEAST_PROMPTS}")
     if not (torch.isfinite(x).all() and torch.isfinite(gaps).all()):
         raise DataError("features or gaps of the router's prompts are not finite", do="retrain the model")
-    order, half, three = dealt(torch.arange(len(x)) if groups is None else groups, seed)
-    x, gaps = x[order].float(), gaps[order].float()
+    groups = torch.arange(len(x)) if groups is None else groups
+    order, half, three = dealt(groups, seed)
+    x, gaps, groups = x[order].float(), gaps[order].float(), groups[order]
     router = fit_weights(config, x[:half], gaps[:half], seed=seed, steps=steps, nll=nll)
-    of = order if groups is None else groups[order]
-    _calibrate(router, x[half:three], gaps[half:three], of[half:three] if sure else None)
+    _calibrate(router, x[half:three], gaps[half:three], groups[half:three])
     table, held = router.calibration, (x[three:], gaps[three:])
-    tested = order[three:] if groups is None else groups[order[three:]].unique()
-    table.report = {**realised(router, *held), "groups": float(len(tested))}
+    table.report = {**realised(router, *held), "groups": float(len(groups[three:].unique()))}
     for tolerance in TOLERANCES:
         found = realised(router, *held, tolerance=tolerance)
         table.by_tolerance.append((tolerance, found["depth_share"], found["regret"], found["violations"]))
@@ -311,8 +308,8 @@ def _spent(
 
 
 @torch.no_grad()
-def _calibrate(router: Router, x: Tensor, gaps: Tensor, groups: Tensor | None = None) -> None:
-    """Fill the tables: `thresholds` of the mean realised gap, as `expected` has it; for each budget, in steps of 0.01, the
+def _calibrate(router: Router, x: Tensor, gaps: Tensor, groups: Tensor) -> None:
+    """Fill the tables: `thresholds` of the mean realised gap, as `promised` has it; for each budget, in steps of 0.01, the
     price by bisection."""
     mean, quantile = router(x)
     full = torch.cat([gaps, gaps.new_zeros(len(gaps), 1)], dim=1)
@@ -321,7 +318,7 @@ def _calibrate(router: Router, x: Tensor, gaps: Tensor, groups: Tensor | None = 
 
     def regret(bound: float) -> float:
         within = torch.cat([quantile <= bound, torch.ones(len(x), 1, dtype=torch.bool)], dim=1)
-        return expected(full[rows, within.float().argmax(1)].clamp(min=0), worst, groups)
+        return promised(full[rows, within.float().argmax(1)].clamp(min=0), worst, groups)
 
     router.calibration.thresholds = thresholds(quantile.flatten().tolist(), regret)
     gap = torch.cat([mean, mean.new_zeros(len(mean), 1)], dim=1).double()
@@ -345,12 +342,12 @@ def thresholds(bounds: Iterable[float], regret: Callable[[float], float]) -> lis
     return found
 
 
-def expected(lost: Tensor, worst: float, groups: Tensor | None = None) -> float:
-    """The mean of what prompts lose [M], at most `worst` each, as one that is drawn like them does at most in expectation
-    (conformal risk control, arXiv 2208.02814, with its 1/(n+1) correction); with `groups` no less than the upper bound of that
-    mean, in 95 % of draws of groups (risk-controlling prediction sets, arXiv 2101.02703, section 3.2)."""
-    found = (float(lost.sum()) + worst) / (len(lost) + 1)
-    return found if groups is None else max(found, _upper(lost, groups))
+def promised(lost: Tensor, worst: float, groups: Tensor) -> float:
+    """What the mean of prompts like those that lose `lost` [M], at most `worst` each, is within: its upper bound in 95 % of
+    draws of `groups` [M] (risk-controlling prediction sets, arXiv 2101.02703, section 3.2), and no less than one more prompt
+    loses in expectation (conformal risk control, arXiv 2208.02814, with its 1/(n+1) correction), which is more where none, or
+    all, have lost something."""
+    return max((float(lost.sum()) + worst) / (len(lost) + 1), _upper(lost, groups))
 
 
 def _upper(values: Tensor, groups: Tensor) -> float:

@@ -269,7 +269,7 @@ class Retrain(Stage):
         model = work / "model"
         shutil.copytree(served, model, copy_function=shutil.copyfile)  # versions are read-only, copies are not
         with measuring(model) as run:
-            report = routing.refit(model, self._asked(work), whole=True, sure=True, run=run)
+            report = routing.refit(model, self._asked(work), whole=True, run=run)
         say(f"router: it runs {report['depth_share']:.0%} of the layers and loses {report['regret']:.3f} nats a token")
         return model
 
@@ -302,7 +302,7 @@ class Retrain(Stage):
             length: dict[str, Any] = {"steps": QUANTIZE_STEPS, "minutes": self.minutes * ROUNDING}  # what comes first
             Quantize(model=str(tuned), data=str(mix), out=str(model), **length, **shared).run()
         with measuring(model) as run:
-            fitted = routing.finish(model, self._asked(work), say, whole=True, sure=True, run=run)
+            fitted = routing.finish(model, self._asked(work), say, whole=True, run=run)
         if fitted is None:
             routing.take_over(model, served, say)
         return model, tuned if rounded else None

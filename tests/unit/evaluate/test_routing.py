@@ -274,17 +274,15 @@ def test_forty_rows_of_four_groups_are_enough_and_go_in_lots_of_sixteen(
             routing.refit(tmp_path / "model", "held", whole=whole, run=run)
         assert not ran
         return
-    report = routing.refit(tmp_path / "model", "held", seed=7, whole=whole, sure=whole, run=run)
+    report = routing.refit(tmp_path / "model", "held", seed=7, whole=whole, run=run)
     assert report == {"regret": 0.5} and asked_for == [(160, None if whole else False)]
-    *lots, (last, _, found_, seed, sure) = ran
+    *lots, (last, _, found_, seed) = ran
     assert [len(lot[2]) for lot in lots] == [16, 16, 8] and {lot[3] for lot in lots} == {second_look.AFTER}
     assert [row.ids for lot in lots for row in lot[2]] == [held.row.ids for held in rows(40, 4)["chat"]]
-    assert (last, found_, seed, sure) == (routing._fitted, (40, [16, 16, 8]), 7, whole)
+    assert (last, found_, seed) == (routing._fitted, (40, [16, 16, 8]), 7)
 
 
-def test_a_router_is_fitted_with_its_second_look_by_one_seed_and_one_caution(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_router_is_fitted_with_its_second_look_by_one_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Model.from_preset("test").save(tmp_path / "model")
     x, gaps = torch.randn(64, 2 * CONFIG.width + 3), torch.rand(64, 2)
     asked = list[dict[str, Any]]()
@@ -298,22 +296,22 @@ def test_a_router_is_fitted_with_its_second_look_by_one_seed_and_one_caution(
 
     def fit_later(config: ModelConfig, router: Router, found: object, **how: Any) -> tuple[Router | None, None]:
         asked.append(how)
-        return (later if how["sure"] else None), None
+        return (later if pays else None), None
 
     monkeypatch.setattr(routing, "fit_router", fit_weights)
     monkeypatch.setattr(second_look, "fit", fit_later)
     given = prompts.Prompts(x, gaps, torch.zeros(64), torch.ones(64), ("a",) * 64, torch.arange(64))
-    for sure in (False, True):
-        report = routing._fitted(lambda *_: (), str(tmp_path / "model"), given, 5, sure)  # type: ignore[arg-type]
-        assert asked[-2:] == [{"seed": 5, "sure": sure}] * 2
+    for pays in (False, True):
+        report = routing._fitted(lambda *_: (), str(tmp_path / "model"), given, 5)  # type: ignore[arg-type]
+        assert asked[-2:] == [{"seed": 5}] * 2
         kept = Model.load(tmp_path / "model").router
-        assert kept is not None and (kept.later is not None) == sure
+        assert kept is not None and (kept.later is not None) == pays
         wanted = dict(made.calibration.report)
-        wanted |= {f"later_{name}": value for name, value in later.calibration.report.items()} if sure else {}
+        wanted |= {f"later_{name}": value for name, value in later.calibration.report.items()} if pays else {}
         assert report == wanted
 
 
-def test_what_nobody_says_is_seed_0_the_groups_that_are_not_asked_and_no_caution(
+def test_what_nobody_says_is_seed_0_and_the_groups_that_are_not_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And no weights are fetched to where the model is only described."""
@@ -336,7 +334,7 @@ def test_what_nobody_says_is_seed_0_the_groups_that_are_not_asked_and_no_caution
     monkeypatch.setattr(routing, "together", lambda of, lots: None)
     assert routing.refit(tmp_path / "model", "held", run=run) == report
     assert routing.finish(tmp_path / "model", "held", lambda line: None, run=run) == report
-    assert ran == [(0, False)] * 2 and asked_for == [False] * 2 and fetched == [{"weights": False}] * 3
+    assert ran == [(0,)] * 2 and asked_for == [False] * 2 and fetched == [{"weights": False}] * 3
 
 
 def test_a_model_of_full_depth_alone_has_nothing_to_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +355,7 @@ def test_a_model_that_a_killed_command_took_away_is_put_back_before_it_gets_its_
     monkeypatch.setattr(routing, "fit_router", lambda *_, **__: made)
     monkeypatch.setattr(second_look, "fit", lambda *_, **__: (None, None))
     given = prompts.Prompts(x, gaps, torch.zeros(64), torch.ones(64), ("a",) * 64, torch.arange(64))
-    routing._fitted(lambda *_: (), str(tmp_path / "model"), given, 5, False)  # type: ignore[arg-type]
+    routing._fitted(lambda *_: (), str(tmp_path / "model"), given, 5)  # type: ignore[arg-type]
     assert Model.load(tmp_path / "model").router is not None
 
 
@@ -452,15 +450,15 @@ def test_what_came_of_it_is_said_in_a_line_each(monkeypatch: pytest.MonkeyPatch,
 
     def refit(place: object, heldout: object, **how: Any) -> dict[str, float]:
         given.append(how)
-        return report | {f"later_{name}": value for name, value in later.items()} if how["sure"] else report
+        return report | {f"later_{name}": value for name, value in later.items()} if pays else report
 
     monkeypatch.setattr(routing, "refit", refit)
-    for sure in (False, True):
+    for pays in (False, True):
         said = list[str]()
-        assert routing.finish(tmp_path / "model", "held", said.append, whole=True, sure=sure) is not None
-        assert given[-1] == {"whole": True, "sure": sure, "run": pieces.here}
+        assert routing.finish(tmp_path / "model", "held", said.append, whole=True) is not None
+        assert given[-1] == {"whole": True, "run": pieces.here}
         assert "50%" in said[0] and "loses 0.021" in said[0] and "15 prompts of 9" in said[0]
-        assert len(said) == 1 + sure
-        assert not sure or (
+        assert len(said) == 1 + pays
+        assert not pays or (
             "loses -0.0123" in said[1] and "-0.0200 to -0.0010" in said[1] and "within 0.1 it runs 25%" in said[1]
         )
