@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shoal.bench.turns import show
+from shoal.config import GROUPS
 from shoal.data.chats.heldout import Question
 from shoal.engine.engine import Engine
 from shoal.engine.events import Completion, Request, Sampling
@@ -72,7 +73,7 @@ def tolerance(
     for batch in batches:
         ways = _ways(loaded, tolerances)
         for way in ways:
-            way.engine = Engine(loaded, max_batch=batch)
+            way.engine = Engine(loaded, max_batch=batch, units=_units(loaded, asked, batch, rounds))
         for turn in range(rounds + 1):  # one that is not counted
             for task, questions in asked.items():
                 for way in ways:
@@ -84,6 +85,15 @@ def tolerance(
         rows += found
     what = {"bench": "tolerance", "model": str(model), "quantization": loaded.config.quantization}
     show(console, tables, {**what, "prompts": prompts, "rounds": rounds, "temperature": temperature, "rows": rows})
+
+
+def _units(model: Model, asked: dict[str, list[Question]], batch: int, rounds: int) -> int:
+    """As many as keep every prompt, and the answers of all turns. Who answers longer would else lose prompts that others find
+    again, and would be slower for its prefills."""
+    page, own = model.config.page, 1 + rounds
+    tokens = [(len(one.prompt.ids), TASKS.get(task, MOST_TOKENS)) for task, every in asked.items() for one in every]
+    pages = sum(-(-prompt // page) + own * (answer // page + 1) for prompt, answer in tokens)
+    return 1 + GROUPS * (pages + batch * -(-model.config.context // page))
 
 
 def _ways(model: Model, tolerances: Sequence[float]) -> list[Way]:
@@ -112,6 +122,10 @@ def _row(way: Way, batch: int, asked: dict[str, list[Question]]) -> dict[str, An
         "batch": batch,
         "way": way.name,
         "tokens_per_s": {task: statistics.median(rates) for task, rates in way.rates.items()},
+        "cached_tokens": {  # of prompts, in the last turn
+            task: sum(answer.finished.cached_tokens for answer in answers if answer.finished is not None)
+            for task, answers in way.answers.items()
+        },
         "mean_depth": sum(end.mean_depth * end.completion_tokens for end in ends) / tokens,
         "spent": sum(spent) / tokens if spent else None,
         "most_spent": most,

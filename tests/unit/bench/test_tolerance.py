@@ -14,8 +14,17 @@ from tests.unit.engine.lively import lively
 
 @pytest.fixture
 def heldout(tmp_path: Path) -> Path:
-    said = [{"role": "user", "content": "and now?"}, {"role": "assistant", "content": "yes"}]
-    rows = [{"messages": said, "task": "customer service", "group": f"g{number}"} for number in range(24)]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"and now of {number}, or of {number * number + 100}?"},
+                {"role": "assistant", "content": "yes"},
+            ],
+            "task": "customer service",
+            "group": f"g{number}",
+        }
+        for number in range(24)
+    ]
     (tmp_path / "sft-heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return tmp_path
 
@@ -26,7 +35,7 @@ def test_each_way_answers_every_batch_size(
     lively().save(heldout / "model")
     said = io.StringIO()
     tolerance.tolerance(
-        Console(file=said, width=200), model=heldout / "model", data=heldout, batches=(1, 3), tolerances=(0.0, 1.0), prompts=4,
+        Console(file=said, width=200), model=heldout / "model", data=heldout, batches=(1, 3), tolerances=(0.0, 1.0), prompts=12,
         rounds=1, temperature=0.0,
     )  # fmt: skip
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
@@ -38,6 +47,8 @@ def test_each_way_answers_every_batch_size(
         assert (row["spent"] is not None) == verified
         if verified:
             assert 0 <= row["spent"] <= row["most_spent"] <= float(row["way"].split()[1])
+        found = row["cached_tokens"]["customer service"]
+        assert found == rows[0]["cached_tokens"]["customer service"] > 12 * 8, "each prompt, in every way and batch size"
     depths = {row["way"]: row["mean_depth"] for row in rows if row["batch"] == 1}
     assert (depths["shallow"], depths["middle"], depths["full"]) == (1, 2, 4)
     assert "1 at once, greedy" in said.getvalue()
