@@ -2,12 +2,13 @@
 library alone, so that nothing of Shoal is in its memory.
 
 Standard input has a JSON object: the program, the calls, limits, the filter. To the descriptor in its last argument it writes
-``shut`` once the filter holds, and then for each call a line of JSON: ``value``, or what it ``raised``.
+``shut`` once the filter holds, and then for each call a line of JSON: ``value``, or nothing where it raised.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import ctypes
 import importlib
 import io
@@ -32,8 +33,9 @@ MODULES = (
     "typing", "unicodedata", "unittest", "uuid", "zlib",
 )  # fmt: skip
 CODECS = ("utf_8", "ascii", "latin_1", "utf_16", "idna")
-_DEATH_SIGNAL, _NO_NEW_PRIVILEGES, _SECCOMP, _BY_FILTER = 1, 38, 22, 2  # prctl (linux/prctl.h, linux/seccomp.h)
-_LONGEST_RAISED = 300  # characters
+# prctl (linux/prctl.h, linux/seccomp.h)
+_DEATH_SIGNAL, _DUMPABLE, _NO_NEW_PRIVILEGES, _SECCOMP, _BY_FILTER = 1, 4, 38, 22, 2
+_CAPABILITIES = 0x20080522  # of capset, its third version (linux/capability.h)
 
 
 def written(value: object) -> str:
@@ -66,15 +68,20 @@ def _bound(seconds: int, memory: int) -> None:
 
 
 def _shut(steps: bytes, parent: int) -> None:
-    """Nothing but the filter's calls from here on, and an end with the parent's. Raises OSError where the kernel will not."""
+    """Nothing but the filter's calls from here on, none of root's powers in them, and an end with the parent's. Raises OSError
+    where the kernel will not."""
 
     class Filter(ctypes.Structure):
         _fields_ = (("length", ctypes.c_ushort), ("steps", ctypes.c_char_p))
 
     libc = ctypes.CDLL(None, use_errno=True)
     program = Filter(len(steps) // 8, steps)
+    # root's `madvise` may take pages from the machine for good (MADV_SOFT_OFFLINE)
+    if libc.capset((ctypes.c_uint32 * 2)(_CAPABILITIES, 0), (ctypes.c_uint32 * 6)()):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     for option, one, two in (
         (_DEATH_SIGNAL, int(signal.SIGKILL), None),
+        (_DUMPABLE, 0, None),  # no limit holds for a core that goes to a program (core(5))
         (_NO_NEW_PRIVILEGES, 1, None),
         (_SECCOMP, _BY_FILTER, ctypes.byref(program)),
     ):
@@ -92,8 +99,25 @@ def _shut(steps: bytes, parent: int) -> None:
 def _call(found: dict[str, Any], function: str, arguments: list[Any]) -> dict[str, str]:
     try:
         return {"value": written(found[function](*arguments))}
-    except BaseException as error:  # a program may raise whatever it likes
-        return {"raised": f"{type(error).__name__}: {error}"[:_LONGEST_RAISED]}
+    except BaseException:  # a program may raise whatever it likes
+        return {}
+
+
+def _run(program: str, names: dict[str, Any]) -> int | None:
+    """Run it, and print its error as Python does: its exit code, None where it came to its end."""
+    try:
+        exec(compile(program, NAME, "exec"), names)
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return int.__and__(end.code or 0, 0xFF)
+        with contextlib.suppress(BaseException):  # what a program exits with may be anything, and so may its text
+            print(end.code, file=sys.stderr)
+        return 1
+    except BaseException as error:
+        of_program = error.__traceback__.tb_next if error.__traceback__ else None
+        traceback.print_exception(type(error), error, of_program)
+        return 1
+    return None
 
 
 def main() -> None:
@@ -108,20 +132,12 @@ def main() -> None:
     _bound(asked["seconds"], asked["memory"])
     _shut(base64.b64decode(asked["filter"]), asked["parent"])
     answers.write(b"shut\n")
-    code = 0
-    try:
-        exec(compile(program, NAME, "exec"), module.__dict__)
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException as error:
-        code = 1
-        of_program = error.__traceback__.tb_next if error.__traceback__ else None
-        traceback.print_exception(type(error), error, of_program)
-    else:
-        for call in asked["calls"]:
-            answers.write(json.dumps(_call(module.__dict__, **call)).encode() + b"\n")
-    sys.stdout.flush()
-    os._exit(code & 0xFF)
+    code = _run(program, module.__dict__)
+    for call in asked["calls"] if code is None else ():
+        answers.write(json.dumps(_call(module.__dict__, **call)).encode() + b"\n")
+    with contextlib.suppress(BaseException):  # a program may close it, or put another in its place
+        sys.stdout.flush()
+    os._exit(code or 0)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ MOST_PROGRAM = 100_000  # characters
 @dataclass(frozen=True)
 class Limits:
     """`seconds` of processor time (whole ones, as the kernel counts) and at most `wall` by the clock; bytes of `memory`
-    (addresses, Python's own 40 MB among them) and of `output` (each of what it prints, its errors, and its values)."""
+    (addresses, Python's own 40 MB among them, and not the kernel's tables of pages, which may be twice as much) and of `output`
+    (each of what it prints, its errors, and its values)."""
 
     seconds: int = 2
     wall: float = 10.0

@@ -42,8 +42,8 @@ class Ran:
 
 
 def run(program: str, calls: Sequence[Call] = (), limits: Limits = Limits()) -> Ran:
-    """Run a program, then call its functions in order. Raises ResourceError where the kernel has no such sandbox, UsageError
-    for a program that is too long."""
+    """Run a program, then call its functions in order. Raises ResourceError where the kernel has no such sandbox, or no
+    process can be started, UsageError for a program that is too long."""
     if got := kernel.unsupported():
         raise _no_sandbox(got)
     if len(program) > MOST_PROGRAM:
@@ -67,6 +67,11 @@ def refused() -> str:
     return ""
 
 
+def _not_started(error: OSError) -> ResourceError:
+    do = "let this process have more descriptors or memory (ulimit -a)"
+    return ResourceError("no process could be started for a program", got=last_line(error), do=do)
+
+
 def _no_sandbox(got: str) -> ResourceError:
     return ResourceError(
         "programs are not run without a sandbox", got=got, allowed="Linux on x86_64 or aarch64, with seccomp filters",
@@ -80,7 +85,10 @@ class _Process:
     def __init__(self, limits: Limits) -> None:
         self._limits, self._began = limits, time.monotonic()
         self._how, self._shut = "", False
-        ours, theirs = os.pipe()
+        try:
+            ours, theirs = os.pipe()
+        except OSError as error:
+            raise _not_started(error) from error
         # where Python itself was found by it, it is found again; nothing else of the environment is passed on
         kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
         # -I: neither environment nor folder says what is imported, -S: nor what is installed
@@ -92,7 +100,7 @@ class _Process:
             )
         except OSError as error:
             os.close(ours)
-            raise _no_sandbox(last_line(error)) from error
+            raise _not_started(error) from error
         finally:
             os.close(theirs)
         assert self._process.stdin and self._process.stdout and self._process.stderr

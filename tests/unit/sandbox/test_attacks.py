@@ -187,6 +187,19 @@ def test_a_call_by_the_numbers_of_another_machine_ends_the_program() -> None:
     assert ran.how == "killed" and ran.out == ""
 
 
+def test_of_root_s_powers_none_is_left_and_no_core_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read by two calls that are let through for it. Who is not root has no such powers."""
+    monkeypatch.setitem(ALLOWED, "capget", (125, 90))
+    monkeypatch.setitem(ALLOWED, "prctl", (157, 167))
+    program = attacks.C + (
+        "sets = (ctypes.c_uint32 * 6)(*[1] * 6)\n"
+        "need(libc.capget((ctypes.c_uint32 * 2)(0x20080522, 0), sets))\n"
+        "print([*sets], libc.prctl(3, 0, 0, 0, 0))"  # PR_GET_DUMPABLE
+    )
+    ran = run(program, limits=SHORT)
+    assert (ran.out, ran.err) == ("[0, 0, 0, 0, 0, 0] 0\n", "")
+
+
 def test_a_program_ends_with_who_wanted_it() -> None:
     """One that is killed has no time to end it."""
     waiting = "from shoal.sandbox import Limits, run\nrun('import time\\ntime.sleep(9999)', limits=Limits(wall=9999))"

@@ -69,7 +69,27 @@ def test_an_error_is_told_with_the_program_s_line_and_nothing_of_ours() -> None:
     assert ran.how == FAILED and ran.code == 1
     assert 'File "<program>", line 2' in ran.err and "y = x / 0" in ran.err and "inside.py" not in ran.err
     assert run("if:").err.splitlines()[-1].startswith("SyntaxError")
-    assert run("import sys\nsys.exit(3)").code == 3 and run("input()").err.splitlines()[-1].startswith("EOFError")
+    assert run("import sys\nsys.exit(3)").code == 3
+    ran = run("import sys\nsys.exit('no such list')")
+    assert (ran.how, ran.code, ran.err) == (FAILED, 1, "no such list\n")
+    assert run("input()").err.splitlines()[-1].startswith("EOFError")
+
+
+@linux
+@pytest.mark.parametrize("end", ["sys.stdout.close()", "sys.stdout = None"])
+def test_who_closes_what_it_prints_to_has_ended_well(end: str) -> None:
+    ran = run(f"import sys\nprint(1)\n{end}\ndef f():\n    return 2", [Call("f")])
+    assert (ran.how, ran.out, ran.err, ran.values) == (ENDED, "1\n", "", ("2",))
+
+
+@linux
+def test_an_error_whose_text_is_another_error_ends_no_other_call() -> None:
+    """The calls behind it were never made, and a traceback of ours was shown."""
+    error = "class E(Exception):\n    def __str__(self):\n        raise ValueError\n"
+    ran = run(f"{error}def f():\n    raise E\ndef g():\n    return 1", [Call("f"), Call("g")])
+    assert (ran.how, ran.err, ran.values) == (ENDED, "", (None, "1"))
+    ran = run(f"{error}raise SystemExit(E())")
+    assert (ran.how, ran.code, ran.err) == (FAILED, 1, "")
 
 
 @linux
@@ -108,6 +128,24 @@ def test_where_there_is_no_such_kernel_nothing_is_run(monkeypatch: pytest.Monkey
     with pytest.raises(ResourceError, match=r"not run without a sandbox: got 'Darwin arm64'; allowed: Linux") as error:
         run("print(1)")
     assert "\n" not in error.value.message
+
+
+@linux
+@pytest.mark.parametrize("where", ["shoal.sandbox.process.os.pipe", "shoal.sandbox.process.subprocess.Popen"])
+def test_where_no_process_can_be_started_that_is_what_is_said(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Of a machine that has a sandbox, and no descriptor left."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    before = psutil.Process().num_fds()
+    with monkeypatch.context() as patch:
+        patch.setattr(where, full)
+        with pytest.raises(
+            ResourceError, match=r"no process could be started for a program: got .*Too many open files"
+        ):
+            run("print(1)")
+    assert psutil.Process().num_fds() == before
 
 
 @linux
