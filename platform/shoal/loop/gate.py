@@ -236,16 +236,18 @@ def _asked(
         # no router makes answers right that were not
         kind = FROZEN if seen.alone and suite.kind == RECENT else suite.kind
         check = _compared(kind, name, scores(task, new, asked), scores(task, old, asked), asked, margin)
-        check = replace(check, told=check.told + _cut(task, asked, most))
+        check = replace(check, told=check.told + _cut(task, asked, most, known.tokenizer.ends))
         if suite.kind == FROZEN:  # what is new is another thing for each candidate
             check = replace(check, used=of_difference(-(check.value or 0.0), margin))
         found.append(check)
     return found
 
 
-def _cut(task: str, asked: Sequence[Question], most: int) -> str:
-    """What is to be said where no answer of so many tokens can be the reference."""
-    long = sum(len(row.row.ids) - len(row.prompt.ids) - 1 > most for row in asked) if task not in NOT_EXACT else 0
+def _cut(task: str, asked: Sequence[Question], most: int, ends: Sequence[int]) -> str:
+    """What is to be said where no answer of so many tokens can be the reference. Behind the token that ends an answer a
+    template may write more, as a line's end."""
+    said = [row.row.ids[len(row.prompt.ids) :] for row in asked] if task not in NOT_EXACT else []
+    long = sum(next((at for at, token in enumerate(ids) if token in ends), len(ids)) > most for ids in said)
     return f"; {long} references have more than the {most} tokens of an answer (--freeze --most-tokens)" if long else ""
 
 
