@@ -18,6 +18,8 @@ import psutil
 
 from shoal.errors import ResourceError
 
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processors in a period, and the period (cgroups of version 2)
+
 
 def sha256_of(path: Path) -> str:
     """Of a file, in hexadecimal digits."""
@@ -70,9 +72,19 @@ def write_json(path: Path, value: object) -> None:
         os.fsync(file.fileno())
 
 
+def cores() -> int:
+    """Those that this process may use: `taskset`, a container or a batch system may leave it few of many."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = QUOTA.read_text(encoding="utf-8").split()
+        return max(1, min(allowed, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or "max"
+        return allowed
+
+
 def threads(asked: int | None = None) -> int:
     """Threads for a process that computes beside others: as many as are `asked` for, or the cores but one."""
-    return asked or max(1, (os.cpu_count() or 2) - 1)
+    return asked or max(1, cores() - 1)
 
 
 def need_disk(path: str | Path, size: int) -> None:

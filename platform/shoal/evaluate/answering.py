@@ -14,6 +14,7 @@ from shoal.engine.engine import Engine
 from shoal.engine.events import Request, Sampling
 from shoal.evaluate.measures import Answer
 from shoal.inputs.chat import Encoded
+from shoal.machine import cores
 from shoal.model.model import Model
 
 
@@ -71,7 +72,7 @@ def gates(model: Model) -> list[dict[str, Any]]:
 def machine() -> dict[str, Any]:
     return {
         "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,

@@ -25,6 +25,7 @@ import torch
 from shoal.data import models
 from shoal.data.remote import is_remote
 from shoal.errors import ResourceError
+from shoal.machine import cores
 from shoal.model import cost, described
 from shoal.model.model import Model
 
@@ -84,11 +85,10 @@ def beside(count: int) -> Run:
     fails or nobody waits any longer, as after Ctrl-C, they end at once. Raises what it raises, ResourceError where one dies."""
 
     def run(some: Sequence[Piece]) -> Iterator[Any]:
-        cores = os.cpu_count() or 1
-        if min(count, cores, len(some)) < 2:
+        if min(count, cores(), len(some)) < 2:
             yield from here(some)
             return
-        context, threads = multiprocessing.get_context("spawn"), max(1, cores // count)
+        context, threads = multiprocessing.get_context("spawn"), max(1, cores() // count)
         ending, end = context.Pipe(duplex=False)
         try:
             with ProcessPoolExecutor(count, mp_context=context, initializer=_begun, initargs=(threads, ending)) as pool:
@@ -123,7 +123,7 @@ _HELD = Models()  # of a process of `beside`
 
 def _begun(threads: int, ending: Connection) -> None:
     """A process of `beside` ends with the one that began it, however that ends, or when that lets go of its end of `ending`."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(min(torch.get_num_threads(), threads))  # what OMP_NUM_THREADS allows is never exceeded
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both; a pool takes it for what a piece raised
 
     def follow() -> None:

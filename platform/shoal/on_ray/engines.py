@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -26,7 +25,7 @@ from shoal.data import models
 from shoal.engine.events import Event, Finished, Request
 from shoal.engine.metrics import Samples, sample
 from shoal.errors import CheckpointError, ConfigError, EngineDeadError, RequestError, ShoalError, frames
-from shoal.machine import threads
+from shoal.machine import cores, threads
 from shoal.on_ray import calls
 from shoal.on_ray.calls import Begun, OtherModelError, Wanted
 from shoal.on_ray.failover import other_weights
@@ -45,7 +44,7 @@ log = logging.getLogger("ray.serve")
 
 ANOTHER = "serve it under another name (args.models), or start the service anew"
 
-LISTS = 50 * (os.cpu_count() or 1)  # a second, of all streams of a replica together: each takes 1.9 ms from the cores
+LISTS = 50 * cores()  # a second, of all streams of a replica together: each takes 1.9 ms from the cores
 GAP_SECONDS = 0.2  # between two lists of one stream at most, however many there are: nobody reads faster
 
 HELD = 4096  # requests that a replica may hold: those that run, that wait, and that nobody reads

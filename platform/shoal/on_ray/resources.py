@@ -21,6 +21,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
 
 import shoal
 from shoal.errors import ResourceError, first_line
+from shoal.machine import cores
 
 LEAST_CPUS = 4  # logical: training holds its CPUs for its whole run, and Ray Data and Serve must still find some
 OBJECT_STORE = 512 * 2**20  # bytes: shards pass between processes in files, so little is shared through it
@@ -56,7 +57,7 @@ def local_ray(num_cpus: int | None = None, logs: Path | None = None) -> Iterator
             _init(
                 "cannot start a local Ray",
                 address="local",
-                num_cpus=num_cpus or max(LEAST_CPUS, os.cpu_count() or 1),
+                num_cpus=num_cpus or max(LEAST_CPUS, cores()),
                 object_store_memory=OBJECT_STORE,
                 include_dashboard=False,
                 runtime_env={"env_vars": worker_env()},
