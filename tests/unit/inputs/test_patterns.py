@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,10 +51,41 @@ def test_patterns_in_use_are_taken(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SLOW)
-def test_a_pattern_that_takes_longer_than_its_text_is_refused(name: str) -> None:
+def test_a_pattern_that_takes_longer_than_its_text_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.inputs.patterns._SECONDS", 0.2)
     pattern, says = SLOW[name]
     reason = why_unbounded(parts(pattern))
     assert reason is not None and re.search(says, reason) and "\n" not in reason, reason
+
+
+@pytest.mark.parametrize(("spikes", "taken"), [(1, True), (2, False)])
+def test_what_a_thread_is_charged_with_once_refuses_no_pattern(
+    spikes: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor for as long as the process lives: the answer is kept. Of one text all tries must take longer."""
+    now, asked = 0.0, 0
+
+    def clock() -> float:
+        nonlocal now, asked
+        asked += 1
+        if asked > 100 and asked % 2 == 0 and asked <= 100 + 2 * spikes:  # the ends of so many tries
+            now += 1.5
+        return now
+
+    monkeypatch.setattr("shoal.inputs.patterns.time", SimpleNamespace(thread_time=clock))
+    reason = why_unbounded.__wrapped__(parts(USED["Llama 3"]))
+    assert (reason is None) == taken and (taken or "a pattern that takes 1.5 s for" in str(reason))
+
+
+def test_python_collects_nothing_while_a_pattern_is_timed() -> None:
+    """A process holds millions of objects, and a look at them all was the pattern's time: of 55 tests, of one worker, once."""
+    looks = list[str]()
+    gc.callbacks.append(lambda phase, _: looks.append(phase))
+    try:
+        assert why_unbounded.__wrapped__(parts(USED["o200k"])) is None
+    finally:
+        gc.callbacks.pop()
+    assert not looks
 
 
 def core_of(**changes: Any) -> tokenizers.Tokenizer:
