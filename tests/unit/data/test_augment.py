@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -286,6 +287,18 @@ def test_no_row_ends_the_run_and_none_is_lost(tmp_path: Path, way: str, monkeypa
     assert [line for line in written if '"augmented"' not in line] == rows
     assert result["rows"] == len(rows) and result["failed"] == 1, "the row whose split is a list"
     assert len(written) == len(rows) + result["copies"]
+
+
+def test_code_that_parses_and_is_too_deep_to_be_compared_keeps_its_names() -> None:
+    """torch raises the limit of recursion to 2,000 for whoever compiles: the row was counted as failed in such a process alone."""
+    limit = sys.getrecursionlimit()
+    try:
+        for more in (1000, 2000, 3000):
+            sys.setrecursionlimit(more)
+            deep = "def f(x):\n    return " + "-" * 5000 + "x"
+            assert renamed([deep, "yes"], 3) is None
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def test_a_letter_that_only_looks_alike_is_another_word() -> None:
