@@ -150,6 +150,11 @@ class ServeArgs:
             self.capture, self.capture_texts, self.capture_days, self.capture_texts_days, self.capture_reruns
         )
 
+    def begin_capture(self) -> None:
+        """Makes the folder of what is captured, if anything is: before models are loaded, which takes long. Raises DataError."""
+        if self.captured:
+            self.captured.open()
+
     def at_stable(self) -> ServeArgs:
         """With the stable version of `release` as the model; itself without a release. Raises UsageError where there is none,
         ConfigError where another model is given as well."""

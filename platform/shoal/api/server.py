@@ -57,11 +57,10 @@ CLOSE_SECONDS = 5  # for what was said last to be sent
 def run_local(
     args: ServeArgs, *, host: str = "127.0.0.1", port: int = 8000, on_ready: Callable[[str], None] | None = None
 ) -> None:
-    """Serves the model directory of `args` until Ctrl-C or SIGTERM, and writes a line a request to stderr. `on_ready` is called
-    once with the base URL (port 0: a free one is taken). At the end it takes no new work and gives what runs `STREAM_SECONDS`;
-    a second signal ends it at once, with KeyboardInterrupt.
+    """Serves the model of `args` until Ctrl-C or SIGTERM, a line a request to stderr; `on_ready` gets the base URL (port 0: a
+    free one). Then it takes no new work and gives what runs `STREAM_SECONDS`; a second signal is KeyboardInterrupt at once.
 
-    Raises ConfigError for `args` that one process cannot follow, CheckpointError, and ResourceError for a port in use.
+    Raises ConfigError for `args` that one process cannot follow, CheckpointError, DataError, and ResourceError for a used port.
     """
     from shoal.engine.front import settle
 
@@ -70,6 +69,7 @@ def run_local(
     port = _free_port(host, port)  # now, since the page is told where the API is
     page = chat_page(args.ui_api or f"http://{host}:{port}/v1", mount=args.ui_mount) if args.ui else None
     keys = ApiKeys.load(args.api_keys)
+    args.begin_capture()
     served = args.served(model, args.name)
     engine = _engine(model, args)
     settle()

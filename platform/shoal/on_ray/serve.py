@@ -83,8 +83,7 @@ def app(args: dict[str, Any]) -> serve.Application:
     given = replace(given, api_keys=keys.referred(given.api_keys))
     if given.engine == "vllm":
         options.check(given.vllm)  # a slip is refused now as well
-    if given.captured is not None:
-        given.captured.open()
+    given.begin_capture()
     from shoal.model.files import check
     from shoal.open_weights import served_adapter
 

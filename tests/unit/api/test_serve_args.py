@@ -9,7 +9,7 @@ import pytest
 from shoal.api.limits import Limits
 from shoal.api.serve_args import ServeArgs
 from shoal.api.server import run_local
-from shoal.errors import ConfigError
+from shoal.errors import ConfigError, DataError
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,18 @@ def test_what_several_gateways_cannot_do_is_refused_by_name(given: dict[str, Any
 def test_one_process_needs_a_model() -> None:
     with pytest.raises(ConfigError, match=r"args\.model"):
         run_local(ServeArgs())
+
+
+def test_a_capture_that_cannot_be_used_is_told_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "capture.json").write_text('{"format": "shoal.capture", "version": 9}')
+    monkeypatch.setattr("shoal.api.server.models.here", lambda model: model)
+    monkeypatch.setattr("shoal.api.server._engine", lambda *_: pytest.fail("the model was loaded, which takes long"))
+    args = ServeArgs(model=str(tmp_path / "model"), capture=str(tmp_path), ui=False)
+    with pytest.raises(DataError, match="got '.*: shoal.capture 9'; allowed: shoal.capture 1") as caught:
+        run_local(args, port=0)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_request_has_as_long_with_ray_and_without() -> None:
