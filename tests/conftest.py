@@ -7,10 +7,12 @@ from hypothesis import HealthCheck, settings
 
 from tests import budget
 from tests.neighbours import end_what_is_not_asked_for, scheduler
+from tests.threads import OneThread
 
 # Nothing is timed: a busy machine must not fail a test.
 settings.register_profile("shoal", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shoal")
+sys.meta_path.insert(0, OneThread("torch"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,12 +25,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items[:] = budget.turned(items, config.getoption("turn"))
-
-
-def pytest_collection_finish() -> None:
-    # two compute threads on two cores stall each other as soon as anything else runs; who needs no torch does not wait for it
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,0 +1,33 @@
+"""Torch computes with one thread in every test, also where the test itself is the first to import it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.threads import OneThread
+
+
+def test_who_imports_it_first_has_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "weaver.py").write_text("threads = 2\n\ndef set_num_threads(n):\n    global threads\n    threads = n\n")
+    finder = OneThread("weaver")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    made = importlib.import_module("weaver")
+    assert made.threads == 1 and finder not in sys.meta_path
+    made.set_num_threads(2)
+    assert sys.modules.pop("weaver").threads == 2, "what a test chooses stays"
+
+
+def test_a_package_that_is_not_there_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "meta_path", [OneThread("weaver_of_nobody"), *sys.meta_path])
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("weaver_of_nobody")
+
+
+def test_this_process_asked_for_it() -> None:
+    torch = importlib.import_module("torch")
+    assert torch.get_num_threads() == 1
