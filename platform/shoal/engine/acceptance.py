@@ -15,7 +15,9 @@ START = 0.75  # share of drafts that is thought to stand where nothing is known
 SEEN = 3.0  # drafts that count as much as all that is known of wider kinds
 WINDOW = 20.0  # drafts of a kind that are remembered
 TRIES = 0.004  # share of the time that a kind's tries lose, each being waited for as long as makes it so
-CREDIT = 1.0  # steps, whose time the answers of a task may lose at most after they have gained more
+# steps, whose time the answers of a task may lose at most after they have gained more: of one, two chains in a row that fail
+# early leave nothing, and what pays would then wait for a hundred steps
+CREDIT = 2.0
 SHARED = 1.0  # steps, whose time all others may lose at most of what is gained beyond that
 
 
