@@ -173,7 +173,7 @@ class Drafting:
     def _chosen(self, rooms: Sequence[tuple[Running, int]], batch: int) -> dict[Running, int]:
         """Which of `rooms` draft how much, in a step of `batch` requests."""
         price = self.prices.at(batch)
-        if not price.plain or price.look():
+        if not price.plain:
             return {}
         may = [(running, room) for running, room in rooms if self._left > 0 or _record(running).credit]
         if not may:
@@ -181,6 +181,8 @@ class Drafting:
         answers = [(_record(running).share, room) for running, room in may]
         rate, drafts = best(answers, batch, price.shares())
         if rate > WORTH:
+            if price.look(rate):
+                return {}
             return {running: count for (running, _), count in zip(may, drafts, strict=True) if count}
         if self._left > 0:
             for running, room in may:

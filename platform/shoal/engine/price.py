@@ -7,7 +7,8 @@ all groups, two heads and two draws. Requests that draft in one step share `each
 what makes drafts dear in large batches.
 
 The three follow from steps by a Kalman filter, since steps of a kind are few and rarely of another: with two drafts each it can
-be told what two cost, and hardly what the first does; until that is seen, it counts as `fixed`.
+be told what two cost, and hardly what the first does; until that is seen, it counts as `fixed`. A step with drafts that is
+faster than expected says that `plain` is less by now, the more so the longer none was seen: shorter texts make all cheaper.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ NOISE = 0.05  # deviation of a step from what it costs, in steps without drafts;
 DRIFT = 0.001  # as much of what is not known at first is forgotten with every step
 # deviation of `fixed`, `each` and (a `batch`-th of it) `row` at first, in steps without drafts
 UNKNOWN = 1.0, 0.15, 0.3
-AGAIN = 128  # steps with drafts, after which one is without
+AGAIN = 128  # of so many steps one's time is lost by steps without drafts that pay
+# deviation of what a step without drafts has come to cost, for each with drafts since: its texts are others by then
+WANDERS = 0.05
 ROW = 0.1  # what a draft's row is thought to cost, in shares of what a row of a step without drafts does
 
 
@@ -68,7 +71,10 @@ class Price:
         noise = (NOISE * self.plain * (1 if off < 0 else 3)) ** 2
         doubt = self._doubt
         towards = [sum(a * b for a, b in zip(line, x, strict=True)) for line in doubt]
-        whole = sum(a * b for a, b in zip(towards, x, strict=True)) + noise
+        shifted = (WANDERS * self.plain) ** 2 * self._drafted
+        whole = sum(a * b for a, b in zip(towards, x, strict=True)) + noise + shifted
+        # it never rises so: who thinks that steps without drafts are slow drafts, and sees none of them
+        self._plain *= 1 - min(0.5, shifted * max(0.0, -off) / whole / self._plain)
         for i, unknown in enumerate(self._unknown()):
             costs[i] += towards[i] * off / whole
             for j in range(3):
@@ -81,10 +87,14 @@ class Price:
                 doubt[i][j] *= share
                 doubt[j][i] *= share
 
-    def look(self) -> bool:
-        """Is it time for a step without drafts, since that is what all are compared with?"""
+    def look(self, rate: float) -> bool:
+        """Is it time for a step without drafts, since that is what all are compared with? Such steps are the rarer the more
+        tokens a second are lost by one, `rate` of which come with drafts for one without."""
         self._drafted += 1
-        return self._drafted % AGAIN == 0
+        due = self._drafted >= AGAIN * (1 - 1 / rate)
+        if due:
+            self._drafted = 0
+        return due
 
     def extra(self, most: int, rows: int) -> float:
         """What a step costs that drafts so, beside one without, in steps without."""

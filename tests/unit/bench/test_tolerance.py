@@ -48,7 +48,9 @@ def test_each_way_answers_every_batch_size(
         if verified:
             assert 0 <= row["spent"] <= row["most_spent"] <= float(row["way"].split()[1])
         found = row["cached_tokens"]["customer service"]
-        assert found == rows[0]["cached_tokens"]["customer service"] > 12 * 8, "each prompt, in every way and batch size"
+        assert found == rows[0]["cached_tokens"]["customer service"] > 12 * 8, (
+            "each prompt, in every way and batch size"
+        )
     depths = {row["way"]: row["mean_depth"] for row in rows if row["batch"] == 1}
     assert (depths["shallow"], depths["middle"], depths["full"]) == (1, 2, 4)
     assert "1 at once, greedy" in said.getvalue()
