@@ -2,7 +2,8 @@
 
 In the step that draws the token anyway: an early exit's state at a place is the one that full depth went through, since a
 request of depth e *is* the model cut off after e layers. Scored on full depth's answer and never on an exit's own, on which an
-exit always looks better than it is.
+exit always looks better than it is. An answer that an exit has given (`audits.py`) is scored by what full depth would have said
+after the same words, place by place, which is the same number there.
 
 Letters: S sampled rows, D width, V vocabulary, A early exits.
 """
@@ -47,6 +48,43 @@ class Compared:
         """Place among the samples -> what each early exit loses there, by full depth's `logits` [S, V] of the step."""
         full = logits[self.at]
         return dict(zip(self.samples, divergences(full, [net.logits(states) for states in self.exits]), strict=True))
+
+
+@dataclass
+class Audited:
+    """Rows of an answer that exits have given, and the states there at those exits and at full depth."""
+
+    spans: list[tuple[int, slice]]  # layers of an exit, and rows of the step
+    full: int  # layers
+    given: dict[int, Tensor] = field(default_factory=dict)  # of each span, [rows, D]
+    deep: dict[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, works: Sequence[Work], starts: list[int], config: ModelConfig) -> Audited | None:
+        """None where no row is looked at."""
+        found = [
+            (layers, slice(starts[r] + begin - work.start, starts[r] + end - work.start))
+            for r, work in enumerate(works)
+            for layers, begin, end in work.spans
+        ]
+        return cls(found, config.layers) if found else None
+
+    def see(self, layers: int, x: Tensor) -> None:
+        """Keep what is needed of the states `x` [N, D] of the step's rows after so many `layers`."""
+        for at, (exit_, rows) in enumerate(self.spans):
+            for wanted, kept in ((exit_, self.given), (self.full, self.deep)):
+                if wanted == layers:
+                    kept[at] = x[rows].clone()
+
+    def lost(self, net: Net, rows: int) -> list[float]:
+        """Nats that each row of the spans lost; NaN where the model gave no number. Logits of so many `rows` exist at once."""
+        found: list[float] = []
+        for at, (exit_, _) in enumerate(self.spans):
+            for start in range(0, len(self.given[at]), rows):
+                some = slice(start, start + rows)
+                full, given = net.head(self.deep[at][some], self.full), net.head(self.given[at][some], exit_)
+                found += [row[0] if row else math.nan for row in divergences(full, [given])]
+        return found
 
 
 def divergences(full: Tensor, exits: Sequence[Tensor]) -> list[tuple[float, ...]]:

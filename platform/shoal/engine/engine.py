@@ -280,7 +280,7 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Is no request live?"""
+        """Is no request live, and no answer still to be looked at (`engine.audits`)?"""
         return self.scheduler.idle
 
     @property
@@ -299,7 +299,7 @@ class Engine:
             sample("kv_units_cached"): pages.cached,
             sample("kv_cache_bytes"): pages.total * self._unit_bytes,
         }
-        return gauges | s.metrics.samples(self.config.exits)
+        return gauges | s.metrics.samples(self.config.exits) | s.judge.samples()
 
     def info(self) -> dict[str, str]:
         """What it says of itself that is no number: ``quantization``, what it computes with. That is not what is stored where

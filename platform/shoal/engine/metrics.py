@@ -86,6 +86,14 @@ _TABLE = (
     Family("spec_decode_num_accepted_tokens", "counter", "Drafts that stood."),
     Family("quality_tokens", "counter", "Tokens of answers with a tolerance that full depth looked at."),
     Family("quality_spent_nats", "counter", "Nats that those answers lost against full depth."),
+    Family("audited_answers", "counter", "Answers of the router's depth that full depth looked at.", ("tolerance",)),
+    Family("audited_lost_nats", "counter", "What each of them lost, nats a token, summed.", ("tolerance",)),
+    Family("audited_allowed_nats", "counter", "What each of them might lose, likewise.", ("tolerance",)),
+    Family(
+        "router_correction_nats", "gauge", "Nats that predicted gaps are shifted by since.", ("tolerance",), share=True
+    ),
+    Family("audit_rows", "counter", "Rows that ran for that, among all."),
+    Family("audits_dropped", "counter", "Answers that it chose and did not come to look at."),
     Family("request_success", "counter", "Requests that ended well.", ("finished_reason",)),
     Family("requests_cancelled", "counter", "Requests whose client left."),
     Family("requests_deadline", "counter", "Requests that ran out of their time."),

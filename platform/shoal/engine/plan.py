@@ -14,6 +14,8 @@ from shoal.engine.events import Signals, TokenLogprob
 from shoal.engine.running import Running
 from shoal.errors import RequestError
 
+Span = tuple[int, int, int]  # layers of an exit, and from which row on, and up to which, it gave an answer its tokens
+
 
 @dataclass(eq=False)
 class Work:
@@ -31,6 +33,8 @@ class Work:
     score: bool = False  # each row of the prompt but its last gives the logprob of the token after it
     drafts: int = 0  # tokens to draft ahead of this one row at most (`speculative.py`)
     verify: bool = False  # the rows are a token and the drafts after it, and each gives a token
+    audit: bool = False  # of an answer that was told already, which full depth looks at (`audits.py`) ...
+    spans: Sequence[Span] = ()  # ... at these of its rows
 
     @property
     def end(self) -> int:
@@ -82,6 +86,11 @@ class Plan:
         return max(1, groups + drafts), rows
 
     @property
+    def audit(self) -> Work | None:
+        """What full depth does for an answer that was told already: one a step, the only work of none that is live."""
+        return next((work for work in self.works if work.audit), None)
+
+    @property
     def samples(self) -> list[Work]:
         return [work for work in self.works if work.sample]
 
@@ -124,3 +133,4 @@ class Outcome:
     samples: Sequence[Sampled]
     decisions: Sequence[Decision] = ()
     scores: Sequence[Sequence[TokenLogprob]] = ()  # of the prompt's tokens after its `scored` rows
+    lost: Sequence[float] = ()  # nats, at each row in the spans of `plan.audit`; NaN where the model gave no number

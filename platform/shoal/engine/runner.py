@@ -23,7 +23,7 @@ from torch import Tensor
 
 from shoal.config import GROUPS
 from shoal.engine import drafts, graphs, speculative
-from shoal.engine.compared import Compared
+from shoal.engine.compared import Audited, Compared
 from shoal.engine.drafts import Drafted, Drafter
 from shoal.engine.events import Sampling, Signals, TokenLogprob
 from shoal.engine.graphs import Graphs
@@ -126,12 +126,15 @@ class Runner:
         self._hold(works, x, layout.starts)
         scores: dict[Work, list[TokenLogprob]] = {}
         compared = Compared.of(works, layout.starts, self.config) if self.config.exits[:-1] else None
-        logits = self._deeper(works, x, layout, scores, compared)
+        audited = Audited.of(works, layout.starts, self.config)
+        logits = self._deeper(works, x, layout, scores, compared, audited)
         gaps = compared.gaps(logits, self.net) if compared is not None and logits is not None else {}
         samples = self._sample(works, logits, drafted) if logits is not None else []
         if gaps:
             samples = [replace(one, gaps=gaps[at]) if at in gaps else one for at, one in enumerate(samples)]
-        return Outcome(samples, [self._decide(work) for work in plan.decisions], [scores[work] for work in plan.scores])
+        lost = audited.lost(self.net, SCORED_ROWS) if audited is not None else ()
+        decisions = [self._decide(work) for work in plan.decisions]
+        return Outcome(samples, decisions, [scores[work] for work in plan.scores], lost)
 
     def _draft(self, works: Sequence[Work]) -> tuple[list[Work], dict[Work, Drafted]]:
         """`works`, with those that may draft replaced by the verification of what they drafted; and what those with a tolerance
@@ -249,12 +252,15 @@ class Runner:
         layout: StepLayout,
         scores: dict[Work, list[TokenLogprob]],
         compared: Compared | None,
+        audited: Audited | None,
     ) -> Tensor | None:
         """The remaining groups; the logits [S, V] of the sampled rows in the plan's order, None when nothing is sampled; and
-        `scores` and `compared` filled in."""
+        `scores`, `compared` and `audited` filled in."""
         exits: list[Tensor] = []
         for j in range(1, GROUPS + 1):
             going = sum(work.last > j for work in works)  # a prefix, as works are sorted
+            if audited is not None:
+                audited.see(self.config.ends[j - 1], x)
             rows: list[int] = []
             for r, work in enumerate(works):
                 if work.last == j:
@@ -306,7 +312,7 @@ class Runner:
         x = features(torch.stack(sums + fresh), states[-1], len(running.tokens))
         told = router.predicted(x)
         asked, again = running.request.quality_tolerance, None if running.look is None else router.later
-        layers = router.choose(x, asked, self.compute_budget, told, again)
+        layers = router.choose(x, asked, self.compute_budget, told, again, running.shift)
         if not running.watched or running.least:
             return Decision(layers, fresh)
         budgeted = asked is None and self.compute_budget is not None

@@ -37,6 +37,9 @@ class Running:
     look: int | None = None  # tokens of its answer after which the router decides anew; None: never, or not again
     least: int = 0  # layers that it had before the router decided anew; 0: it has decided once at most
     looking: bool = False  # no token came since then
+    looked: int = 0  # tokens that its answer had then
+    shift: float = 0.0  # nats that the router's predicted gaps are taken for too small (`audits`)
+    audited: bool = False  # full depth is to look at its answer once it is told
     end_ids: Sequence[int] = (END_ID,)  # the tokenizer's
     number: int = 0  # rises with every request that is submitted
     turn: int = 0  # its place among its client's requests (`shares`)
@@ -73,7 +76,7 @@ class Running:
 
     def undecide(self, pages: Pages) -> None:
         """Let the router decide anew, by prompt and answer so far; less deep than now it will not be."""
-        self.look, self.least, self.looking = None, self.layers, True
+        self.look, self.least, self.looking, self.looked = None, self.layers, True, self.answered
         self.groups = self.acceptance = None  # what is known of drafts is of another depth
         self.holding.look(pages)
 

@@ -20,6 +20,8 @@ refused at submission, and so is one whose deadline the measured pace of the que
 What may wait (priority `events.LATER` and above) gives its place and its units to whatever else comes, and is computed on
 later.
 
+An answer that was told may be looked at by full depth (`audits`), in rows and units that the live ones leave.
+
 Two exceptions. A payer that has had less of the engine's time than others has steps of its own until it has had as much
 (`shares.Seconds`): a request in a step of thirty others' takes as long as they do. And while all requests decode, a step may
 run the shallow ones alone, as otherwise they would wait in every step for the groups that others run through
@@ -36,6 +38,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
 from shoal.config import GROUPS, ModelConfig
+from shoal.engine.audits import Audits
 from shoal.engine.door import Door
 from shoal.engine.drafting import Drafting
 from shoal.engine.events import Event, Finished, FinishReason, Token
@@ -77,6 +80,7 @@ class Scheduler:
             speculative, speculative_max_batch, able=len(config.exits) > 1, cheap=config.exits[0] / config.layers
         )
         self._audits = audits
+        self.judge = Audits(config, pages)
         self._began = 0.0  # when the step was planned
         self._live: dict[str, Running] = {}
         self._shares, self._seconds = Shares(), Seconds()
@@ -124,7 +128,9 @@ class Scheduler:
     def fail(self, works: Iterable[Work], error: RequestError) -> None:
         """End the requests of a step that failed."""
         for work in works:
-            if work.running.id in self._live:
+            if work.audit:
+                self.judge.drop()
+            elif work.running.id in self._live:
                 self._finish(work.running, "error", again(error))
 
     def fail_all(self, error: RequestError) -> None:
@@ -144,7 +150,8 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        return not self._live
+        """Is nothing live, and no answer still to be looked at?"""
+        return not self._live and self.judge.idle
 
     @property
     def full(self) -> bool:
@@ -160,8 +167,9 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless every unit is accounted for and every request owns what its tokens need."""
-        self.pages.check_integrity(units for running in self.live for units in running.holding.units())
-        for running in self.live:
+        held = [*self.live, *self.judge.holder]
+        self.pages.check_integrity(units for running in held for units in running.holding.units())
+        for running in held:
             running.holding.check(running.id)
 
     # --- a step -------------------------------------------------------------------------------------------------------
@@ -181,14 +189,16 @@ class Scheduler:
         works = self._rows(self._shallow_only(), 0)
         if works:
             return Plan(works, shallow=True)
-        return Plan(self._works(payers))
+        return Plan(self._works(payers, audit=True))
 
     def commit(self, plan: Plan, outcome: Outcome) -> list[Event]:
         """Take in what a step gave, and return the events since the last call."""
         now = self.clock()
         cost, shallowest = plan.cost, self.config.exits[0]
         self.pace.step(*cost, now - self._began, shallow=plan.shallow)
-        self._seconds.took(plan.works, self.pace.seconds(*cost) or 0.0)
+        live = [work for work in plan.works if not work.audit]
+        if live:
+            self._seconds.took(live, self.pace.seconds(*cost) or 0.0)
         self._drafting.learn(plan, outcome, now - self._began)
         rows = sum(work.count for work in plan.works)
         self.metrics.steps += 1
@@ -211,6 +221,7 @@ class Scheduler:
             if work.drafts:
                 self._take_drafts(work.running, sampled, now)
             self._look(work.running)
+        self.judge.took(plan, outcome, cost[1])
         return self.take_events()
 
     # --- planning -----------------------------------------------------------------------------------------------------
@@ -230,7 +241,8 @@ class Scheduler:
                 return
             if len(self.running) < self.max_batch and self._needed(first) <= self.pages.available:
                 return
-            self._preempt(last)
+            if not self._unaudited(first):
+                self._preempt(last)
 
     def _rows(self, candidates: list[Running], room: int) -> list[Work]:
         """The next rows of those of `candidates` that can run: one of each that decodes, and `room` of the others in all. When
@@ -243,24 +255,30 @@ class Scheduler:
             work = next_work(running, 1 if running.decoding else room, self._drafting.drafts(running))
             if work.drafts and running.holding.lacking(work.reach, work.last) > self.pages.available:
                 work = replace(work, drafts=0)  # nobody loses units for drafts
+            if work.decide:
+                running.shift = self.judge.shift(running.request.quality_tolerance)
             if work.count and self._reserve(running, work):
                 works.append(work)
                 room -= 0 if running.decoding else work.count
         return works
 
-    def _works(self, payers: Collection[Account]) -> list[Work]:
+    def _works(self, payers: Collection[Account], audit: bool = False) -> list[Work]:
         """The next rows of all that can run of `payers`, and of those that can enter, deepest first, those of an adapter in a
-        row."""
+        row; where wanted, an `audit` after them."""
         mine = [running for running in self.running if account(running) in payers]
         decoding = [running for running in mine if running.decoding and not running.paused]
         drafts = self._drafting.start(decoding, self.max_batch_tokens - self.config.page)  # prefill keeps its page
         room = self.max_batch_tokens - len(decoding) - drafts  # rows for prefill
+        aside = self.judge.aside(room, self._beside) if audit else 0
+        room -= aside
         works = self._rows(mine, room)
         room -= sum(work.count for work in works if not work.running.decoding)
         while room > 0 and (admitted := self._admit(payers)) is not None:
             entered = self._rows([admitted], room)
             room -= sum(work.count for work in entered)
             works += entered
+        if audit and (looked := self.judge.work(room + aside, self._beside)) is not None:
+            works.append(looked)
         return sorted(works, key=lambda work: (-work.last, work.running.request.adapter))
 
     def _shallow_only(self) -> list[Running]:
@@ -280,6 +298,8 @@ class Scheduler:
         there are none, `running` itself does, and False is returned."""
         lack = running.holding.lacking(work.reach, work.last)
         while lack > self.pages.available:
+            if self.judge.give_back(1):
+                continue
             victim = self._paused_victim() or self.running[-1]
             self._preempt(victim)
             if victim is running:
@@ -299,6 +319,8 @@ class Scheduler:
         if running is None or account(running) not in payers:
             return None
         while len(self.running) >= self.max_batch or self._needed(running) > self.pages.available:
+            if self._unaudited(running):
+                continue
             victim = self._paused_victim()
             if victim is None:
                 return None
@@ -311,8 +333,17 @@ class Scheduler:
 
     def _needed(self, running: Running) -> int:
         """Units that must be available before `running` may enter: its own, and one page each for those that run."""
-        beside = sum(other.groups or 1 for other in self.running)
-        return running.holding.needed(self.pages, running.groups or 1) + beside
+        return running.holding.needed(self.pages, running.groups or 1) + self._beside
+
+    @property
+    def _beside(self) -> int:
+        """Units of one page of all that run."""
+        return sum(other.groups or 1 for other in self.running)
+
+    def _unaudited(self, running: Running) -> bool:
+        """Take the units of what is audited for `running`, which waits for units alone, if it can then enter."""
+        lack = self._needed(running) - self.pages.available
+        return len(self.running) < self.max_batch and self.judge.give_back(lack)
 
     def _enter(self, running: Running) -> None:
         """Start `running` with what the prefix cache has of it."""
@@ -364,6 +395,8 @@ class Scheduler:
             running.heard.decided = decision.signals
             if tolerance is not None and self._audits and self._drafting.audits(running, len(self.running), GROUPS):
                 running.layers, running.tolerance = self.config.layers, tolerance
+            else:
+                self.judge.decided(running)
             running.look = None if running.layers == self.config.layers else running.look
         running.groups = self.config.groups(running.layers)
         running.holding.deepen(self.pages, running.groups, running.scoring, decision.notes)
@@ -434,6 +467,8 @@ class Scheduler:
         del place[bisect.bisect_left(place, running.order, key=_order)]
         running.holding.release(self.pages)
         self._shares.left(running)
+        if running.audited and reason in ("stop", "length"):
+            self.judge.told(running)
         self._events.append(end)
 
     def _settle(self) -> None:

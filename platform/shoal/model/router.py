@@ -158,6 +158,7 @@ class Router(nn.Module):
         budget: float | None = None,
         predicted: tuple[list[float], list[float]] | None = None,
         again: Router | None = None,
+        shift: float = 0.0,
     ) -> int:
         """The depth in layers for one prompt's features [2D + 3].
 
@@ -165,19 +166,20 @@ class Router(nn.Module):
         the exit of least predicted gap plus priced cost; else by the calibration's default tolerance. A tolerance of 0
         and a budget of 1 are full depth by definition, and features that are not finite are given it to be safe. `predicted`:
         what it is to decide by, where that is known already. `again`: the second look that comes, whose tables are of both.
+        `shift`: nats that each gap is taken to be larger by than predicted, where a tolerance decides.
         """
         if not torch.isfinite(x).all():
             return self.exits[-1]
         mean, quantile = self.predicted(x) if predicted is None else predicted
         if again is not None:
-            return self._first_within(quantile, again.bound(tolerance), again.calibration.offset)
+            return self._first_within(quantile, again.bound(tolerance) - shift, again.calibration.offset)
         if tolerance is None and budget is not None:
             if budget >= 1:
                 return self.exits[-1]
             price = _step_up(self.calibration.prices, budget)
             costs = [gap + price * e / self.exits[-1] for gap, e in zip([*mean, 0.0], self.exits, strict=True)]
             return self.exits[costs.index(min(costs))]
-        return self._first_within(quantile, self.bound(tolerance))
+        return self._first_within(quantile, self.bound(tolerance) - shift)
 
     def bound(self, tolerance: float | None = None) -> float:
         """What the predicted quantile of an exit must be within at `tolerance` [the default]: `NEVER` where none will do."""
