@@ -23,12 +23,11 @@ from shoal.train.needs import checkpoint_bytes, memory_needed, memory_parts, sav
 from shoal.train.optim import rotates
 from shoal.train.parallel import STAYS_GATHERED
 from shoal.train.plan import FitPlan, pretrain_plan
-from shoal.train.recompute import Recompute, flops_again
+from shoal.train.recompute import WAYS, Recompute, flops_again
 
 A_NODE = 8  # GPUs that are linked within a node
 GROUP = 64  # GPUs that share one model at most; more are groups that each hold it (HSDP)
 ROOM = 0.8  # of a GPU's memory that an estimate may fill before more is computed again
-WAYS: tuple[Recompute, ...] = (False, "selective", True)  # the fastest first
 HOST_LINK = 25e9  # bytes a second from a GPU to its host's memory (PCIe 4 x16)
 # Measured on two cores and logged: preparing 1 GB, and one-token events through one gateway process.
 PREPARE_SECONDS = 0.70  # of a processor, a MB of text
@@ -116,7 +115,8 @@ class Training:
 def training(
     preset: str, world: int, of: Gpu, utilisation: float, disk: float, ways: Sequence[Recompute] = WAYS
 ) -> Training:
-    """`utilisation`: share of the GPU's operations that training reaches, an assumption; `disk`: bytes a second that a node
+    """`utilisation`: share of the GPU's operations that training reaches, with those that are computed again, an assumption
+    (HFU, which `shoal bench train --parts mfu` measures); `disk`: bytes a second that a node
     writes. Update and exchange overlap: the longer of both counts. Layers compute again as the first of `ways` that fits."""
     plans = [plan_at(preset, world, way) for way in ways]
     plan = next((each for each in plans if memory_needed(each, world, low=2) <= ROOM * of.memory), plans[-1])

@@ -31,7 +31,7 @@ import torch
 
 from shoal import presets
 from shoal.bench.device import BATCHES, CONTEXTS, PEERS, bandwidth, steps
-from shoal.bench.mfu import mfu
+from shoal.bench.mfu import TOLD, mfu
 from shoal.errors import ShoalError, first_line
 from shoal.model.gpu import launch
 from shoal.train.meter import matmul_rate
@@ -91,7 +91,7 @@ def decoding(
 def training(name: str, length: int, device: torch.device, rounds: int = 5) -> Iterator[str]:
     """A row for ours and one for the plain GPT."""
     for row in mfu((name,), (length,), device, rounds)[1]:
-        model = row["model"] + (", recomputed" * row["recomputed"])
+        model = row["model"] + TOLD[row["recomputed"]]
         shares = [row["tokens_per_s"] and f"{row['tokens_per_s']:,.0f}", row["of_rate"], row["mfu"]]
         shown = [f"{each:.0%}" if isinstance(each, float) else each or "-" for each in shares]
         fits = " | ".join(shown) if row["flops"] is not None else "does not fit | | "

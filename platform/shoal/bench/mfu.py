@@ -3,7 +3,8 @@ of as many layers, of the same width and vocabulary, with flash attention (torch
 
 Utilisation (MFU) is the operations that the model asks for, over the time and the rate: recomputing counts as nothing;
 attention of ours counts what it reads, of the plain one half of all, as it is causal. `tests/unit/bench/test_mfu.py` holds both
-formulas against torch's counter.
+formulas against torch's counter. HFU counts what is computed again as well: it is what `shoal scale --utilisation` asks for. Of
+the ways to compute again the first is taken that fits the memory.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
@@ -35,15 +36,27 @@ from shoal.train.loss import LossModel
 from shoal.train.meter import matmul_rate, training_flops
 from shoal.train.optim import make_optimizer, one_early_exit, rotates, trained_exits
 from shoal.train.parallel import Ranks, shard_
+from shoal.train.recompute import WAYS, Recompute, flops_again
 from shoal.train.step import update
 
 ROWS = 2  # micro-batches of an update, a row each
+TOLD = {False: "", "selective": ", recomputed selectively", True: ", recomputed"}
 WARM = 3  # updates that are not counted: they compile, and make the optimizer's moments
 # FLOP/s of dense products in bf16 as the vendor states them, by words of the device's name
 STATED = {
     "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
     "L40": 181e12, "L4": 121e12,
 }  # fmt: skip
+
+
+class Made(NamedTuple):
+    """An update that is to be measured."""
+
+    run: Callable[[], object]
+    tokens: int
+    flops: int  # of a token, as the model asks for
+    again: int  # of a token, what is computed again
+    parameters: int
 
 
 def device_of(name: str) -> torch.device:
@@ -71,67 +84,69 @@ def mfu(
     peak = stated(kind)
     told = f"; stated {peak / 1e12:,.0f}" if peak else ""
     table = Table(
-        "preset", "tokens a row", "model", "parameters", "tokens/s", "of the products' rate", "MFU",
+        "preset", "tokens a row", "model", "parameters", "tokens/s", "of the products' rate", "MFU", "HFU",
         title=f"updates of training on {kind}: products reach {rate / 1e12:,.2f} TFLOP/s{told}",
     )  # fmt: skip
     rows = []
     for name in names:
         for length in lengths:
-            for model, prepare in (("ours", ours), ("plain", plain)):
+            for model, prepare, ways in (("ours", ours, WAYS), ("plain", plain, (False, True))):
                 row: dict[str, Any] = {"preset": name, "length": length, "model": model}
                 rows.append(row)
-                row |= measured(lambda again, p=prepare, n=name, t=length: p(n, t, device, again), rounds, device)  # type: ignore[misc]
+                row |= measured(partial(prepare, name, length, device), rounds, device, ways)
                 fits = row["flops"] is not None
                 row |= {
                     "of_rate": row["flops"] / rate if fits else None,
                     "mfu": row["flops"] / peak if fits and peak else None,
+                    "hfu": row["computed"] / peak if fits and peak else None,
                 }
                 if not fits:
-                    table.add_row(name, f"{length:,}", model, "", "does not fit", "", "")
+                    table.add_row(name, f"{length:,}", model, "", "does not fit", "", "", "")
                     continue
-                shown = model + (", recomputed" if row["recomputed"] else "")
-                share = f"{row['mfu']:.1%}" if peak else "-"
+                shares = [f"{row[key]:.1%}" if peak else "-" for key in ("mfu", "hfu")]
                 speed = f"{row['tokens_per_s']:,.0f}"
                 table.add_row(
-                    name, f"{length:,}", shown, f"{row['parameters']:,}", speed, f"{row['of_rate']:.1%}", share
-                )
+                    name, f"{length:,}", model + TOLD[row["recomputed"]], f"{row['parameters']:,}", speed,
+                    f"{row['of_rate']:.1%}", *shares,
+                )  # fmt: skip
     return table, rows
 
 
 def measured(
-    prepare: Callable[[bool], tuple[Callable[[], object], int, int, int]], rounds: int, device: torch.device
+    prepare: Callable[[Recompute], Made], rounds: int, device: torch.device, ways: Sequence[Recompute] = WAYS
 ) -> dict[str, Any]:
-    """Tokens and operations a second of what `prepare` makes: an update, its tokens, the operations of one, and parameters. It
-    is told whether layers are to be computed again in backward: where they do not fit. Where they do not fit either: None."""
-    for again in (False, True):
+    """Tokens and operations a second of what `prepare` makes, without what is computed again ("flops") and with it
+    ("computed"). It is told what backward computes again: the first of `ways` that fits. Where none does: None."""
+    for how in ways:
         gc.collect()  # a model whose layers are compiled holds itself: the next one would not fit beside it
         if device.type == "cuda":
             torch.cuda.empty_cache()
         try:
-            run, tokens, work, count = prepare(again)
+            made: Made | None = prepare(how)
+            assert made is not None
             took = []
             for _ in range(WARM + rounds):
                 start = time.perf_counter()
-                run()
+                made.run()
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 took.append(time.perf_counter() - start)
-            break
+            speed = made.tokens / statistics.median(took[WARM:])
+            rates = {"flops": speed * made.flops, "computed": speed * (made.flops + made.again)}
+            return {"parameters": made.parameters, "tokens_per_s": speed, **rates, "recomputed": how}
         except torch.OutOfMemoryError:
-            if again:
-                return dict.fromkeys(("parameters", "tokens_per_s", "flops")) | {"recomputed": True}
+            pass
         finally:
-            run = None  # type: ignore[assignment]  # what it holds is large
-    speed = tokens / statistics.median(took[WARM:])
-    return {"parameters": count, "tokens_per_s": speed, "flops": speed * work, "recomputed": again}
+            made = None  # what it holds is large
+    return dict.fromkeys(("parameters", "tokens_per_s", "flops", "computed")) | {"recomputed": ways[-1]}
 
 
-def ours(name: str, length: int, device: torch.device, again: bool) -> tuple[Callable[[], object], int, int, int]:
+def ours(name: str, length: int, device: torch.device, how: Recompute) -> Made:
     """An update of preset `name` on rows of `length` tokens, one document each, as `shoal pretrain` does it."""
     config, train = at(name, length)
     ranks, model = Ranks(0, 1, device), LossModel(Net(config).init_(0), trained_exits(config.exits, train))
     trial.of_training(config, length, device, low=model.low, alone=True)
-    shard_(model, ranks, recompute=again, compiled=device.type == "cuda")
+    shard_(model, ranks, recompute=how, compiled=device.type == "cuda")
     optimizer = make_optimizer(model, train)
     batches = [batch(config, length, seed) for seed in range(ROWS)]
     total = sum(train.exit_weights)
@@ -141,10 +156,11 @@ def ours(name: str, length: int, device: torch.device, again: bool) -> tuple[Cal
         weights, heads = one_early_exit(weights, 0), min(2, heads)
     count = sum(p.numel() for p in model.parameters())
     given: dict[str, Any] = {"config": train, "weights": weights, "rate": 1e-4, "ranks": ranks}
-    return lambda: update(model, optimizer, batches, **given), ROWS * length, training_flops(config, heads), count
+    work, again = training_flops(config, heads), flops_again(config, how)
+    return Made(lambda: update(model, optimizer, batches, **given), ROWS * length, work, again, count)
 
 
-def plain(name: str, length: int, device: torch.device, again: bool) -> tuple[Callable[[], object], int, int, int]:
+def plain(name: str, length: int, device: torch.device, how: Recompute) -> Made:
     """The same of a plain GPT; bf16 by autocast on a GPU, each layer compiled."""
     config, train = at(name, length)
     made = PlainGPT(vocab=config.vocab, layers=config.layers, width=config.width, heads=config.heads, length=length)
@@ -153,7 +169,7 @@ def plain(name: str, length: int, device: torch.device, again: bool) -> tuple[Ca
     for layer in model.layers:
         if device.type == "cuda":
             layer.forward = torch.compile(layer.forward)
-        if again:
+        if how:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     rows = [batch(config, length, seed).tokens.to(device) for seed in range(ROWS)]
 
@@ -167,8 +183,12 @@ def plain(name: str, length: int, device: torch.device, again: bool) -> tuple[Ca
         optimizer.step()
         return norm
 
-    work = plain_flops(config.layers, config.width, config.vocab, length)
-    return run, ROWS * length, work, sum(p.numel() for p in model.parameters())
+    work, head = (
+        plain_flops(config.layers, config.width, config.vocab, length),
+        plain_flops(0, config.width, config.vocab, length),
+    )
+    again = (work - head) // 3 if how else 0
+    return Made(run, ROWS * length, work, again, sum(p.numel() for p in model.parameters()))
 
 
 def plain_flops(layers: int, width: int, vocab: int, length: int, *, causal: bool = True) -> int:

@@ -21,6 +21,7 @@ from shoal.model.cost import flops_per_token
 from shoal.model.gpu import sparse  # noqa: F401  # makes the operators that are named below
 
 Recompute = Literal[False, True, "selective"]
+WAYS: tuple[Recompute, ...] = (False, "selective", True)  # the fastest first, and what holds most memory
 
 _aten, _shoal = torch.ops.aten, torch.ops.shoal
 ATTENTION = frozenset(

@@ -25,6 +25,7 @@ from shoal.bench.train import train
 from shoal.errors import UsageError
 from shoal.model.gpu import launch
 from shoal.model.net import Net
+from shoal.train import recompute
 from shoal.train.meter import training_flops
 
 
@@ -76,6 +77,7 @@ def test_a_tiny_one_runs_on_this_cpu(capsys: pytest.CaptureFixture[str]) -> None
     assert [(row["model"], row["preset"], row["length"], row["mfu"]) for row in rows] == [
         ("ours", "test", 64, None), ("plain", "test", 64, None),
     ]  # fmt: skip
+    assert all(row["hfu"] is None and row["computed"] == row["flops"] for row in rows), "nothing was computed again"
     c, _ = mfu.at("test", 64)
     work = training_flops(c), mfu.plain_flops(c.layers, c.width, c.vocab, 64)
     for row, each in zip(rows, work, strict=True):
@@ -83,24 +85,39 @@ def test_a_tiny_one_runs_on_this_cpu(capsys: pytest.CaptureFixture[str]) -> None
         assert f"{row['tokens_per_s']:,.0f}" in said.getvalue() and not row["recomputed"]
 
 
-def test_what_does_not_fit_is_computed_again_in_backward() -> None:
+@pytest.mark.parametrize("fits", recompute.WAYS)
+def test_what_does_not_fit_is_computed_again_in_backward(fits: recompute.Recompute) -> None:
+    """First what is cheap of it, and whole layers where that does not fit either."""
     asked = []
 
-    def prepare(again: bool) -> Any:
-        asked.append(again)
-        if not again:
+    def prepare(how: recompute.Recompute) -> Any:
+        asked.append(how)
+        if how != fits:
             raise torch.OutOfMemoryError
-        return (lambda: None), 10, 2, 3
+        return mfu.Made(lambda: None, tokens=10, flops=20, again=5, parameters=3)
 
-    assert mfu.measured(prepare, 1, torch.device("cpu"))["recomputed"] and asked == [False, True]
+    found = mfu.measured(prepare, 1, torch.device("cpu"))
+    assert found["recomputed"] == fits and asked == list(recompute.WAYS[: recompute.WAYS.index(fits) + 1])
+    assert found["computed"] == pytest.approx(1.25 * found["flops"])
+
+
+@pytest.mark.parametrize("how", recompute.WAYS)
+def test_operations_computed_again_are_those_of_the_way_that_is_measured(how: recompute.Recompute) -> None:
+    """Of a tiny update of either model; `flops_again` is held against torch's counter in its own tests."""
+    ours, plain = (make("test", 64, torch.device("cpu"), how) for make in (mfu.ours, mfu.plain))
+    c, _ = mfu.at("test", 64)
+    assert ours.again == recompute.flops_again(c, how)
+    assert plain.again == (how and (plain.flops - 6 * c.vocab * c.width) // 3)
+    for made in (ours, plain):
+        made.run()
 
 
 def test_what_does_not_fit_is_gone_before_it_is_made_again() -> None:
     """A compiled layer holds itself, and would lie beside the second try until Python looks for such."""
     held = list[Any]()
 
-    def prepare(again: bool) -> Any:
-        assert [each() for each in held] == [None] * again
+    def prepare(how: recompute.Recompute) -> Any:
+        assert [each() for each in held] == [None] * recompute.WAYS.index(how)
         layer = torch.nn.Linear(2, 2)
         layer.forward = partial(layer.forward)  # type: ignore[method-assign]
         held.append(weakref.ref(layer))
@@ -109,14 +126,14 @@ def test_what_does_not_fit_is_gone_before_it_is_made_again() -> None:
             layer(torch.ones(2))
             raise torch.OutOfMemoryError
 
-        return run, 10, 2, 3
+        return mfu.Made(run, 10, 2, 0, 3)
 
     gc.disable()
     try:
         found = mfu.measured(prepare, 1, torch.device("cpu"))
     finally:
         gc.enable()
-    assert found == {"parameters": None, "tokens_per_s": None, "flops": None, "recomputed": True}
+    assert found == {"parameters": None, "tokens_per_s": None, "flops": None, "computed": None, "recomputed": True}
 
 
 def test_a_model_that_does_not_fit_is_a_row_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from shoal.train.needs import checkpoint_bytes, memory_parts
 from shoal.train.optim import make_optimizer
 from shoal.train.parallel import Ranks, shard_
 from shoal.train.plan import FitPlan, pretrain_plan
+from shoal.train.recompute import WAYS
 from shoal.train.state import TrainState
 from tests.corpus import write_corpus
 
@@ -141,7 +142,7 @@ def test_no_more_is_computed_again_than_memory_asks_for() -> None:
     of = scale.gpu_named("h100")
     for preset, world in (("1b", 8), ("7b", 8), ("7b", 512)):
         found = scale.training(preset, world, of, 0.1, 2e9)
-        rows = [scale.training(preset, world, of, 0.1, 2e9, [way]) for way in scale.WAYS]
+        rows = [scale.training(preset, world, of, 0.1, 2e9, [way]) for way in WAYS]
         memory, compute = [sum(row.memory.values()) for row in rows], [row.compute for row in rows]
         assert memory == sorted(memory, reverse=True) and compute == sorted(compute)
         assert compute[1] < 1.06 * compute[0] < compute[2] < 1.34 * compute[0]
