@@ -21,6 +21,7 @@ import torch
 from sacrebleu.metrics.chrf import CHRF
 
 from shoal.config import AUTO
+from shoal.data import models, remote
 from shoal.data.chats.heldout import Question, questions
 from shoal.data.shards import open_index, token_bytes
 from shoal.engine.engine import Engine
@@ -85,20 +86,21 @@ class _Seen:
 
 
 def gate(
-    candidate: Path,
-    stable: Path,
+    candidate: str | Path,
+    stable: str | Path,
     folder: Path,
     *,
     cut: Path | None = None,
-    data: Path | None = None,
+    data: str | Path | None = None,
     margin: float = MARGIN,
     need_recent: bool = True,
     on_progress: Progress | None = None,
     guides: Guides | None = None,
 ) -> Verdict:
     """The verdict on `candidate` beside `stable`, by the frozen suites in `folder`, what a `cut` holds out and what the corpus
-    `data` does. `guides`: what a service guides the answer to messages with tools or a format by [nothing]. Raises
-    DataError for suites that changed or hold no question, CheckpointError for a stable version that cannot be loaded."""
+    `data` does; models and corpus may be in S3. `guides`: what a service guides the answer to messages with tools or a format
+    by [nothing]. Raises DataError for suites that changed or hold no question and where S3 does not answer, CheckpointError for
+    a stable version that cannot be loaded, and for an address in S3 with no whole model."""
     began, tell = time.monotonic(), on_progress or (lambda what, done, total: None)
     frozen = [(suite, folder) for suite in suites.read(folder)]
     if cut is not None:
@@ -106,21 +108,23 @@ def gate(
         most = max((suite.most_tokens or 0 for suite, _ in frozen), default=0) or None
         frozen.append((Suite("recent", RECENT_FILE, read(cut)["sha256"][RECENT_FILE], RECENT, most), cut))
     of = [suite for suite, _ in frozen]
-    known = Model.load(stable)
-    names = [{"path": str(path), "weights_sha256": _sha(path)} for path in (candidate, stable)]
+    new, old = models.here(candidate), models.here(stable)
+    corpus = None if data is None else remote.local(data)
+    known = Model.load(old)
+    names = [{"path": str(place), "weights_sha256": _sha(path)} for place, path in ((candidate, new), (stable, old))]
     try:
-        model = Model.load(candidate)
-        need_same(candidate, stable)
-    except AnotherShapeError as error:
-        return _verdict([Check(SHAPE, FAIL, str(error))], names, of, 0, began)
+        model = Model.load(new)
+        need_same(new, old)
     except ShoalError as error:
-        return _verdict([Check(SHAPE, FAIL, f"it cannot be loaded: {error}")], names, of, 0, began)
+        told = str(error).replace(str(new), str(candidate)).replace(str(old), str(stable))  # not the copies' folders
+        told = told if isinstance(error, AnotherShapeError) else f"it cannot be loaded: {told}"
+        return _verdict([Check(SHAPE, FAIL, told)], names, of, 0, began)
     # before they are asked: one that is killed has asked them too, and a full disk costs no minutes
     uses = suites.use(folder, {"candidate": names[0]["weights_sha256"], "stable": names[1]["weights_sha256"]})
     checks = [Check(SHAPE, PASS, "shape, tokenizer and chat template are the stable version's")]
     steps, total = 0, len(frozen) + 2
     tell("bits per byte", steps, total)
-    checks += _bits(model, known, data)
+    checks += _bits(model, known, corpus, data)
     seen = _Seen(_router_alone(model, known))
     for suite, place in frozen:
         steps += 1
@@ -135,7 +139,7 @@ def gate(
     if not any(suite.kind == RECENT for suite in of):
         status = INCONCLUSIVE if need_recent else SKIPPED
         checks.append(Check("recent", status, "no recent suite: nothing says that the candidate is better at anything"))
-    checks = together(checks, taken(stable, names[1]["weights_sha256"], of))
+    checks = together(checks, taken(old, names[1]["weights_sha256"], of))
     return _verdict(checks, names, of, uses, began)
 
 
@@ -167,18 +171,18 @@ def _sha(path: Path) -> str:
         return ""
 
 
-def _bits(model: Model, known: Model, data: Path | None) -> list[Check]:
-    """Bits per byte of text and code beside the stable version's."""
-    if data is None:
+def _bits(model: Model, known: Model, here: Path | None, data: str | Path | None) -> list[Check]:
+    """Bits per byte of text and code beside the stable version's, in the corpus `data`, which is `here`."""
+    if here is None:
         return [Check("bits per byte", SKIPPED, "no corpus was given (--data)")]
-    index = open_index(data)
+    index = open_index(here)
     if index.tokenizer_sha256 != known.tokenizer.sha256:
         raise DataError(f"{data} was made with another tokenizer", do="give the corpus of the stable version")
     found = []
     for modality in ("text", "code"):
         if not index.total("rows", "heldout", modality):
             continue
-        rows = HeldoutRows(data, modality, BPB_ROWS)
+        rows = HeldoutRows(here, modality, BPB_ROWS)
         beside = measures.beside([known.net, model.net], rows, token_bytes(known.tokenizer))[1]
         rise, (low, high) = beside.rise.value, beside.rise.interval
         name = f"bits per byte, {modality}"

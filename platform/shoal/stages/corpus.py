@@ -140,7 +140,9 @@ class Curate(Stage):
         str | None, typer.Option(help="API of a teacher, ending in /v1, for what has no label. [none]")
     ] = None
     teacher_model: Annotated[str | None, typer.Option(help="Name of the model there. [required with --teacher]")] = None
-    replay: Annotated[Path | None, typer.Option(help="Chats of the old mix, so that it stays learned. [none]")] = None
+    replay: Annotated[
+        str | None, typer.Option(help="Chats of the old mix, or s3://... of them, so that it stays learned. [none]")
+    ] = None
     suites: Annotated[Path | None, typer.Option(help="Frozen suites, whose questions are left out. [none]")] = None
     never: Annotated[
         list[Path] | None,
@@ -163,6 +165,7 @@ class Curate(Stage):
     as_json: Json = False
 
     def run(self) -> None:
+        from shoal.data.remote import local
         from shoal.loop import cut, labels, learned
         from shoal.loop.asked import forbidden
         from shoal.loop.capture import Capture
@@ -171,7 +174,7 @@ class Curate(Stage):
         settings = cut.Settings(self.heldout, self.liked, self.replay_share, self.seed)
         if self.out.exists():
             raise DataError(f"{self.out} exists", do="choose another --out: a cut is never changed")
-        capture = Capture(self.capture)
+        capture, replay = Capture(self.capture), None if self.replay is None else local(self.replay)
         asked, cuts = forbidden(self.suites), self._earlier()
         before, learned_before = cuts.held_out(self.never or ()), cuts.trained_on()
         by_id: dict[str, str] = {}
@@ -189,7 +192,7 @@ class Curate(Stage):
             "moved": moved(capture.folder),
         }
         apart: dict[str, Any] = {"never": asked, "before": before, "learned": learned_before}
-        made = cut.cut(found, self.out, settings, replay=self.replay, told=told, **apart)
+        made = cut.cut(found, self.out, settings, replay=replay, told=told, **apart)
         # of those who were forgotten meanwhile, by a command that did not find this cut yet
         capture.fresh()
         for line in learned.forget(self.out, capture.forgotten()):

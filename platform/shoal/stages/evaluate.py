@@ -69,11 +69,13 @@ class Gate(Stage):
     suites: Annotated[
         Path, typer.Option(help="Folder of frozen suites: *.jsonl of chats, safety-*.jsonl, recent-*.jsonl.")
     ]
-    model: Annotated[Path | None, typer.Option(help="Candidate's model directory. [required, but with --freeze]")] = (
-        None
-    )
+    model: Annotated[
+        str | None,
+        typer.Option(help="Candidate's model directory, or s3://BUCKET/PREFIX of one. [required, but with --freeze]"),
+    ] = None
     against: Annotated[
-        Path | None, typer.Option(help="Stable version's model directory. [required, but with --freeze]")
+        str | None,
+        typer.Option(help="Stable version's model directory, or s3://... of one. [required, but with --freeze]"),
     ] = None
     freeze: Annotated[bool, typer.Option("--freeze", help="Freeze the files in the folder as they are, and end.")] = (
         False
@@ -88,7 +90,10 @@ class Gate(Stage):
         Path | None, typer.Option(help="Cut of `shoal curate` whose held-out rows must be won. [recent-*.jsonl]")
     ] = None
     data: Annotated[
-        Path | None, typer.Option(help="Corpus whose held-out rows bits per byte are measured on. [not measured]")
+        str | None,
+        typer.Option(
+            help="Corpus, or s3://... of one, whose held-out rows bits per byte are measured on. [not measured]"
+        ),
     ] = None
     margin: Annotated[float, typer.Option(help="Share of right answers that each task may lose.")] = 0.03
     recent: Annotated[bool, typer.Option(help="Must it be better at a recent suite?")] = True
@@ -112,7 +117,7 @@ class Gate(Stage):
             raise UsageError("--margin", got=self.margin, allowed="above 0, below 1")
         self._judge(self.model, self.against)
 
-    def _judge(self, model: Path, against: Path) -> None:
+    def _judge(self, model: str, against: str) -> None:
         import json
 
         from shoal.api.requests import guide_of

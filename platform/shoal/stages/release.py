@@ -17,7 +17,7 @@ from shoal.loop.release import Auto, Release, State
 from shoal.loop.versions import Version, cut_lineage
 from shoal.model.described import read_json
 from shoal.options import Commands
-from shoal.stages.stage import Json, ModelDir, out, print_result
+from shoal.stages.stage import Json, ModelPlace, out, print_result
 
 release = Commands(help="Versions of a served model: which serves, and what may take its place.", no_args_is_help=True)
 
@@ -108,17 +108,22 @@ def log(
 
 @release.command()
 def add(
-    model: ModelDir,
+    model: ModelPlace,
     folder: Folder,
-    fp32: Annotated[Path | None, typer.Option(help="Its fp32 parent, where it was rounded. [none]")] = None,
+    fp32: Annotated[
+        str | None, typer.Option(help="Its fp32 parent, where it was rounded, or s3://... of it. [none]")
+    ] = None,
     cut: Annotated[Path | None, typer.Option(help="The cut that it learned from. [none]")] = None,
     verdict: Annotated[Path | None, typer.Option(help="What `shoal gate --json` wrote. [not asked]")] = None,
     why: Why = "added",
     as_json: Json = False,
 ) -> None:
     """A model directory as a new version: the candidate, or the stable one of a release that has none yet."""
+    from shoal.data.models import here
+
     given = None if verdict is None else need_verdict(read_json(verdict), verdict)
-    made = Release(folder).add(model, fp32=fp32, lineage=cut_lineage(cut), verdict=given, why=why)
+    parent = None if fp32 is None else here(fp32)
+    made = Release(folder).add(here(model), fp32=parent, lineage=cut_lineage(cut), verdict=given, why=why)
     print_result({"version": made.number, "label": made.label}, as_json, f"version {made.label}")
 
 

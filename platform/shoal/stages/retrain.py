@@ -80,7 +80,10 @@ class Retrain(Stage):
         typer.Option(help="Frozen suites, by which the gate judges it beside the stable version. [not judged]"),
     ] = None
     data: Annotated[
-        Path | None, typer.Option(help="Corpus on whose held-out rows the gate measures bits per byte. [not measured]")
+        str | None,
+        typer.Option(
+            help="Corpus, or s3://... of one, on whose held-out rows the gate measures bits per byte. [not measured]"
+        ),
     ] = None
     why: Annotated[str, typer.Option(help="The reason, for the audit log.")] = "retrained"
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")] = False
