@@ -36,6 +36,7 @@ def test_it_measures_and_writes_a_page() -> None:
     assert "2,000 GB/s" in text and "900 TFLOP/s" in text and all(row in text for row in (*decoded, *trained))
     assert text.endswith("\n\n## Without a GPU\nkept\n") and "old" not in text and "not measured" not in text
     assert measured.KEPT in measured.PAGE.read_text()
+    assert measured.AIMS in text and " ".join(measured.PAGE.read_text().split()).count(measured.AIMS.strip()) == 1
 
 
 def test_what_does_not_fit_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
