@@ -35,6 +35,7 @@ class StepLayout:
         row_of = np.repeat(np.arange(len(works)), counts)
         begin = np.array([work.start for work in works])
         positions = np.arange(self.starts[-1]) + (begin - self.starts[:-1])[row_of]
+        self._ends = [work.end - 1 for work in works]
         holdings = [work.running.holding for work in works]
         longest = max(holding.pages_for(work.end) for holding, work in zip(holdings, works, strict=True))
         tables = np.zeros((GROUPS, len(works), longest), dtype=np.int64)
@@ -68,7 +69,9 @@ class StepLayout:
         starts = self.starts[: count + 1]
         if rows not in self._rows:
             whole = self._rows.get(self.starts[-1])
-            self._rows[rows] = Rows(self._positions[:rows], starts, self._config.page, self._config.block, whole)
+            self._rows[rows] = Rows(
+                self._positions[:rows], starts, self._config.page, self._config.block, whole, self._ends[:count]
+            )
         return PagedStep(
             positions=self._positions[:rows],
             slots=self._slots[group, :rows],

@@ -24,6 +24,7 @@ from torch import Tensor
 from shoal.config import GROUPS
 from shoal.engine import drafts, graphs, speculative
 from shoal.engine.compared import Audited, Compared
+from shoal.engine.device import sent
 from shoal.engine.drafts import Drafted, Drafter
 from shoal.engine.events import Sampling, Signals, TokenLogprob
 from shoal.engine.graphs import Graphs
@@ -66,6 +67,8 @@ class Runner:
             self._compile()
         self.adapters: Mapping[str, Adapter] = {}  # by identity; replaced as a whole
         self._bank = Bank(self.net, [])
+        self._asked: tuple[Router | None, bool] = None, False  # the router, and whether it reads the prompt's loss
+        self._reads_nll()
         self.graphs = graphs.of_device(self.net, self.cache, graph_rows) if graph_rows else None
         self._replay(Graphs.prepare)
 
@@ -296,7 +299,7 @@ class Runner:
         """The depth of a prompt, and of its answer so far where the router looks again, whose last rows went through group 1 in
         this step."""
         running, holding, router = work.running, work.running.holding, self.model.router
-        nll = running.watched or (router is not None and router.reads_nll)
+        nll = running.watched or self._reads_nll()
         if running.least and router is not None:
             router = router.later
         assert router is not None and holding.states_from is not None
@@ -306,7 +309,7 @@ class Runner:
         sums = list(holding.notes)
         fresh: list[Tensor] = []
         if known < len(running.tokens):
-            ids = torch.tensor(running.tokens[known:], dtype=torch.long, device=self.device)
+            ids = sent(running.tokens[known:], self.device, torch.long)
             # each by itself: the prefix cache may keep one for long, and a view would keep those of the whole prompt
             fresh = [sums.clone() for sums in page_sums(self.net, states[known - holding.states_from :], ids, nll)]
         x = features(torch.stack(sums + fresh), states[-1], len(running.tokens))
@@ -318,6 +321,13 @@ class Runner:
         budgeted = asked is None and self.compute_budget is not None
         promised = None if budgeted else router.calibration.default_tolerance if asked is None else asked
         return Decision(layers, fresh, _seen(router, x, layers, *told, promised))
+
+    def _reads_nll(self) -> bool:
+        """Does the router read the prompt's loss at exit 1? What says so lies on the device, which is asked once a router."""
+        router = self.model.router
+        if self._asked[0] is not router:
+            self._asked = router, router is not None and router.reads_nll
+        return self._asked[1]
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)

@@ -64,10 +64,20 @@ class Rows:
     positions [N]  absolute position of each new token, from 0
     starts [R+1]   request r owns rows starts[r] .. starts[r+1]-1, in order
     whole          rows that these are the first of
+    ends [R]       position of each request's last row, where the host knows it
     """
 
-    def __init__(self, positions: Tensor, starts: list[int], page: int, block: int, whole: Rows | None = None) -> None:
+    def __init__(
+        self,
+        positions: Tensor,
+        starts: list[int],
+        page: int,
+        block: int,
+        whole: Rows | None = None,
+        ends: list[int] | None = None,
+    ) -> None:
         self.positions, self.starts, self.page, self.block, self._whole = positions, starts, page, block, whole
+        self._ends = ends
         counts = [end - start for start, end in pairwise(starts)]
         self.singles = [r for r, count in enumerate(counts) if count == 1]  # they decode together
         self.chunks = [r for r, count in enumerate(counts) if count > 1]  # prefill, verification: each for itself
@@ -100,6 +110,8 @@ class Rows:
         """Position of each request's last row, [R]."""
         if not self.chunks:
             return self.positions
+        if len(self.starts) == 2:
+            return self.positions[-1:]
         return self.positions[torch.tensor(self.starts[1:], device=self.positions.device) - 1]
 
     @cached_property
@@ -123,8 +135,14 @@ class Rows:
     def of(self, request: int) -> Rows:
         """One of `chunks` alone."""
         start, end = self.starts[request], self.starts[request + 1]
-        positions = self.positions[start:end]
-        return self.once(request, lambda: Rows(positions, [0, end - start], self.page, self.block))
+        positions, ends = self.positions[start:end], self._ends and self._ends[request : request + 1]
+        return self.once(request, lambda: Rows(positions, [0, end - start], self.page, self.block, ends=ends))
+
+    def end(self, request: int) -> int:
+        """Position of the last row of a request. A device is waited for where nobody has said it."""
+        if self._ends is not None:
+            return self._ends[request]
+        return self.once(("end", request), lambda: int(self.last[request]))
 
 
 @dataclass

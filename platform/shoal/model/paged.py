@@ -82,8 +82,7 @@ def _chunks(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Re
         if span.stop - span.start < least:
             continue
         chunk = step.rows.of(r)
-        pages = chunk.once("pages", lambda c=chunk: int(c.last[0]) // step.page + 1)  # type: ignore[misc]
-        reads = step.read(kv.shape[1])[r : r + 1, :, :pages]
+        reads = step.read(kv.shape[1])[r : r + 1, :, : chunk.end(0) // step.page + 1]
         out[span] = _attend(q[span][None], kv, summaries, reads, chunk, reach)[0]
     return out
 
@@ -112,15 +111,25 @@ def _all(kv: Tensor, reads: Tensor, rows: Rows, dtype: torch.dtype) -> tuple[Ten
     """k and v [R, Hk, X, d] in `dtype` of all pages of `reads` [R, Hk, M]."""
     requests, kv_heads, pages = reads.shape
     wide, keys = kv.shape[-1], pages * rows.page
-    stored = kv.view(-1, rows.page, wide).index_select(0, reads.flatten())
+    stored = kv.view(-1, rows.page, wide).index_select(0, reads.flatten()).view(requests, kv_heads, keys, wide)
     # a stale slot may hold NaN, and 0 * NaN is NaN: what lies past the length is read as zero
-    stale = rows.once(("stale", kv_heads, keys), lambda: _stale(rows.last, kv_heads, keys))
-    return slots.decode(stored.view(-1, wide).index_fill_(0, stale, 0).view(requests, kv_heads, keys, wide), dtype)
+    if stored.device.type == "cpu":
+        stale = rows.once(("stale", kv_heads, keys), lambda: _stale(rows.last, kv_heads, keys))
+        stored.view(-1, wide).index_fill_(0, stale, 0)
+    else:
+        past = rows.once(("past", keys), lambda: _past(rows.last, keys))
+        stored.masked_fill_(past[:, None, :, None], 0)
+    return slots.decode(stored, dtype)
+
+
+def _past(last: Tensor, keys: int) -> Tensor:
+    """bool [R, X]: what stands after a request's last token, `last` [R]."""
+    return torch.arange(keys, device=last.device) > last[:, None]
 
 
 def _stale(last: Tensor, kv_heads: int, keys: int) -> Tensor:
-    """Rows of [R * Hk * X] that stand after a request's last token, `last` [R]."""
-    request, at = (torch.arange(keys, device=last.device) > last[:, None]).nonzero(as_tuple=True)
+    """The same as numbers of rows of [R * Hk * X]: on a CPU these are fewer. A device would be waited for, to count them."""
+    request, at = _past(last, keys).nonzero(as_tuple=True)
     heads = torch.arange(kv_heads, device=last.device)[:, None]
     return ((request * kv_heads + heads) * keys + at).flatten()
 

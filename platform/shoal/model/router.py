@@ -51,19 +51,24 @@ def page_sums(net: Net, hidden: Tensor, tokens: Tensor, nll: bool = True) -> Ten
     """
     page = net.config.page
     at = torch.arange(len(tokens), device=tokens.device)
-    stride = sample_stride(page)
-    sampled = at[(at % stride == stride - 2) & (at + 1 < len(tokens))]
-    sampled = sampled[tokens[sampled + 1] != PATCH_ID]
     kind = torch.promote_types(hidden.dtype, torch.float32)  # a sum of a page in bf16 would lose what is small
     sums = hidden.new_zeros(-(-len(tokens) // page), hidden.shape[1] + EXTRA, dtype=kind)
     sums[:, :-EXTRA].index_add_(0, at // page, hidden.to(kind))
-    if nll and len(sampled):
+    sampled = _sampled(tokens, page) if nll else at[:0]
+    if len(sampled):
         logits = net.head(hidden[sampled], net.config.exits[0])
         losses = F.cross_entropy(logits.to(kind), tokens[sampled + 1], reduction="none")
         sums[:, -3].index_add_(0, sampled // page, losses)
         sums[:, -2].index_add_(0, sampled // page, torch.ones_like(losses))
     sums[:, -1].index_add_(0, at // page, (tokens == PATCH_ID).to(sums.dtype))
     return sums
+
+
+def _sampled(tokens: Tensor, page: int) -> Tensor:
+    """The places of `tokens` [n] where the exit-1 NLL is taken, none of them before a patch: how many, a GPU is waited for."""
+    stride = sample_stride(page)
+    places = torch.arange(stride - 2, max(stride - 2, len(tokens) - 1), stride, device=tokens.device)
+    return places[tokens[places + 1] != PATCH_ID]
 
 
 def sample_stride(page: int) -> int:
@@ -146,9 +151,10 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def predicted(self, x: Tensor) -> tuple[list[float], list[float]]:
-        """`forward` of one prompt's features, as numbers."""
-        mean, quantile = self(x)
-        return mean.tolist(), quantile.tolist()
+        """`forward` of one prompt's features, as numbers; NaN where these are not finite. A GPU is waited for once."""
+        both = torch.stack(self(x))
+        mean, quantile = both.masked_fill(~torch.isfinite(x).all(), math.nan).tolist()
+        return mean, quantile
 
     @torch.no_grad()
     def choose(
@@ -164,13 +170,13 @@ class Router(nn.Module):
 
         With `tolerance` (nats/token), the smallest exit whose calibrated bound is within it; else with `budget` in (0, 1],
         the exit of least predicted gap plus priced cost; else by the calibration's default tolerance. A tolerance of 0
-        and a budget of 1 are full depth by definition, and features that are not finite are given it to be safe. `predicted`:
+        and a budget of 1 are full depth by definition, and what is not finite is given it to be safe. `predicted`:
         what it is to decide by, where that is known already. `again`: the second look that comes, whose tables are of both.
         `shift`: nats that each gap is taken to be larger by than predicted, where a tolerance decides.
         """
-        if not torch.isfinite(x).all():
-            return self.exits[-1]
         mean, quantile = self.predicted(x) if predicted is None else predicted
+        if not all(map(math.isfinite, (*mean, *quantile))):
+            return self.exits[-1]
         if again is not None:
             return self._first_within(quantile, again.bound(tolerance) - shift, again.calibration.offset)
         if tolerance is None and budget is not None:

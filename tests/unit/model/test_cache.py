@@ -9,6 +9,7 @@ import torch
 
 from shoal import presets
 from shoal.model.cache import GroupCache, PagedStep, Rows, read_rows, write_rows
+from shoal.model.paged import _past, _stale
 from shoal.model.reach import Reach, way
 
 POSITIONS = torch.tensor([4, 7, 8, 9, 3, 0, 1])  # requests of 1, 3, 1 and 2 rows
@@ -121,3 +122,14 @@ def test_places_are_made_where_the_rows_lie() -> None:
     there = Rows(POSITIONS.to("meta"), STARTS, 8, 4)
     assert there.single_rows.is_meta and there.last.is_meta and there.single.positions.is_meta
     assert write_rows(POSITIONS.to("meta"), 2, 8).is_meta and read_rows(POSITIONS[None].to("meta"), 2).is_meta
+
+
+def test_where_the_host_knows_the_ends_a_device_is_asked_for_nothing() -> None:
+    """On meta every read raises. Behind position 9 of 16 stand six rows of each of two KV heads, as numbers or as truths."""
+    there = Rows(POSITIONS.to("meta"), STARTS, 8, 4, ends=[4, 9, 3, 1])
+    for one in (rows(), there):
+        assert (one.end(0), one.of(1).end(0), one.of(3).end(0)) == (4, 9, 1)
+    assert _past(there.of(1).last, 16).is_meta
+    last = rows().of(1).last
+    assert last.tolist() == [9] and _stale(last, 2, 16).tolist() == [*range(10, 16), *range(26, 32)]
+    assert _past(last, 16).nonzero()[:, 1].tolist() == [*range(10, 16)]

@@ -1,0 +1,117 @@
+"""An engine on a GPU that is not there (`tests/fake_engine.py`): one device, no hidden read or copy, and the precisions, of
+whole requests at 350m."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.engine.sizes import GPU_ROWS
+from tests import fake_gpu
+
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("g++"), reason="streams of a GPU that is not there take a C++ compiler"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has streams of its own"),
+    pytest.mark.timeout(600),
+]
+FAULTS = {
+    "leak": "FakeTensorDeviceMismatchError",
+    "read": "DataDependentOutputException",
+    "kernel": "_norm: a tensor of the host",
+}
+CASES = ["350m", "350m:int8", "test:copy", "test:drift", *(f"test:{fault}" for fault in FAULTS)]
+LOW, EXACT, WHOLE = "bfloat16", "float32", "int64"
+KERNELS = {  # dtypes of what each is given, in its order
+    "_norm": [LOW] * 5,  # what is normed, what is added, weight, sum, result
+    "_swiglu": [LOW] * 2,
+    "_store": [*[LOW] * 4, EXACT, EXACT, WHOLE, WHOLE, LOW, LOW, EXACT],  # .., rotation, places, q, memory, summaries
+    "_summarise": [LOW, EXACT, WHOLE, WHOLE],
+}
+INT8 = {
+    "_levels": [EXACT, "int8", EXACT], "_product": ["int8", "int8", *[EXACT] * 3], "_norm": [EXACT] * 5,
+    "_swiglu": [EXACT] * 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the program says of all cases."""
+    library: Path = fake_gpu.build(tmp_path_factory.mktemp("streams"))
+    command = [sys.executable, "-m", "tests.fake_engine", str(library), *CASES]
+    told = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=told, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    values: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return values
+
+
+def steps(found: dict[str, Any], kind: str) -> list[list[str]]:
+    """What the host waited for in each step of a kind."""
+    return [waits for each, waits in found["steps"] if each == kind]
+
+
+def test_all_lies_on_the_device_and_sizes_follow_from_its_memory(found: dict[str, Any]) -> None:
+    """Prompts in chunks of 8,192 rows, and keys and values in what weights leave of nine tenths of 80 GB."""
+    one = found["350m"]
+    assert one["devices"] == ["cuda:0"] and one["answers"] == 9 and one["rows"] == GPU_ROWS
+    assert 61.9e9 < one["memory"] < 62.1e9, "70 GB are free, and 8 are for what a step needs"
+    assert len(steps(one, "prompt")) >= 3, "of the long prompt"
+
+
+def test_a_decoding_step_waits_for_one_copy(found: dict[str, Any]) -> None:
+    """Whatever the depths, and whatever is asked of the sampler."""
+    for case in ("350m", "350m:int8"):
+        assert {*map(tuple, steps(found[case], "decode"))} == {("tolist",)} and len(steps(found[case], "decode")) >= 2
+
+
+def test_prompts_and_the_router_ask_the_device_for_one_thing(found: dict[str, Any]) -> None:
+    """The depth, or a token, in one copy; what goes there goes at the beginning of a step."""
+    for waits in steps(found["350m"], "prompt"):
+        assert set(waits) <= {"from the host", "tolist"} and waits.count("tolist") == 1 and waits[-1] == "tolist"
+    (routed,) = steps(found["350m"], "route")
+    assert set(routed) <= {"from the host", "tolist"} and routed.count("tolist") == 4, (
+        "two prompts, and two ways to draw"
+    )
+
+
+def test_weights_and_activations_are_bf16_and_what_decides_is_fp32(found: dict[str, Any]) -> None:
+    """Kernels: rotation, summaries, scores and sums. Operators: logits, whatever is drawn from them, and the router."""
+    one = found["350m"]
+    for name, given in KERNELS.items():
+        assert one["kernels"][name] == [given], name
+    for given in one["kernels"]["_attend"]:
+        assert given[:8] == [LOW, LOW, EXACT, WHOLE, WHOLE, "int32", EXACT, "int32"] and given[-1] == LOW
+        assert given[10:13] in ([LOW] * 3, [EXACT, EXACT, "int32"]), "sums of pieces, where there are any"
+    assert one["kinds"]["mm"] == [f"{LOW} -> {EXACT}"], "logits"
+    assert one["router"] == [f"torch.{EXACT}"] and one["kinds"]["tanh"] == [f"{EXACT} -> {EXACT}"]
+    assert set(one["kinds"]["linear"]) == {f"{LOW} -> {LOW}", f"{EXACT} -> {EXACT}"}, "the network, and the router"
+    for name in ("argmax", "topk", "log_softmax", "exp_", "cumsum", "amax", "index_add_"):
+        assert not any(pair.startswith(LOW) for pair in one["kinds"][name]), name
+
+
+def test_int8_is_fp32_around_whole_numbers(found: dict[str, Any]) -> None:
+    one = found["350m:int8"]
+    for name, given in INT8.items():
+        assert one["kernels"][name] == [given], name
+    assert not any(LOW in pair for pairs in one["kinds"].values() for pair in pairs)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_leaks_or_waits_is_found(found: dict[str, Any], fault: str) -> None:
+    assert FAULTS[fault] in found[f"test:{fault}"]["error"]
+
+
+def test_an_attention_that_left_fp32_is_found(found: dict[str, Any]) -> None:
+    assert found["test:drift"]["kernels"]["_norm"] != [KERNELS["_norm"]]
+
+
+def test_a_copy_to_the_host_and_back_is_found(found: dict[str, Any]) -> None:
+    assert "to the host" in steps(found["test:copy"], "decode")[0]
