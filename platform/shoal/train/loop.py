@@ -134,14 +134,16 @@ def _updates(plan: FitPlan, run: Run, state: TrainState, meter: Meter, followed:
     clock = Clock(ranks, state.seconds, stop_file(plan.run))
     tracer = Tracer(plan.run, plan.profile, ranks)
     share = progress(plan, step=state.step, seconds=state.seconds, steps_in_epoch=feed.steps_in_epoch)
-    done = max(share, state.schedule)
+    done, took = max(share, state.schedule), clock.last_step
     while done < 1.0:
         tracer.before()
         watch = Watch()
         with watch("data"):
             batches = feed.at(state.step)
         # The schedules are read at the end of this update, so that the first has a rate and the last has the lowest.
-        end = state.seconds + clock.last_step
+        # One that was compiled in, or measured after, is no measure of the next: of the last two the shorter is.
+        end = state.seconds + min(took, clock.last_step)
+        took = clock.last_step
         share = progress(plan, step=state.step + 1, seconds=end, steps_in_epoch=feed.steps_in_epoch)
         # never back, where a clock goes faster than before
         at = followed.get(state.step + 1, max(state.schedule, share))

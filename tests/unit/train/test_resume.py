@@ -270,6 +270,32 @@ def test_a_run_that_the_clock_ended_is_not_trained_further(
     assert first.seconds < 60 and fit(plan).steps == first.steps
 
 
+def test_an_update_in_which_something_is_compiled_is_no_measure_of_the_next(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the clock the schedule is read at the expected end of an update: 5 seconds on, after one of 60 among others of 5."""
+
+    class Stalled:
+        stopped = False
+
+        def __init__(self, ranks: Ranks, before: float, stop: Path) -> None:
+            self.seconds, self.last_step, self.done = before, 0.0, 0
+
+        def step(self) -> float:
+            self.done += 1
+            self.last_step = 60.0 if self.done == 4 else 5.0
+            self.seconds += self.last_step
+            return self.seconds
+
+        def eta(self, done: float) -> float:
+            return 0.0
+
+    monkeypatch.setattr("shoal.train.loop.Clock", Stalled)
+    fit(short(shards, tmp_path / "run", steps=None, minutes=100 / 60))
+    places = [place for (place,) in said(tmp_path / "run", "step", "schedule")]
+    assert places == pytest.approx([0.0, 0.05, 0.15, 0.2, 0.8, 0.85, 0.9, 0.95, 1.0])
+
+
 def test_a_schedule_with_a_hole_is_refused(shards: Path, tmp_path: Path) -> None:
     fit(short(shards, tmp_path / "first"))
     path = log.metrics_file(tmp_path / "first")
