@@ -10,6 +10,9 @@ from shoal.model.attention import hybrid_attention
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.net import Net
 from shoal.model.reference import reference_attention
+from shoal.train.loss import LossModel
+from shoal.train.parallel import Ranks, shard_
+from shoal.train.recompute import Recompute
 
 DEVICE = "cuda"
 pytestmark = [
@@ -58,6 +61,25 @@ def test_a_net_trains_as_on_the_cpu() -> None:
     assert len(found[0]) == len(found[1])
     for want, got in zip(*found, strict=True):
         assert error(got, want) < 1e-8
+
+
+@pytest.mark.parametrize("recompute", [False, True, "selective"])
+def test_compiled_layers_train_as_they_do_alone(recompute: Recompute, caplog: pytest.LogCaptureFixture) -> None:
+    """All gradients in float32, of layers of each kind, none of which the card's compiler refuses."""
+    c = dataclasses.replace(presets.get("test").model, attn_pattern="SHLD", dense_length=16, top_k=3)
+    docs = torch.tensor([[0] * 30 + [1] * 66], device=DEVICE)
+    tokens = torch.randint(20, 260, (1, 96), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    found = []
+    for compiled in (False, True):
+        model = LossModel(Net(c).init_(0))
+        shard_(model, Ranks(0, 1, torch.device(DEVICE)), recompute=recompute, compiled=compiled)
+        hidden = model.net(tokens, docs=docs)[c.layers]
+        model.net.head(hidden, c.layers).log_softmax(-1)[0, :-1].gather(1, tokens[0, 1:, None]).mean().backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert not [line for line in caplog.records if line.name == "shoal.train.compiled"]
+    assert len(found[0]) == len(found[1])
+    for want, got in zip(*found, strict=True):
+        assert error(got, want.double().cpu()) < 1e-3
 
 
 def test_scores_stay_exact_under_autocast() -> None:

@@ -25,6 +25,7 @@ from shoal.model.gpu import trial
 from shoal.model.linears import fake_quantize_
 from shoal.train import fresh
 from shoal.train.bucket import need_possible, placed
+from shoal.train.compiled import compiles
 from shoal.train.feed import Feed, open_feed
 from shoal.train.heldout import Bpb, HeldoutReport, measure
 from shoal.train.log import Report, Speaker, ignore
@@ -45,7 +46,7 @@ from shoal.train.refusal import need_memory_of_gpu, need_replaceable
 from shoal.train.run import Clock, Run, StoppedError, enough_memory, only_writer, stop_file
 from shoal.train.start import Start
 from shoal.train.state import TrainState
-from shoal.train.step import update
+from shoal.train.step import rehearse, update
 from shoal.train.timing import Tracer, Watch
 
 
@@ -105,13 +106,16 @@ def _fit(plan: FitPlan, ranks: Ranks, say: Speaker, at_end: contextlib.ExitStack
     model = LossModel(start.net, exits_, teacher, trained_only=plan.frozen)
     model.low = plan.dtype != "float32"
     trial.of_training(plan.model, plan.row_length, ranks.device, low=model.low, alone=ranks.world == 1)
-    shard_(model, ranks, replicas=plan.replicas, recompute=plan.recompute, compiled=plan.compile)
+    compiled = compiles(plan.compile, ranks.device)
+    shard_(model, ranks, replicas=plan.replicas, recompute=plan.recompute, compiled=compiled)
     if any(parameter.is_meta for parameter in model.parameters()):
         fresh.fill_(model, start.net, plan.train.seed, ranks.device)
     optimizer = make_optimizer(model, plan.train)
     rounded = _rounded(plan, model, feed, ranks)  # before a checkpoint takes the place of the weights
     run.load(model, optimizer, feed)
     followed = run.schedule(state)
+    if compiled:
+        _rehearsed(plan, run, state)
     heads = min(2, len(model.exits)) if rotates(plan.model, plan.train) else len(model.exits)
     meter = Meter(plan.model, matmul_rate(ranks.device), ranks.world, heads=heads)
     say("start", _summary(plan, ranks, meter), mix=dict(feed.mix), step=state.step)
@@ -165,6 +169,16 @@ def _updates(plan: FitPlan, run: Run, state: TrainState, meter: Meter, followed:
         fake_quantize_(model.net, plan.quantize)  # what is measured is what will be served
         _between(plan, run, state, done, stopped=clock.stopped)
     return done
+
+
+def _rehearsed(plan: FitPlan, run: Run, state: TrainState) -> None:
+    """Compile the layers before the clock of the run starts, by a pass forward and backward that is forgotten; where it trains
+    to be rounded, as they are and rounded."""
+    batch, weights = run.feed.at(state.step)[0], _weights(plan, state.schedule, state.step)
+    skip = left_out(plan.model, plan.train, state.step)
+    for rounded in sorted({False, plan.quantize}):
+        fake_quantize_(run.model.net, rounded)
+        rehearse(run.model, batch, config=plan.train, weights=weights, ranks=run.ranks, skip=skip)
 
 
 def _rate(plan: FitPlan, at: float) -> float:

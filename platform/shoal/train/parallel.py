@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from shoal.errors import ShoalError
 from shoal.model.cost import parameters
+from shoal.train.compiled import Compiler
 from shoal.train.loss import LossModel
 from shoal.train.recompute import Recompute, again
 
@@ -112,15 +113,16 @@ def shard_(
 
     `replicas`: that many groups of ranks each hold the whole model (HSDP), so that only gradients cross between them;
     `recompute`: layers keep their inputs alone and run again in backward, or what is cheap of them (`recompute`); `compiled`:
-    each layer by torch.compile.
+    each layer by torch.compile, as long as that works (`compiled.Compiler`).
     """
     if not any(parameter.is_meta for parameter in model.parameters()):
         model.to(ranks.device)
     groups = [group for net in (model.net, model.teacher) if net is not None for group in net.groups]
+    compiler = Compiler() if compiled else None
     for group in groups:
         for block in group.blocks:  # type: ignore[union-attr]
             if recompute or compiled:
-                block.forward = again(block.forward, recompute, model.net.config.width, compiled=compiled)
+                block.forward = again(block.forward, recompute, model.net.config.width, compiler=compiler)
     if ranks.world == 1:
         return
     shape, names = ((ranks.world,), ("shard",))

@@ -17,6 +17,7 @@ from shoal.errors import ConfigError, DataError, UsageError
 from shoal.machine import sha256_of
 from shoal.model import described
 from shoal.train import exits, log
+from shoal.train.compiled import Compile
 from shoal.train.recompute import Recompute
 
 ROW = 1024  # tokens of a row at most, where exits learn, and of an open model, whose training length is all of its context
@@ -57,7 +58,7 @@ class FitPlan:
     replicas: int = 1  # groups of workers that each hold a whole sharded model (HSDP)
     # activation checkpointing: true, of layers: least memory, a third more work; selective, of what is cheap in them
     recompute: Recompute = False
-    compile: bool = False  # torch.compile each layer; pays on a GPU only
+    compile: Compile = "auto"  # torch.compile each layer; auto: on a GPU, where it pays
     # what a GPU computes in; auto: bf16, with norms, softmax, scores of blocks and logits in fp32. float32: as TF32
     dtype: Dtype = "auto"
     profile: int = 0  # updates that are traced, for Perfetto
@@ -73,6 +74,8 @@ class FitPlan:
             raise UsageError("resume", got=self.resume, allowed="auto, never")
         if self.recompute not in get_args(Recompute):
             raise ConfigError("recompute", got=self.recompute, allowed=get_args(Recompute))
+        if self.compile not in get_args(Compile):
+            raise ConfigError("compile", got=self.compile, allowed=get_args(Compile))
         if self.dtype not in get_args(Dtype):
             raise ConfigError("dtype", got=self.dtype, allowed=get_args(Dtype))
         limits = (self.steps, self.tokens, self.epochs, self.minutes)

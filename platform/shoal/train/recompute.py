@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from shoal.config import ModelConfig
 from shoal.model.cost import flops_per_token
 from shoal.model.gpu import sparse  # noqa: F401  # makes the operators that are named below
+from shoal.train.compiled import Compiler
 
 Recompute = Literal[False, True, "selective"]
 WAYS: tuple[Recompute, ...] = (False, "selective", True)  # the fastest first, and what holds most memory
@@ -38,16 +39,16 @@ ATTENTION = frozenset(
 
 
 def again(
-    forward: Callable[..., Tensor], how: Recompute, width: int, *, compiled: bool = False
+    forward: Callable[..., Tensor], how: Recompute, width: int, *, compiler: Compiler | None = None
 ) -> Callable[..., Tensor]:
-    """`forward` of a layer of a model of this `width`, as `how` says, and `compiled` by torch.compile."""
+    """`forward` of a layer of a model of this `width`, as `how` says, and compiled where there is a `compiler`."""
     if how == "selective":
         forward = _selective(forward, width)  # inside: what is compiled has no operators to choose from
-    if compiled:
-        forward = torch.compile(forward)
+    ways = [forward] if compiler is None else [compiler.graph(forward), forward]
     if how and how != "selective":  # around: inside, nothing would be compiled
-        forward = partial(checkpoint, forward, use_reentrant=False)
-    return forward
+        ways = [partial(checkpoint, way, use_reentrant=False) for way in ways]
+    # around both: what runs again in backward takes the way that it took
+    return ways[0] if compiler is None else compiler.either(*ways)
 
 
 def _selective(forward: Callable[..., Tensor], width: int) -> Callable[..., Tensor]:

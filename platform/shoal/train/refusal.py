@@ -31,7 +31,7 @@ def check(plan: FitPlan, workers: int) -> None:
     need_possible(plan)
     if plan.rates_of:
         recorded(plan)
-    if plan.compile and not torch.cuda.is_available() and not shutil.which(COMPILER):
+    if plan.compile is True and not torch.cuda.is_available() and not shutil.which(COMPILER):
         raise ConfigError(
             "compile", got=f"no {COMPILER}, which torch.compile needs", do=f"install {COMPILER}, or leave it out"
         )

@@ -105,21 +105,13 @@ def update(
     with watch("waiting"):
         counts = count(batches, ranks, (run, sorted(skip)))
     shares = torch.tensor(weights, device=ranks.device)
-    how = {"exits": run, "skip": skip, "distill": config.distill > 0, "reference": config.dpo > 0}
     divisor = max(1, counts.rows // 2 if config.dpo else counts.targets)  # pairs, or tokens
     with watch("compute"):
         optimizer.zero_grad(set_to_none=True)
         totals = torch.zeros(2 * len(model.exits) + 3, dtype=torch.float64, device=ranks.device)
         for index, given in enumerate(batches):
-            places = Places.of(given.tokens, given.targets, given.docs, given.patches).to(ranks.device)
-            batch = given.to(ranks.device)
             sync_gradients(model, index == len(batches) - 1)
-            with precision(model, ranks):
-                sums = model(batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid, places=places, **how)
-            by_exit, by_patch = _by_exit(sums, batch, config), sums.patch + config.distill * sums.patch_apart
-            on_tokens = (shares.to(sums.ce.dtype) @ by_exit) / divisor
-            (on_tokens + config.patch_weight * by_patch / max(counts.patches, 1)).backward()
-            totals += _totals(sums, by_exit, by_patch, batch)
+            totals += _pass(model, given, run, skip, config, shares, divisor, max(counts.patches, 1), ranks)
         _fill_gradients(model)
         norm_there = gradient_norm(model)
         _settle(ranks)
@@ -142,6 +134,47 @@ def update(
         patches=counts.patches,
         tokens=counts.tokens,
     )
+
+
+def rehearse(
+    model: LossModel,
+    given: Batch,
+    *,
+    config: TrainConfig,
+    weights: Sequence[float],
+    ranks: Ranks,
+    skip: Collection[int],
+) -> None:
+    """What `update` does with a micro-batch, but that nothing comes of it: what is compiled for that is there afterwards."""
+    run = [e for e, weight in zip(model.exits, weights, strict=True) if weight > 0]
+    sync_gradients(model, True)
+    _pass(model, given, run, skip, config, torch.tensor(weights, device=ranks.device), 1, 1, ranks)
+    for p in model.parameters():
+        p.grad = None
+
+
+def _pass(
+    model: LossModel,
+    given: Batch,
+    run: Sequence[int],
+    skip: Collection[int],
+    config: TrainConfig,
+    shares: Tensor,
+    divisor: int,
+    patches: int,
+    ranks: Ranks,
+) -> Tensor:
+    """A micro-batch forward, by the exits `run`, and backward; returns its `_totals`. Losses of tokens are divided by `divisor`
+    and those of patches by `patches`."""
+    how = {"exits": run, "skip": skip, "distill": config.distill > 0, "reference": config.dpo > 0}
+    places = Places.of(given.tokens, given.targets, given.docs, given.patches).to(ranks.device)
+    batch = given.to(ranks.device)
+    with precision(model, ranks):
+        sums = model(batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid, places=places, **how)
+    by_exit, by_patch = _by_exit(sums, batch, config), sums.patch + config.distill * sums.patch_apart
+    on_tokens = (shares.to(sums.ce.dtype) @ by_exit) / divisor
+    (on_tokens + config.patch_weight * by_patch / patches).backward()
+    return _totals(sums, by_exit, by_patch, batch)
 
 
 def _settle(ranks: Ranks) -> None:

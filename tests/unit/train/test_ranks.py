@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint
 
 from shoal import presets
 from shoal.errors import DataError, ShoalError
@@ -268,7 +267,19 @@ def test_alone_nothing_is_sharded_and_the_model_is_moved(monkeypatch: pytest.Mon
 
 
 def test_layers_are_compiled_and_run_again_in_backward_around_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda forward: ("compiled", forward))
+    """In one graph each, or not at all; of a teacher, too."""
+    asked = list[dict[str, Any]]()
+
+    def compile_(forward: Any, **how: Any) -> Any:
+        asked.append(how)
+        return lambda *given: ("compiled", forward, *given)
+
+    def again(forward: Any, *given: Any, use_reentrant: bool) -> Any:
+        assert not use_reentrant
+        return ("again", forward, given) if inspect.ismethod(forward) else ("again", *forward(*given))
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr("shoal.train.recompute.checkpoint", again)
     for recompute, compiled in ((False, True), (True, False), (True, True)):
         model = LossModel(Net(CONFIG), teacher=Net(CONFIG))
         assert model.teacher is not None
@@ -276,9 +287,7 @@ def test_layers_are_compiled_and_run_again_in_backward_around_what_is_compiled(m
         plain = [block.forward for block in blocks]
         parallel.shard_(model, ALONE, recompute=recompute, compiled=compiled)
         for block, before in zip(blocks, plain, strict=True):
-            found = block.forward
-            if recompute:
-                assert isinstance(found, partial) and found.func is checkpoint
-                assert found.keywords == {"use_reentrant": False}
-                (found,) = found.args
-            assert found == (("compiled", before) if compiled else before)
+            want = ("compiled", before, "x") if compiled else (before, ("x",))
+            assert block.forward("x") == (("again", *want) if recompute else want)
+        assert len(asked) == compiled * len(blocks) and all(how.pop("fullgraph") for how in asked)
+        asked.clear()
