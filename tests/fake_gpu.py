@@ -5,14 +5,16 @@ value, ends it. Of our operators the shapes alone are run: Triton's kernels have
 A torch for CPUs ends at the first backward of such a tensor, as it knows no streams of a GPU. `SOURCE` gives it one that does
 nothing, and must be loaded before torch: so this is a program of its own. It prints a line of JSON.
 
-    python -m tests.fake_gpu LIBRARY PRESET TOKENS [float32 | sparse | leak | sync]
+    python -m tests.fake_gpu LIBRARY PRESET TOKENS [WAY]
 
-Without a preset it reads `FILE PRESET TOKENS [...]` from lines of its input. Each is done by a copy of this process, which has
-imported torch, and writes what it says to FILE; its exit status is answered by a line.
+WAY: float32, sparse, compile, int8, taught, preferences or images; or a fault that is to be found, leak or sync. Without a
+preset it reads `FILE PRESET TOKENS [WAY]` from lines of its input. Each is done by a copy of this process, which has imported
+torch, and writes what it says to FILE; its exit status is answered by a line.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import importlib
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import traceback
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +117,10 @@ def _update(preset: str, length: int, fault: str) -> dict[str, Any]:
 
     from shoal import presets
     from shoal.data.batches import Batch
+    from shoal.inputs.tokenizer import PATCH_ID
     from shoal.model.block import Attention, Block
     from shoal.model.gpu import launch
+    from shoal.model.linears import fake_quantize_
     from shoal.model.net import Net
     from shoal.train import snapshot, step
     from shoal.train.checkpoint import _tensors
@@ -131,6 +136,7 @@ def _update(preset: str, length: int, fault: str) -> dict[str, Any]:
     found: dict[str, Any] = {"reads": 0, "largest": 0, "largest_of": "", "kinds": {}}
     layer: list[str] = []  # in which part of a layer an operator is
     launches: Counter[str] = Counter()
+    graphs: list[Any] = []  # of layers, where they are compiled
 
     class Watched(TorchDispatchMode):
         """What each operator gives: how large, in which dtype, on which device."""
@@ -181,14 +187,15 @@ def _update(preset: str, length: int, fault: str) -> dict[str, Any]:
         }  # fmt: skip
         Attention.forward = lambda self, *args: wrong[fault](forward(self, *args))  # type: ignore[method-assign]
 
-    ids = torch.full((1, length), 300)
-    ids[0, 8:24] = 7
-    docs = (torch.arange(length) > length // 3).long()[None]
+    shown = 16 if fault == "images" else 0
+    ids = torch.full((2 if fault == "preferences" else 1, length), 299)
+    ids[:, 8 : 8 + shown] = PATCH_ID
+    docs = (torch.arange(length) > length // 3).long().expand_as(ids)
     targets = ids.roll(-1, 1)
     targets[:, -1] = -1
     side = max(1, c.patch_values)
-    batch = Batch(ids, targets, docs, torch.zeros(0, side, dtype=torch.uint8), torch.zeros(0, 2, dtype=torch.long),
-                  torch.tensor([length]), ("text",))  # fmt: skip
+    batch = Batch(ids, targets, docs, torch.zeros(shown, side, dtype=torch.uint8),
+                  torch.zeros(shown, 2, dtype=torch.long), torch.tensor([length] * len(ids)), ("text",) * len(ids))  # fmt: skip
     ranks = Ranks(0, 1, device)
 
     def marked(block: Block) -> None:
@@ -205,10 +212,16 @@ def _update(preset: str, length: int, fault: str) -> dict[str, Any]:
 
     with mode:
         with torch.device("cuda:0"):
-            model = LossModel(Net(c))
+            # with a net beside it that it is held to, or preferred to
+            model = LossModel(Net(c), teacher=Net(c) if fault in ("taught", "preferences") else None)
+        fake_quantize_(model.net, fault == "int8")
+        train = dataclasses.replace(train, distill=float(fault == "taught"), dpo=0.1 * (fault == "preferences"))
         model.low = fault != "float32"
         model.to = lambda _: model  # type: ignore[method-assign, assignment]  # fake parameters cannot be moved in place
-        shard_(model, ranks)
+        compiled = fault == "compile"
+        if compiled:
+            torch.compile = partial(torch.compile, backend=lambda graph, _: graphs.append(graph) or graph.forward)  # type: ignore[func-returns-value]
+        shard_(model, ranks, compiled=compiled)
         for group in model.net.groups:
             for block in group.blocks:  # type: ignore[union-attr]
                 marked(block)
@@ -216,14 +229,11 @@ def _update(preset: str, length: int, fault: str) -> dict[str, Any]:
         total = sum(train.exit_weights)
         weights = [weight / total for weight in train.exit_weights]
         given = {"config": train, "weights": weights, "rate": 1e-4, "ranks": ranks}
-        with Watched():
+        with contextlib.nullcontext() if compiled else Watched():  # nothing is compiled beneath a mode
             step.update(model, optimizer, [batch, batch], **given)  # type: ignore[arg-type]
-        found["devices"] = sorted(
-            {str(x.device) for p in model.parameters() for x in (p, p.grad, *optimizer.state[p].values())}
-        )
-        found["states"] = sorted(
-            {str(x.dtype) for p in model.parameters() for x in (p, p.grad, *optimizer.state[p].values())}
-        )
+        trained = [p for p in model.parameters() if p.requires_grad]
+        found["devices"] = sorted({str(x.device) for p in trained for x in (p, p.grad, *optimizer.state[p].values())})
+        found["states"] = sorted({str(x.dtype) for p in trained for x in (p, p.grad, *optimizer.state[p].values())})
         copied = snapshot.Snapshot(ranks)
         copied.take(_tensors(model, optimizer))
         found["saved"] = [sorted({str(piece.tensor.device) for piece in copied._pieces}), len(copied._pieces)]
@@ -231,7 +241,8 @@ def _update(preset: str, length: int, fault: str) -> dict[str, Any]:
         found["exported"] = [sorted({str(x.device) for x in exported.values()}), len(exported)]
         assert all(isinstance(x, FakeTensor) for x in exported.values())
     found["forward"] = launches["layer forward"] // (2 * c.layers)
-    found["all"] = sum(launches.values())
+    found["all"], found["graphs"] = sum(launches.values()), len(graphs)
+    found["operators"] = sorted({str(node.target) for graph in graphs for node in graph.graph.nodes})
     return found
 
 

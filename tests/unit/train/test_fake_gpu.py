@@ -90,9 +90,25 @@ def test_a_layer_launches_as_many_kernels_at_any_length(run: Run, long_row: dict
     assert long_row["forward"] == found(run, "350m", 4096)["forward"] == 64
 
 
+def test_all_layers_of_a_kind_are_compiled_as_one_graph(run: Run) -> None:
+    """24 of them in two micro-batches, with the three operators of attention in it; nothing is read or moved more."""
+    row = found(run, "350m", LENGTH, "compile")
+    assert row["graphs"] == row["reads"] == 1 and row["devices"] == ["cuda:0"]
+    assert {"shoal.near", "shoal.choose", "shoal.chosen"} <= {
+        name.removesuffix(".default") for name in row["operators"]
+    }
+
+
 def test_fp32_is_fp32_throughout(run: Run) -> None:
     kinds = found(run, "test", 96, "float32")["kinds"]
     assert kinds["aten.mm"] == kinds["shoal.near"] == ["float32 -> float32"]
+
+
+@pytest.mark.parametrize("way", ["int8", "taught", "preferences", "images"])
+def test_so_does_every_other_way_to_train(run: Run, way: str) -> None:
+    """Rounded to INT8, held to a teacher, on preference pairs, and on images: one device, and one wait an update."""
+    row = found(run, "test", 96, way)
+    assert row["reads"] == 1 and row["devices"] == ["cuda:0"] and row["states"] == ["torch.float32"]
 
 
 def test_sparse_layers_make_no_t_times_t_either(run: Run) -> None:
