@@ -55,7 +55,15 @@ def running(
 )  # fmt: skip
 def test_the_next_rows_of_a_request(asked: dict[str, Any], room: int, work: dict[str, Any]) -> None:
     one = running(**asked)
-    nothing = {"hold": False, "decide": False, "sample": False, "score": False, "drafts": 0, "verify": False}
+    nothing: dict[str, Any] = {
+        "hold": False,
+        "decide": False,
+        "sample": False,
+        "score": False,
+        "drafts": 0,
+        "verify": False,
+    }
+    nothing |= {"audit": False, "spans": ()}
     assert vars(next_work(one, room, 2)) == {"running": one, **nothing, **work}
 
 
