@@ -1,5 +1,5 @@
-"""One compute thread for the process of the tests: two on two cores stall each other whenever anything else runs. Who needs no
-torch does not wait for it, and processes that tests start choose for themselves."""
+"""One compute thread for the process of the tests: two on two cores stall each other as soon as anything else runs. Who needs
+no torch does not wait for it, and processes that tests start choose for themselves."""
 
 from __future__ import annotations
 
