@@ -23,6 +23,7 @@ asyncio_default_fixture_loop_scope = session
 PASS = 40  # and more; the others are skipped or listed, each with its reason
 
 
+@pytest.mark.drill
 @pytest.mark.timeout(600)
 def test_langchains_own_suite_passes_but_for_what_is_listed(tmp_path: Path) -> None:
     package("langchain_tests")

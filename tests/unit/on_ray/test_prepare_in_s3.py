@@ -186,6 +186,7 @@ class Writes:
         return counted
 
 
+@pytest.mark.drill
 def test_a_command_that_is_killed_at_any_write_is_gone_on_with_to_the_same_bytes(
     bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any], undisturbed: dict[str, bytes]
 ) -> None:

@@ -1,6 +1,7 @@
 """Many ranks over gloo, without Ray: the same run as alone, whatever their number, and nobody waits for ever when one is odd.
 
-Eight processes are started once and play all scenes, since starting them takes longer than what they do.
+Processes are started once and play all scenes, since starting them takes longer than what they do: two play those of two, and
+eight those of more, which are drills.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from shoal.train.start import whole_tensors
 from shoal.train.step import count, update
 
 pytestmark = pytest.mark.timeout(400)  # eight processes on what may be two busy cores
-PROCESSES = 8
+PROCESSES = {"two": 2, "more": 8}
 # What an update may leave out or add: all ranks must leave out and add the same, or they wait for each other for ever
 ODD = {"layer_dropout": 0.9, "rotate_exits": "on", "distill": 0.5, "exit_warmup": 0.0, "seed": 2}
 INT8 = {"quantize": True, "distill": 30.0, "warmup": 0.3}  # with a teacher; rounding begins after the first update
@@ -94,11 +95,12 @@ def stop_at(step: int) -> log.Report:
 # ---- the scenes; each is played by the first `world` processes, in a process group of their own
 
 
-def play(rank: int, root: Path, shards: Path, chats: Path, model: Path) -> None:
+def play(rank: int, who: str, root: Path, shards: Path, chats: Path, model: Path) -> None:
     torch.set_num_threads(1)
 
     def scene(name: str, world: int, act: Callable[[], object]) -> None:
-        if rank < world:
+        many = world > PROCESSES["two"] or name.startswith("moved")  # from two, over one, to four
+        if rank < world and many == (who == "more"):
             # who plays in few scenes waits for those that play in all
             wait = datetime.timedelta(seconds=300)
             meet = f"file://{root}/{name}.store"
@@ -272,8 +274,8 @@ def fill_the_disk() -> log.Report:
 
 
 @pytest.fixture(scope="module")
-def played(shards: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with all runs, those of one process as the names with ``alone``."""
+def root(shards: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all runs, with those of one process, whose names are those with ``alone``."""
     root = tmp_path_factory.mktemp("ranks")
     model = Path(fit(plan(shards, root / "alone", steps=4)).out)
     for name, more in {"odd": ODD, "int8": INT8, "long": LONG, "moved": MOVED, "muon": {"optimizer": "muon"}}.items():
@@ -281,7 +283,24 @@ def played(shards: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) 
     for name, more in {"chats": {}, "lora": LORA}.items():
         fit(tune(chats, model, root / f"alone-{name}", 1, **more))
     mp.set_forkserver_preload(["shoal.train.loop", "torch._dynamo"])  # torch is imported once, not by each
-    mp.start_processes(play, (root, shards, chats, model), nprocs=PROCESSES, start_method="forkserver")
+    return root
+
+
+@pytest.fixture(scope="module")
+def two(root: Path, shards: Path, chats: Path) -> Path:
+    """`root` with the runs of two processes too."""
+    return by("two", root, shards, chats)
+
+
+@pytest.fixture(scope="module")
+def more(root: Path, shards: Path, chats: Path) -> Path:
+    """`root` with the runs of more processes too."""
+    return by("more", root, shards, chats)
+
+
+def by(who: str, root: Path, shards: Path, chats: Path) -> Path:
+    given = (who, root, shards, chats, root / "alone" / "model")
+    mp.start_processes(play, given, nprocs=PROCESSES[who], start_method="forkserver")
     return root
 
 
@@ -289,73 +308,98 @@ def history(run: Path, kind: str, key: str) -> list:
     return [record[key] for record in log.read(run) if record["kind"] == kind]
 
 
+def trained_as_one(mine: Path, alone: Path) -> None:
+    # an activation near the middle of two integers may go to either, from the second update on, and moves gradients more
+    rounds, alike = (1e-3, 1) if mine.name == "int8" else (1e-5, 2)
+    for key, far in (("loss", rounds), ("grad_norm", 2e-2 if mine.name == "int8" else rounds)):
+        found, wanted = (history(run, "step", key) for run in (mine, alone))
+        assert found[:alike] == pytest.approx(wanted[:alike], rel=1e-5)
+        assert found == pytest.approx(wanted, rel=far)
+    for here, there in zip(history(mine, "eval", "bpb"), history(alone, "eval", "bpb"), strict=True):
+        for modality in there:
+            assert here[modality] == pytest.approx(there[modality], rel=max(rounds, 1e-4))
+
+
 @pytest.mark.parametrize(
     ("run", "alone"),
     [
         ("each-use", "alone"),
         ("once", "alone"),
-        ("hsdp", "alone"),
         ("less-memory", "alone"),
         ("selective", "alone"),
-        ("uneven", "alone"),
         ("odd", "alone-odd"),
         ("int8", "alone-int8"),
     ],
 )
-def test_ranks_train_as_one(played: Path, run: str, alone: str) -> None:
-    # an activation near the middle of two integers may go to either, from the second update on, and moves gradients more
-    rounds, alike = (1e-3, 1) if run == "int8" else (1e-5, 2)
-    for key, far in (("loss", rounds), ("grad_norm", 2e-2 if run == "int8" else rounds)):
-        mine, theirs = (history(played / name, "step", key) for name in (run, alone))
-        assert mine[:alike] == pytest.approx(theirs[:alike], rel=1e-5)
-        assert mine == pytest.approx(theirs, rel=far)
-    for mine, theirs in zip(history(played / run, "eval", "bpb"), history(played / alone, "eval", "bpb"), strict=True):
-        for modality in theirs:
-            assert mine[modality] == pytest.approx(theirs[modality], rel=max(rounds, 1e-4))
+def test_ranks_train_as_one(two: Path, run: str, alone: str) -> None:
+    trained_as_one(two / run, two / alone)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_worlds_of_1_2_and_4_are_alike_over_50_steps(played: Path, world: int) -> None:
-    found, want = (history(played / run, "step", "loss") for run in (f"long-{world}", "alone-long"))
+@pytest.mark.drill
+@pytest.mark.parametrize("run", ["hsdp", "uneven"])
+def test_more_ranks_train_as_one(more: Path, run: str) -> None:
+    trained_as_one(more / run, more / "alone")
+
+
+def alike_over_50_steps(mine: Path, alone: Path) -> None:
+    found, want = (history(run, "step", "loss") for run in (mine, alone))
     assert len(found) == 50 and want[-1] < want[0] / 2
     assert found == pytest.approx(want, abs=1e-5)
 
 
-def test_bf16_as_on_gpus_is_near_fp32_and_keeps_fp32_weights(played: Path) -> None:
+def test_worlds_of_1_and_2_are_alike_over_50_steps(two: Path) -> None:
+    alike_over_50_steps(two / "long-2", two / "alone-long")
+
+
+@pytest.mark.drill
+def test_worlds_of_1_and_4_are_alike_over_50_steps(more: Path) -> None:
+    alike_over_50_steps(more / "long-4", more / "alone-long")
+
+
+def test_bf16_as_on_gpus_is_near_fp32_and_keeps_fp32_weights(two: Path) -> None:
     """What FSDP is told to do where there are GPUs, done on the CPU: gathered and computed in bf16, added up in fp32."""
-    found, want = (history(played / run, "step", "loss") for run in ("bf16", "alone"))
+    found, want = (history(two / run, "step", "loss") for run in ("bf16", "alone"))
     assert found == pytest.approx(want, rel=2e-2) and found != pytest.approx(want, rel=1e-4)
-    net = checkpoint.read(played / "bf16" / "model").net
+    net = checkpoint.read(two / "bf16" / "model").net
     assert {p.dtype for p in net.parameters()} == {torch.float32}
 
 
-def test_muon_over_ranks_is_near_alone(played: Path) -> None:
+def test_muon_over_ranks_is_near_alone(two: Path) -> None:
     """Whole matrices are made orthogonal by every rank: in bf16, which rounds what sums in another order say, now and then the
     other way."""
-    assert history(played / "muon", "step", "loss") == pytest.approx(
-        history(played / "alone-muon", "step", "loss"), rel=1e-3
-    )
+    assert history(two / "muon", "step", "loss") == pytest.approx(history(two / "alone-muon", "step", "loss"), rel=1e-3)
 
 
-def test_a_run_goes_on_at_another_world_size(played: Path) -> None:
+@pytest.mark.drill
+def test_a_run_goes_on_at_another_world_size(more: Path) -> None:
     """2, then 1, then 4 ranks: no step is lost or done twice, and the losses are those of a run that never moved."""
-    assert history(played / "moved", "start", "world") == [2, 1, 4]
-    assert history(played / "moved", "step", "step") == list(range(1, 13))
-    moved, calm = (history(played / run, "step", "loss") for run in ("moved", "alone-moved"))
+    assert history(more / "moved", "start", "world") == [2, 1, 4]
+    assert history(more / "moved", "step", "step") == list(range(1, 13))
+    moved, calm = (history(more / run, "step", "loss") for run in ("moved", "alone-moved"))
     assert moved == pytest.approx(calm, abs=1e-6 * calm[0])
-    assert history(played / "moved", "step", "tokens") == history(played / "alone-moved", "step", "tokens")
+    assert history(more / "moved", "step", "tokens") == history(more / "alone-moved", "step", "tokens")
 
 
-@pytest.mark.parametrize(("kind", "world"), [(kind, world) for kind, world, _ in TUNED])
-def test_masked_rows_are_one_update_however_they_are_dealt(played: Path, kind: str, world: int) -> None:
-    """(8 x 1) = (4 x 2) = (2 x 4) = (1 x 8), and 3, 3 and 2, with chats of 1 to 3 sentences; also where most weights are
-    frozen."""
-    found, want = (history(played / run, "step", "loss") for run in (f"{kind}-{world}", f"alone-{kind}"))
+def dealt_as_one_update(mine: Path, alone: Path) -> None:
+    found, want = (history(run, "step", "loss") for run in (mine, alone))
     assert found == pytest.approx(want, abs=1e-6 * max(want))
 
 
-def test_lora_changes_the_layers_alone_and_leaves_a_model_of_the_same_shape(played: Path) -> None:
-    before, after = (checkpoint.read(played / run / "model").net.state_dict() for run in ("alone", "alone-lora"))
+@pytest.mark.parametrize("kind", ["chats", "lora"])
+def test_masked_rows_are_one_update_however_they_are_dealt(two: Path, kind: str) -> None:
+    """(8 x 1) = (4 x 2), with chats of 1 to 3 sentences; also where most weights are frozen."""
+    dealt_as_one_update(two / f"{kind}-2", two / f"alone-{kind}")
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize(("kind", "world"), [(kind, world) for kind, world, _ in TUNED if world > 2])
+def test_masked_rows_are_one_update_however_many_they_are_dealt_to(more: Path, kind: str, world: int) -> None:
+    """(8 x 1) = (2 x 4) = (1 x 8), and 3, 3 and 2."""
+    dealt_as_one_update(more / f"{kind}-{world}", more / f"alone-{kind}")
+
+
+def test_lora_changes_the_layers_alone_and_leaves_a_model_of_the_same_shape(two: Path) -> None:
+    before, after = (checkpoint.read(two / run / "model").net.state_dict() for run in ("alone", "alone-lora"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys() and changed
     assert all(
@@ -363,26 +407,35 @@ def test_lora_changes_the_layers_alone_and_leaves_a_model_of_the_same_shape(play
     )
 
 
-@pytest.mark.parametrize("run", ["each-use", "hsdp", "uneven"])
-def test_ranks_write_each_tensor_once(played: Path, run: str) -> None:
-    """Their files together hold as many numbers as one rank's; of groups that hold the same, one writes."""
+def written_once(mine: Path, alone: Path) -> None:
+    """Files of all ranks together hold as many numbers as one rank's; of groups that hold the same, one writes."""
 
-    def held(name: str) -> dict[str, int]:
+    def held(run: Path) -> dict[str, int]:
         found: dict[str, int] = {}
-        for path in (played / name / "checkpoints" / "step-00000004").glob("shard-*"):
+        for path in (run / "checkpoints" / "step-00000004").glob("shard-*"):
             for key, tensor in load_file(path).items():
                 found[key] = found.get(key, 0) + tensor.numel()
         return found
 
-    assert held(run) == held("alone") and held("alone")
-    assert damage(played / run / "checkpoints" / "step-00000004") is None
+    assert held(mine) == held(alone) and held(alone)
+    assert damage(mine / "checkpoints" / "step-00000004") is None
 
 
-def test_a_full_disk_costs_checkpoints_and_no_step(played: Path) -> None:
-    run = played / "full-disk"
+def test_ranks_write_each_tensor_once(two: Path) -> None:
+    written_once(two / "each-use", two / "alone")
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("run", ["hsdp", "uneven"])
+def test_more_ranks_write_each_tensor_once(more: Path, run: str) -> None:
+    written_once(more / run, more / "alone")
+
+
+def test_a_full_disk_costs_checkpoints_and_no_step(two: Path) -> None:
+    run = two / "full-disk"
     said = [text for text in history(run, "warning", "text") if "cannot write checkpoint" in text]
     assert "training goes on, the newest checkpoint is step 1" in said[0] and "File too large" in said[0]
-    assert history(run, "step", "loss") == pytest.approx(history(played / "alone", "step", "loss"), rel=1e-5)
+    assert history(run, "step", "loss") == pytest.approx(history(two / "alone", "step", "loss"), rel=1e-5)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000001", "step-00000004"]
 
 
