@@ -151,7 +151,7 @@ class ServeArgs:
         )
 
     def begin_capture(self) -> None:
-        """Makes the folder of what is captured, if anything is: before a model is loaded, which takes long. Raises DataError."""
+        """Makes the folder of what is captured, if anything is: before a model is loaded, which is slow. Raises DataError."""
         if self.captured:
             self.captured.open()
 

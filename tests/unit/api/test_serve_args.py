@@ -56,7 +56,7 @@ def test_a_capture_that_cannot_be_used_is_told_before_a_model_is_loaded(
     monkeypatch.setattr("shoal.api.server.models.here", lambda model: model)
     monkeypatch.setattr("shoal.api.server._engine", lambda *_: pytest.fail("the model was loaded, which takes long"))
     args = ServeArgs(model=str(tmp_path / "model"), capture=str(tmp_path), ui=False)
-    with pytest.raises(DataError, match="got '.*: shoal.capture 9'; allowed: shoal.capture 1") as caught:
+    with pytest.raises(DataError, match=r"got '.*: shoal\.capture 9'; allowed: shoal\.capture 1") as caught:
         run_local(args, port=0)
     assert "\n" not in str(caught.value)
 

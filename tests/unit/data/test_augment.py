@@ -290,7 +290,7 @@ def test_no_row_ends_the_run_and_none_is_lost(tmp_path: Path, way: str, monkeypa
 
 
 def test_code_that_parses_and_is_too_deep_to_be_compared_keeps_its_names() -> None:
-    """torch raises the limit of recursion to 2,000 for whoever compiles: a row was counted as failed in such a process."""
+    """torch raises the limit of recursion to 2,000 for whoever compiles: there alone the row was counted as failed."""
     limit = sys.getrecursionlimit()
     try:
         for more in (1000, 2000, 3000):
