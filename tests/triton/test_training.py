@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -218,9 +219,15 @@ def test_a_net_trains_through_the_kernels_as_through_torch(monkeypatch: pytest.M
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12 * math.sqrt(b.numel()))
 
 
-@pytest.mark.parametrize("kind", ["H", "S"])
-def test_a_compiled_layer_is_one_graph(kind: str) -> None:
-    """Its kernels in it as operators; the same output and gradients."""
+@pytest.mark.parametrize(("kind", "backend"), [*((kind, "aot_eager") for kind in "HSLD"), ("S", "inductor")])
+def test_a_compiled_layer_is_one_graph(
+    kind: str, backend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its kernels in it as operators, which by inductor's code, too, get memory as they ask for it; the same output and
+    gradients."""
+    if backend == "inductor" and not shutil.which("g++"):
+        pytest.skip("inductor needs a C++ compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     config = dataclasses.replace(presets.get("test").model, attn_pattern=kind, window=6, top_k=2)
     docs = torch.tensor([[0] * 10 + [1] * 20])
     spans = Spans.packed(docs, config.block, config.window)
@@ -230,12 +237,14 @@ def test_a_compiled_layer_is_one_graph(kind: str) -> None:
         for p in block.parameters():
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) / 8)
     x = torch.randn(1, 30, config.width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    # the window alone asks for no gate
+    trained = [p for name, p in block.named_parameters() if kind != "L" or not name.endswith("gate")]
     torch._dynamo.reset()
     counters.clear()
     found = []
-    for forward in (block.forward, torch.compile(block.forward, backend="aot_eager")):
+    for forward in (block.forward, torch.compile(block.forward, backend=backend, fullgraph=True)):
         out = forward(x, spans, rope)
-        found.append([out, *torch.autograd.grad(out.square().sum(), list(block.parameters()))])
+        found.append([out, *torch.autograd.grad(out.square().sum(), trained)])
     for a, b in zip(*found, strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
