@@ -42,8 +42,12 @@ GROUPS = {
     ),
     "sizes": Group(_in("engine", "images sizes"), _tests("engine", "images sizes")),
     "graphs": Group(
-        _in("engine", "device graphs layout"),
-        [*_tests("engine", "layout graphs kv_int8 sampler_there adapters"), "flows/test_devices"],
+        [*_in("engine", "device graphs layout told"), "model/places"],
+        [
+            *_tests("engine", "layout graphs graphs_with_drafts graphs_with_adapters kv_int8 sampler_there adapters"),
+            *_tests("model", "places"),
+            "flows/test_devices",
+        ],
         warm=True,
     ),
     "pages": Group(["engine/pages"], _tests("engine", "pages")),

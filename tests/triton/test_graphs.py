@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from shoal import Engine, Model, Request, Sampling, presets
 from shoal.engine import graphs
-from shoal.engine.graphs import Graphs
+from shoal.engine.graphs import Graphs, Kind
 from shoal.engine.plan import Outcome, Plan
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model.gpu import launch
@@ -169,9 +169,9 @@ def test_a_decoding_step_on_a_gpu_waits_for_one_copy_and_its_launches_are_counte
             steps.append((rows, list(pretend_gpu.waited), len(pretend_gpu.launched)))
             return found
 
-        def layers_of(j: int, b: int, width: int) -> None:
+        def layers_of(j: int, b: int, width: int, kind: Kind) -> None:
             before = len(pretend_gpu.launched)
-            group(j, b, width)
+            group(j, b, width, kind)
             layers[j] = pretend_gpu.launched[before:]
 
         engine.runner.run, kept._group = counted, layers_of  # type: ignore[method-assign]

@@ -14,9 +14,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from shoal.config import GROUPS, ModelConfig
+from shoal.engine.device import sent
 from shoal.engine.plan import Work
 from shoal.model.net import Net
 
@@ -46,7 +48,7 @@ class Compared:
 
     def gaps(self, logits: Tensor, net: Net) -> dict[int, tuple[float, ...]]:
         """Place among the samples -> what each early exit loses there, by full depth's `logits` [S, V] of the step."""
-        full = logits[self.at]
+        full = logits[sent(self.at, logits.device)]
         return dict(zip(self.samples, divergences(full, [net.logits(states) for states in self.exits]), strict=True))
 
 
@@ -91,6 +93,6 @@ def divergences(full: Tensor, exits: Sequence[Tensor]) -> list[tuple[float, ...]
     """Of each row of full depth's logits `full` [R, V] what each of the early `exits` [A] of [R, V] loses there, in nats: KL of
     the exit's law from full depth's, 0 or more. Nothing of a row that has no such number."""
     p = full.double().log_softmax(-1)
-    lost = [(p.exp() * (p - logits.double().log_softmax(-1))).sum(-1).clamp_min(0).tolist() for logits in exits]
-    rows = [tuple(row) for row in zip(*lost, strict=True)]
+    lost = [(p.exp() * (p - logits.double().log_softmax(-1))).sum(-1).clamp_min(0) for logits in exits]
+    rows = [tuple(row) for row in torch.stack(lost, -1).tolist()] if lost else []
     return [row if all(map(math.isfinite, row)) else () for row in rows]

@@ -12,7 +12,7 @@ Letters: R requests, K rows of the one that drafts most, M pages of the longest,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from shoal.engine.plan import Work
 from shoal.engine.running import Running
 from shoal.engine.sampler import Sampler
+from shoal.engine.speculative import verification
 from shoal.engine.tolerance import Chain
 from shoal.model.cache import GroupCache
 from shoal.model.cpu.fused import Stretch
@@ -44,13 +45,19 @@ class Drafted:
 
 @dataclass
 class Drafter:
-    """One request that drafts: its `work` in the step, and `ahead`, the copy of it that gets the drafts and the states after
-    group 1 (`speculative.ahead_of`)."""
+    """One request that drafts: its `work`, at a `place` in the step, and `ahead`, the copy of it that gets the drafts and the
+    states after group 1 (`speculative.ahead_of`). One that drafts nothing is run through group 1 beside others."""
 
     work: Work
     ahead: Running
+    place: int = 0
     drafted: Drafted | None = None  # filled in where it has a tolerance
     over: bool = False  # nothing more is drafted: its last draft ends the answer, or none could be drawn
+
+    @property
+    def more(self) -> bool:
+        """Is a token drafted after the row that runs through group 1 next?"""
+        return len(self.ahead.holding.states) < self.work.drafts
 
     def take(self, token: int, drawn: bool, logits: Tensor) -> None:
         """The next draft, from `logits` [V]; unless `drawn` there is none."""
@@ -61,6 +68,12 @@ class Drafter:
             self.ahead.tokens.append(token)
         else:
             self.over = True
+
+    def rest(self) -> Work:
+        """What is left of its work."""
+        if self.work.drafts:
+            return verification(self.work, self.ahead)
+        return replace(self.work, running=self.ahead, first=1)
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
@@ -114,11 +115,10 @@ class Runner:
     def run(self, plan: Plan) -> Outcome:
         """Run one step: write its K/V, decide depths, sample tokens. Nothing here outlives a failure but K/V slots that
         no request counts as computed."""
-        works, drafted = self._draft(plan.works)
-        if self.graphs is not None and self.graphs.takes(works):
-            replayed = self._replay(lambda graphs: graphs.run(works))
-            if replayed is not None:
-                return Outcome(self._sample(works, replayed, {}))
+        whole = self.graphs is not None and self.graphs.takes(plan.works)
+        works, drafted = self._draft(plan.works, whole)
+        if whole and (samples := self._replayed(works, drafted)) is not None:
+            return Outcome(samples)
         layout = StepLayout(works, self.config, self.device, self._beside)
         fresh = [work for work in works if work.first == 0]
         x = self._embed(fresh) if fresh else torch.empty(0, self.config.width, dtype=self.net.dtype, device=self.device)
@@ -131,52 +131,78 @@ class Runner:
         compared = Compared.of(works, layout.starts, self.config) if self.config.exits[:-1] else None
         audited = Audited.of(works, layout.starts, self.config)
         logits = self._deeper(works, x, layout, scores, compared, audited)
-        gaps = compared.gaps(logits, self.net) if compared is not None and logits is not None else {}
-        samples = self._sample(works, logits, drafted) if logits is not None else []
-        if gaps:
-            samples = [replace(one, gaps=gaps[at]) if at in gaps else one for at, one in enumerate(samples)]
+        samples = self._sample(works, logits, drafted, compared) if logits is not None else []
         lost = audited.lost(self.net, SCORED_ROWS) if audited is not None else ()
         decisions = [self._decide(work) for work in plan.decisions]
         return Outcome(samples, decisions, [scores[work] for work in plan.scores], lost)
 
-    def _draft(self, works: Sequence[Work]) -> tuple[list[Work], dict[Work, Drafted]]:
-        """`works`, with those that may draft replaced by the verification of what they drafted; and what those with a tolerance
-        drafted. The requests themselves do not change: their drafts stand in copies (`speculative.py`)."""
-        drafting = {
-            i: Drafter(work, speculative.ahead_of(work.running, list(work.running.tokens)))
-            for i, work in enumerate(works)
-            if work.drafts
-        }
-        if not drafting:
-            return list(works), {}
-        for each in drafting.values():
-            each.drafted = Drafted() if each.work.running.tolerance else None
-        if not drafts.draft(self.net, self.cache, self.sampler, list(drafting.values())):
-            self._draft_by_steps(list(drafting.values()))
-        works = [
-            speculative.verification(work, drafting[i].ahead) if i in drafting else work for i, work in enumerate(works)
-        ]
-        return works, {works[i]: each.drafted for i, each in drafting.items() if each.drafted is not None}
+    def _replayed(self, works: Sequence[Work], drafted: Mapping[Work, Drafted]) -> list[Sampled] | None:
+        """What `works` give by graphs, which take them; None where that cannot be, and the step is to be run without."""
+        logits = self._replay(lambda graphs: graphs.run(works))
+        starts = [0, *accumulate(work.count for work in works)]
+        compared = Compared.of(works, starts, self.config) if self.config.exits[:-1] else None
+        if compared is not None and logits is not None:
+            exits = self._replay(lambda graphs: graphs.exits(compared.rows))
+            if exits is None:
+                return None
+            compared.exits = exits
+        return None if logits is None else self._sample(works, logits, drafted, compared)
 
-    def _draft_by_steps(self, going: list[Drafter]) -> None:
-        """As `drafts.draft`, wherever that cannot be used."""
+    def _draft(self, works: Sequence[Work], whole: bool) -> tuple[list[Work], dict[Work, Drafted]]:
+        """`works`, with those that may draft replaced by the verification of what they drafted; and what those with a tolerance
+        drafted. The requests themselves do not change: their drafts stand in copies (`speculative.py`). `whole`: graphs take
+        them, and where somebody drafts, the first group of all others runs beside."""
+        if not any(work.drafts for work in works):
+            return list(works), {}
+        drafting = [
+            Drafter(work, speculative.ahead_of(work.running, list(work.running.tokens)), i)
+            for i, work in enumerate(works)
+            if work.drafts or whole
+        ]
+        for each in drafting:
+            each.drafted = Drafted() if each.work.drafts and each.work.running.tolerance else None
+        if whole or not drafts.draft(self.net, self.cache, self.sampler, drafting):
+            self._draft_by_steps(drafting, works if whole else [])
+        found = list(works)
+        for each in drafting:
+            found[each.place] = each.rest()
+        return found, {found[each.place]: each.drafted for each in drafting if each.drafted is not None}
+
+    def _draft_by_steps(self, going: list[Drafter], planned: Sequence[Work]) -> None:
+        """As `drafts.draft`, wherever that cannot be used; by graphs where these take a whole step `planned`."""
         while going:
-            rows = [Work(each.ahead, len(each.ahead.tokens) - 1, 1, 0, 1) for each in going]
-            x = self._group(0, self._embed(rows), StepLayout(rows, self.config, self.device, self._beside))
+            going.sort(key=lambda each: not each.more)
+            more = sum(each.more for each in going)
+            x, logits = self._first(going, more, planned)
             for at, each in enumerate(going):
                 each.ahead.holding.states.append(x[at : at + 1])
-            more = [at for at, each in enumerate(going) if len(each.ahead.holding.states) <= each.work.drafts]
-            if not more:
+            if logits is None:
                 return
-            going = [going[at] for at in more]
-            logits = self.net.head(x[more], self.config.exits[0])
+            going = going[:more]
             samples = self.sampler.sample(logits, [each.ahead for each in going])
             for row, (each, sampled) in enumerate(zip(going, samples, strict=True)):
-                each.take(sampled.token, sampled.error is None, logits[row])
+                # what is kept is a copy: in the memory of a graph the next draft's will lie there
+                law = logits[row] if each.drafted is None else logits[row].clone()
+                each.take(sampled.token, sampled.error is None, law)
             going = [each for each in going if not each.over]
 
-    def _sample(self, works: Sequence[Work], logits: Tensor, drafted: Mapping[Work, Drafted]) -> list[Sampled]:
+    def _first(self, going: list[Drafter], more: int, planned: Sequence[Work]) -> tuple[Tensor, Tensor | None]:
+        """States after group 1 [N, D] of the newest row of each of `going` [N], and logits [more, V] of the first `more` at the
+        first exit; None of none."""
+        rows = [Work(each.ahead, len(each.ahead.tokens) - 1, 1, 0, 1) for each in going]
+        if planned:
+            requests = [each.place for each in going]
+            found = self._replay(lambda graphs: graphs.first(planned, rows, requests, more))
+            if found is not None:
+                return found
+        x = self._group(0, self._embed(rows), StepLayout(rows, self.config, self.device, self._beside))
+        return x, self.net.head(x[:more], self.config.exits[0]) if more else None
+
+    def _sample(
+        self, works: Sequence[Work], logits: Tensor, drafted: Mapping[Work, Drafted], compared: Compared | None
+    ) -> list[Sampled]:
         """What each sampled work of `works` gives, for logits [S, V] of their sampled rows."""
+        gaps = {} if compared is None else compared.gaps(logits, self.net)  # before anything is closed in the logits
         draws: list[Draw] = []
         chains: list[Chain] = []
         for work in works:
@@ -193,7 +219,7 @@ class Runner:
                 samples.append(speculative.accept(proposed, [next(found) for _ in range(work.count)]))
             elif work.sample:
                 samples.append(next(found))
-        return samples
+        return [replace(one, gaps=gaps[at]) if at in gaps else one for at, one in enumerate(samples)]
 
     def _embed(self, works: Sequence[Work]) -> Tensor:
         """[N, D] of the new rows of `works`."""

@@ -5,8 +5,8 @@
 A and B are kept in the network's own float, and in bfloat16 beside an INT8 linear, whose rounding is coarser: they are read for
 every token. Products and sums are in the network's float either way.
 
-A few rows, such as a decoding step has, are computed in one compiled loop over all adapters; more of them in two products for
-each run of rows of one adapter.
+A few rows, such as a decoding step has, are computed in one compiled loop over all adapters, on a GPU in two kernels; more of
+them in two products for each run of rows of one adapter. Graphs have a memory of their own for them (`places.py`).
 
 Letters: N rows, I input width, O output width, r rank, R ranks of all adapters together.
 """
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.model.cpu import fused
+from shoal.model.gpu import launch
 
 if TYPE_CHECKING:
     from shoal.model.net import Net
@@ -61,6 +62,12 @@ class Stack:
     def arrays(self) -> tuple[np.ndarray, ...]:
         """On the CPU, as the compiled loops take them: of bfloat16, which numpy has not, the bits."""
         return (*(_array(matrix) for matrix in (self.a, self.b)), self.first, self.last)
+
+    @cached_property
+    def bounds(self) -> tuple[Tensor, int]:
+        """`first` and `last` where the matrices lie, int32 [2, K], and the most ranks of an adapter."""
+        both = torch.from_numpy(np.stack([self.first, self.last]).astype(np.int32))
+        return both.to(self.a.device), int((self.last - self.first).max(initial=0))
 
     def reads(self, dtype: torch.dtype) -> bool:
         """Do the compiled loops take these matrices beside rows in `dtype`?"""
@@ -112,12 +119,20 @@ class Beside:
             a, b, first, last = stack.arrays
             fused.beside(rows, a, b, first, last, self._of, out)
             return y
+        if len(rows) <= IN_LOOPS and launch.usable(x):
+            launch.add_thin(rows, stack.a, stack.b, *stack.bounds, self._there, out)
+            return y
         for start, end, k in self._runs:
             ranks = slice(stack.first[k], stack.last[k])
             if stack.first[k] < stack.last[k]:
                 thin = rows[start:end] @ stack.a[ranks].to(x.dtype).T
                 out[start:end].addmm_(thin, stack.b[ranks].to(x.dtype))
         return y
+
+    @cached_property
+    def _there(self) -> Tensor:
+        """The adapter of each row where the matrices lie."""
+        return torch.from_numpy(self._of).to(next(iter(self._stacks.values())).a.device)
 
     @cached_property
     def _runs(self) -> list[tuple[int, int, int]]:

@@ -65,6 +65,7 @@ class Rows:
     starts [R+1]   request r owns rows starts[r] .. starts[r+1]-1, in order
     whole          rows that these are the first of
     ends [R]       position of each request's last row, where the host knows it
+    apart          several rows may be of one request all the same: each has a table of its own, of the same units
     """
 
     def __init__(
@@ -75,6 +76,8 @@ class Rows:
         block: int,
         whole: Rows | None = None,
         ends: list[int] | None = None,
+        *,
+        apart: bool = False,
     ) -> None:
         self.positions, self.starts, self.page, self.block, self._whole = positions, starts, page, block, whole
         self._ends = ends
@@ -82,6 +85,7 @@ class Rows:
         self.singles = [r for r, count in enumerate(counts) if count == 1]  # they decode together
         self.chunks = [r for r, count in enumerate(counts) if count > 1]  # prefill, verification: each for itself
         self.longest = max(counts, default=0)  # rows of one request
+        self.apart = apart
         self._made: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:

@@ -24,7 +24,6 @@ from shoal.engine.engine import Completion
 from shoal.engine.events import Guide
 from shoal.engine.graphs import Graphs, buckets
 from shoal.engine.plan import Outcome, Plan
-from shoal.model.adapters import nothing
 from shoal.model.cache import GroupCache
 from shoal.model.cpu import fused
 from shoal.model.gpu import launch
@@ -104,7 +103,7 @@ class Compared:
 
     def __call__(self, plan: Plan) -> Outcome:
         kept, cache = self.runner.graphs, self.runner.cache
-        if kept is not None and kept.takes(plan.works):
+        if kept is not None and kept.takes(plan.works) and not any(work.drafts for work in plan.works):
             before = [cache.kv.clone(), cache.summaries.clone()]
 
             def left(how: Callable[[], Tensor]) -> list[Tensor]:
@@ -123,7 +122,7 @@ class Compared:
     def _plainly(self, plan: Plan) -> Tensor:
         given, sample, kept = list[Tensor](), self.runner._sample, self.runner.graphs
         self.runner.graphs = None
-        self.runner._sample = lambda works, z, drafted: (given.append(z.clone()), sample(works, z, drafted))[1]  # type: ignore[method-assign]
+        self.runner._sample = lambda works, z, *rest: (given.append(z.clone()), sample(works, z, *rest))[1]  # type: ignore[method-assign]
         self.run(plan)
         self.runner.graphs, self.runner._sample = kept, sample  # type: ignore[method-assign]
         return given[0]
@@ -175,21 +174,13 @@ def test_a_change_of_weights_ends_what_was_recorded() -> None:
     assert recorded() == first
 
 
-def test_prompts_drafts_adapters_and_compared_exits_take_the_other_way() -> None:
+def test_prompts_take_the_other_way() -> None:
     record = Again()
     engine = replaying(record)
     plain = Sampling(temperature=0, max_tokens=1, ignore_eos=True)
     more = Sampling(temperature=0, max_tokens=4, ignore_eos=True)
-    drafts = Sampling(temperature=0, max_tokens=4, ignore_eos=True, speculative=3)
     engine.generate([Request([30] * 20, plain, depth="full")])
     assert record.made == 0, "a prompt alone"
-    adapter = nothing(MODEL.net)
-    adapter = type(adapter)("thin", adapter.pairs)
-    name = engine.load_adapter(adapter)
-    engine.generate([Request([30] * 5, more, depth="full", adapter=name)])
-    engine.generate([Request([30] * 5, more, depth="full", gaps=True)])
-    assert record.made == 0
-    engine.generate([Request([30] * 5, drafts, depth="full")])
     engine.generate([Request([30] * 5, more, depth="shallow")])
     assert record.made > 0
 
@@ -232,7 +223,8 @@ def test_where_memory_lacks_for_graphs_those_of_fewer_requests_stay(
 ) -> None:
     """No request notices, and the log says what to change, once."""
     record = Again()
-    fails = [2 * 8 + 3 if when == "loading" else 3 * 8]  # in the bucket of 4 rows, or at what comes first
+    # in the bucket of 4 rows, or at what comes first after all that is prepared: 3 buckets, and with drafts 4 more
+    fails = [2 * 8 + 3 if when == "loading" else 3 * 8 + 3 * 4 + 4 * 7]
 
     def short(run: graphs.Run) -> graphs.Run:
         if [record.made] == fails:
@@ -241,16 +233,17 @@ def test_where_memory_lacks_for_graphs_those_of_fewer_requests_stay(
         return record(run)
 
     engine = replaying(short, most=4)
-    want = Engine(MODEL, units=200, max_batch=4, max_batch_tokens=32).generate(asked(1, 5))
+    plain = [request for request in asked(1, 8) if not request.sampling.speculative]
+    want = Engine(MODEL, units=200, max_batch=4, max_batch_tokens=32).generate(plain)
     kept = engine.runner.graphs
     assert kept is not None
     with caplog.at_level(logging.WARNING), torch.inference_mode():
         kept.prepare()
-        assert said(engine.generate(asked(1, 5))) == said(want)
+        assert said(engine.generate(plain)) == said(want)
     assert not fails and engine.runner.graphs is kept
-    left = kept._buckets
+    left = kept._buckets[graphs.PLAIN]
     assert left == [1, 2] if when == "loading" else left in ([], [1], [1, 2])
-    assert all(key[1] in left for key in kept._made)
+    assert all(key[1] in left for key in kept._made) and kept._buckets[graphs.DRAFTS] == left
     lines = [line.getMessage() for line in caplog.records]
     assert (
         len(lines) == 1 and f"so steps of more than {max(left, default=0)} are" in lines[0] and "gpu_share" in lines[0]
@@ -336,8 +329,7 @@ def test_what_says_that_memory_was_not_enough() -> None:
 
 def work(**more: Any) -> Any:
     """One row that decodes, or what else is said of it."""
-    running = {"adapter": None, "request": SimpleNamespace(gaps=False)}
-    running |= {name: more.pop(name) for name in [*more] if name in running}
+    running = {"adapter": more.pop("adapter", None)}
     plain = {
         "count": 1,
         "sample": True,
@@ -357,10 +349,13 @@ def test_steps_of_one_plain_row_a_request_are_taken_and_no_others() -> None:
     assert kept.takes([work()]) and kept.takes([work()] * 6) and not kept.takes([]) and not kept.takes([work()] * 7)
     others: list[dict[str, Any]] = [
         {"count": 2}, {"count": 0}, {"sample": False}, {"first": 1}, {"hold": 1}, {"decide": True}, {"score": True},
-        {"drafts": 1}, {"verify": True}, {"adapter": "thin"}, {"request": SimpleNamespace(gaps=True)},
+        {"verify": True},
     ]  # fmt: skip
     for more in others:
         assert not kept.takes([work(), work(**more)]) and not kept.takes([work(**more), work()])
+    assert kept.takes([work(), work(drafts=15)]) and not kept.takes([work(), work(drafts=16)]), "17 rows are recorded"
+    assert kept.takes([work(adapter="thin"), work()]), "and those with few adapters"
+    assert kept.takes([work(drafts=1)] * 6) and not kept.takes([work()] * 6 + [work(drafts=1)])
 
 
 def test_a_table_has_a_power_of_two_of_pages_or_those_of_the_whole_context(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,8 +436,10 @@ def test_all_that_a_short_step_replays_is_recorded_before() -> None:
         before = engine.runner.cache.kv[:, 1:].clone()
         engine.runner.graphs.prepare()
     assert torch.equal(engine.runner.cache.kv[:, 1:], before)
-    assert record.made == 3 * (4 + 3 + 1)  # buckets of 1, 2 and 4 rows; four groups, three exits, the head
+    # buckets of 1, 2 and 4 rows; four groups, three exits, the head; with drafts four other groups, and in buckets of 8 to 17
+    # rows, all but the first group, which has one of each request
+    assert record.made == 3 * (4 + 3 + 1) + 3 * 4 + 4 * (3 + 3 + 1) == 64
     engine.generate([Request([30 + i], Sampling(temperature=0, max_tokens=3, ignore_eos=True)) for i in range(4)])
-    assert record.made == 24
+    assert record.made == 64
     engine.generate([Request([30] * 40, Sampling(temperature=0, max_tokens=3, ignore_eos=True), depth="full")])
-    assert record.made == 28, "a wider table, of four groups"
+    assert record.made == 68, "a wider table, of four groups"

@@ -40,6 +40,7 @@ JOINED = 2**13  # numbers of pieces that are joined at once: 64 registers of eac
 TILE = 64  # at most: keys of a step of the attention's loop, blocks that a program scores,
 NUMBERS = 2**12  # and numbers of these
 SCORED = 2**24  # scores that exist at once (fp32: 64 MB)
+THIN = 4, 16, 512, 128  # of adapters: ranks of a program and of a step; inputs of a step, outputs of a program
 MOST_BLOCKS = 2**14  # that one program chooses among
 MOST_LAST = 2**31 - 1
 LONG = 16  # new tokens of a request beyond which reading all of the context is left to torch, where queries share keys
@@ -164,7 +165,7 @@ def project_and_store(
     if not len(qkv):
         return q
     kind = store.NONE if not len(q_weight) else store.HEAD if len(q_weight) == dim else store.ALL
-    wide, single = _power(dim), step.rows.longest <= 1
+    wide, single = _power(dim), step.rows.longest <= 1 and not step.rows.apart
     strides = *kv.stride()[:3], *summaries.stride()[:3]
     shape = {
         "D": dim, "WIDE": wide, "P": page, "S": step.block, "TALL": _power(step.block),
@@ -264,6 +265,25 @@ def _shape(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Rea
 def _blocks(blocks: int) -> int:
     """Room for the scores of so many blocks: one of four sizes, as each is a kernel that must be compiled first."""
     return next(size for size in (256, 1024, 4096, MOST_BLOCKS) if blocks <= size)
+
+
+def add_thin(x: Tensor, a: Tensor, b: Tensor, bounds: Tensor, room: int, of: Tensor, out: Tensor) -> None:
+    """Add to out [N, O] what adapters give for the rows x [N, I]: that of row n is of[n] [none: below 0], whose matrices are
+    the rows from bounds[0, of[n]] up to bounds[1, of[n]], `room` at most, of a [R, I] and b [R, O]."""
+    from shoal.model.gpu import thin
+
+    rows, inputs = x.shape
+    if not rows or not room:
+        return
+    x, (few, some, wide, tile) = x.contiguous(), THIN
+    between = torch.empty(rows, room, dtype=fp(x.dtype), device=x.device)
+    given, outputs, exact = (bounds, of), out.shape[-1], _exact(x)
+    thin._thin[(rows, -(-room // few))](
+        x, a, *given, between, inputs, room, bounds.shape[1], RANKS=few, TILE=wide, EXACT=exact
+    )
+    thin._wide[(rows, -(-outputs // tile))](
+        between, b, *given, out, outputs, room, bounds.shape[1], RANKS=some, TILE=tile, EXACT=exact
+    )
 
 
 def int8_product(weight: Tensor, scale: Tensor) -> Any:

@@ -1,0 +1,127 @@
+"""Steps with drafts as graphs over the Triton kernels, recorded as strictly as a device does (`tests.recorded.Tape`)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoal import Engine, Model, Request, Sampling
+from shoal.engine.graphs import Graphs, Kind
+from shoal.engine.plan import Outcome, Plan
+from shoal.engine.runner import Runner
+from shoal.model.adapters import Adapter
+from tests.adapters import linears
+from tests.recorded import Again, Tape
+from tests.triton.test_graphs import model, taped  # noqa: F401  # fixtures
+
+pytestmark = pytest.mark.timeout(600)  # the interpreter is slow, and so is a busy machine
+
+
+def adapters(made: Model) -> list[Adapter]:
+    """Two, of other ranks, of which one changes all linears and the other some."""
+    found = []
+    for number, ranks in enumerate((2, 5)):
+        draw, pairs = torch.Generator().manual_seed(number), {}
+        for index, (name, linear) in enumerate(linears(made).items()):
+            if number == 0 or index % 3 == 0:
+                sizes = linear.weight.shape[::-1]  # type: ignore[union-attr,index,operator]
+                a, b = (torch.randn(ranks, size, generator=draw, dtype=torch.float64) / size**0.5 for size in sizes)
+                pairs[name] = a.to(made.net.dtype), b.to(made.net.dtype)
+        found.append(Adapter(f"adapter {number}", pairs))
+    return found
+
+
+def asked(drafts: list[int], names: list[str], gaps: bool = False, tokens: int = 3) -> list[Request]:
+    return [
+        Request(
+            [40 + i, *range(50, 57 + 5 * i)],
+            Sampling(temperature=0, max_tokens=tokens, ignore_eos=True, speculative=count),
+            depth="full" if count or not i else "shallow",
+            adapter=name,
+            gaps=gaps,
+        )
+        for i, (count, name) in enumerate(zip(drafts, names, strict=True))
+    ]
+
+
+class Thrice:
+    """In place of the `run` of a runner: each step that its graphs take is replayed, launched anew by graphs that record
+    nothing, and run without any, from the same memory. What each leaves must be equal to the bit: logits that are drawn from,
+    keys, values and summaries; without graphs where the bucket has no more rows than the step."""
+
+    def __init__(self, runner: Runner, net: Any) -> None:
+        self.runner, self.run, self.net, self.kinds = runner, runner.run, net, Counter[Any]()
+        runner.run = self  # type: ignore[assignment, method-assign]
+
+    def __call__(self, plan: Plan) -> Outcome:
+        kept, cache = self.runner.graphs, self.runner.cache
+        assert kept is not None
+        if not kept.takes(plan.works):
+            return self.run(plan)
+        before, sample = [cache.kv.clone(), cache.summaries.clone()], self.runner._sample
+
+        def left(graphs: Graphs | None) -> tuple[Outcome, list[Tensor], list[int]]:
+            given, counts = list[Tensor](), list[int]()
+
+            def seen(works: Any, logits: Tensor, *rest: Any) -> Any:
+                given.append(logits.clone())
+                counts.extend(work.count for work in works)
+                return sample(works, logits, *rest)
+
+            cache.kv.copy_(before[0])
+            cache.summaries.copy_(before[1])
+            self.runner.graphs, self.runner._sample = graphs, seen  # type: ignore[method-assign]
+            try:
+                outcome = self.run(plan)
+            finally:
+                self.runner._sample = sample  # type: ignore[method-assign]
+            return outcome, [*given, cache.kv[:, 1:].clone(), cache.summaries[:, 1:].clone()], counts
+
+        mine = left(kept)
+        anew = left(Graphs(self.net, cache, kept._most, lambda run: run))
+        other = left(None)
+        self.runner.graphs = kept
+        kind = Kind.of(plan.works, any(work.drafts for work in plan.works))
+        assert all(map(torch.equal, mine[1], anew[1]))
+        exact = sum(mine[2]) in kept._buckets[kind] and len({work.last for work in plan.works}) == 1
+        for a, b in zip(mine[1], other[1], strict=True):
+            assert torch.equal(a, b) if exact and len(plan.works) == 1 else torch.allclose(a, b, rtol=0, atol=1e-9)
+        assert [sampled.token for sampled in mine[0].samples] == [sampled.token for sampled in other[0].samples]
+        self.kinds[kind, exact and len(plan.works) == 1] += 1
+        return mine[0]
+
+
+@pytest.mark.parametrize(
+    ("drafts", "names", "gaps", "seen"),
+    [
+        ([1], [""], False, {(Kind(True), True)}),
+    ],
+)
+def test_a_replay_gives_what_the_kernels_give_bit_for_bit(
+    drafts: list[int],
+    names: list[str],
+    gaps: bool,
+    seen: set[Any],
+    taped: None,  # noqa: F811
+) -> None:
+    """And the answers of an engine without graphs. No operator in it waits for a value."""
+    made, counts = model("H"), Again()
+    most = len(drafts)
+
+    def engine_of() -> Engine:
+        engine = Engine(made, units=80, max_batch=most, speculative_max_batch=most)
+        for each in adapters(made):
+            engine.load_adapter(each)
+        return engine
+
+    want = [answer.tokens for answer in engine_of().generate(asked(drafts, names, gaps))]
+    engine = engine_of()
+    engine.runner.graphs = Graphs(made.net, engine.runner.cache, most, Tape(counts))
+    thrice = Thrice(engine.runner, made.net)
+    assert [answer.tokens for answer in engine.generate(asked(drafts, names, gaps))] == want
+    assert seen <= {*thrice.kinds} and counts.replayed >= counts.made > 3
+    engine.scheduler.check_integrity()

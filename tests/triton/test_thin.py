@@ -1,0 +1,61 @@
+"""What adapters add to a linear, by their kernels in Triton's interpreter, against the definition, row by row."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from shoal.model.adapters import Adapter, Bank
+from shoal.model.gpu import launch
+from shoal.model.places import Places
+
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize(("inputs", "outputs", "ranks"), [(48, 130, (3, 0, 17)), (600, 40, (1, 4, 5))])
+@torch.no_grad()
+def test_each_row_gets_what_its_adapter_adds(
+    inputs: int, outputs: int, ranks: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Of ranks that fill a tile and that do not, and of none; a row without an adapter keeps its bits."""
+    draw = torch.Generator().manual_seed(0)
+    last = np.cumsum(ranks)
+    bounds = torch.tensor(np.stack([last - ranks, last]), dtype=torch.int32)
+    a, b = (torch.randn(int(last[-1]), size, generator=draw, dtype=torch.float64) for size in (inputs, outputs))
+    x, y = (torch.randn(6, size, generator=draw, dtype=torch.float64) for size in (inputs, outputs))
+    a, b, x, y = (each.to(dtype) for each in (a / inputs**0.5, b, x, y))
+    of = torch.tensor([2, -1, 0, 1, 2, -1])
+    y[1] = -0.0
+    out = y.clone()
+    launch.add_thin(x, a, b, bounds, max(ranks), of, out)
+    for n, k in enumerate(of.tolist()):
+        own = slice(*bounds[:, k].tolist())
+        wanted = y[n].double() if k < 0 else y[n].double() + x[n].double() @ a[own].double().T @ b[own].double()
+        torch.testing.assert_close(out[n].double(), wanted, rtol=BOUNDS[dtype], atol=BOUNDS[dtype])
+    still = [
+        n for n, k in enumerate(of.tolist()) if k < 0 or not ranks[k]
+    ]  # none, or one that does not change this linear
+    assert torch.equal(out[still], y[still]) and bool(out[1].signbit().all())
+
+
+@torch.no_grad()
+def test_rows_of_a_bank_and_at_places_get_the_same_bits() -> None:
+    """By the same kernels, wherever the matrices lie, and whatever lay there before."""
+    draw = torch.Generator().manual_seed(1)
+    net = nn.Sequential(nn.Linear(20, 30, bias=False, dtype=torch.float64))
+
+    def adapter(name: str, rank: int) -> Adapter:
+        pair = [torch.randn(rank, size, generator=draw, dtype=torch.float64) for size in (20, 30)]
+        return Adapter(name, {"0": (pair[0], pair[1])})
+
+    held = [adapter("one", 2), adapter("two", 5), adapter("three", 3)]
+    places, rows = Places(net), [held[2], None, held[0], held[1]]
+    places.of([adapter(f"before {i}", 7) for i in range(3)])
+    x, of = torch.randn(4, 20, generator=draw, dtype=torch.float64), torch.tensor(places.of(rows))
+    mine, other = (torch.zeros(4, 30, dtype=torch.float64) for _ in range(2))
+    places.beside[net[0]].add(x, of, mine)
+    Bank(net, held).beside(rows, [1] * 4).add(net[0], x, other)
+    assert torch.equal(mine, other) and bool(mine[[0, 2, 3]].any(-1).all()) and not mine[1].any()
