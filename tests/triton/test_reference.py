@@ -17,13 +17,13 @@ import pytest
 import torch
 
 from shoal import presets
-from shoal.model import reference as definition
 from shoal.model import slots
 from shoal.model.block import pairs, rope_tables
 from shoal.model.cpu.parts import Form
 from shoal.model.gpu import launch, sparse
 from shoal.model.gpu.sparse import Spans
 from shoal.model.reach import ALL, Reach
+from shoal.model.reference import reference_attention, reference_sparse
 from tests import reference
 from tests.triton.seen import attended
 from tests.triton.stored import Stored, step_of, store
@@ -174,13 +174,11 @@ def attention(q: Any, k: Any, v: Any, reach: Reach, block: int, summary: Any) ->
     # what chooses nothing has no second branch: a share of 0
     how: dict[str, Any] = {"block": block, "sinks": reach.sinks, "top_k": max(1, reach.top_k), "summary": summary}
     if reach.bias is not None:
-        found = definition.reference_sparse(
-            q, k, v, **how, window=reach.window, bias=reach.bias, dense_length=reach.dense
-        )
+        found = reference_sparse(q, k, v, **how, window=reach.window, bias=reach.bias, dense_length=reach.dense)
     else:
         share: Any = 1.0 if reach.gamma is None else reach.gamma.double()
         window = length if reach.dense else reach.window
-        found = definition.reference_attention(q, k, v, **how, window=window, local_weight=share)
+        found = reference_attention(q, k, v, **how, window=window, local_weight=share)
     return found.numpy()
 
 

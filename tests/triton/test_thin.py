@@ -35,9 +35,8 @@ def test_each_row_gets_what_its_adapter_adds(
         own = slice(*bounds[:, k].tolist())
         wanted = y[n].double() if k < 0 else y[n].double() + x[n].double() @ a[own].double().T @ b[own].double()
         torch.testing.assert_close(out[n].double(), wanted, rtol=BOUNDS[dtype], atol=BOUNDS[dtype])
-    still = [
-        n for n, k in enumerate(of.tolist()) if k < 0 or not ranks[k]
-    ]  # none, or one that does not change this linear
+    # no adapter, or one that does not change this linear
+    still = [n for n, k in enumerate(of.tolist()) if k < 0 or not ranks[k]]
     assert torch.equal(out[still], y[still]) and bool(out[1].signbit().all())
 
 

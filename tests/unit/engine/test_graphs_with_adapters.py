@@ -100,14 +100,8 @@ def test_an_adapter_is_loaded_dropped_and_put_at_anothers_place_while_others_run
     record = Again()
     engine, got = engine_of(record, adapters=2), list[int]()
     engine.submit(long)
-    steps = [
-        (1, True),
-        (2, False),
-        (3, True),
-        (4, True),
-        (5, False),
-        (1, True),
-    ]  # each is new, or was dropped and comes again
+    # each is new, or was dropped and comes again
+    steps = [(1, True), (2, False), (3, True), (4, True), (5, False), (1, True)]
     for index, (number, drop) in enumerate(steps):
         engine.load_adapter(adapter(number))
         request = dataclasses.replace(one(number), id=str(index))
