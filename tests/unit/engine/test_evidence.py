@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.engine.audits import MOST, RATE, Evidence
-from shoal.model.router import NEVER, Router, expected, thresholds
+from shoal.model.router import NEVER, Router, promised, thresholds
 from tests.unit.engine.lively import lively
 
 LIVELY = lively()
@@ -111,7 +111,7 @@ def simulated(seed: int, answers: int, error: float, quiet: int = 0) -> tuple[li
 
     def regret(bound: float) -> float:
         within = torch.cat([seen[:400] <= bound, torch.ones(400, 1, dtype=torch.bool)], 1)
-        return expected(full[torch.arange(400), within.float().argmax(1)], float(full.max()))
+        return promised(full[torch.arange(400), within.float().argmax(1)], float(full.max()), torch.arange(400))
 
     router.calibration.thresholds = thresholds(seen[:400].flatten().tolist(), regret)
     assert router.bound(0.05) > NEVER
