@@ -1,4 +1,5 @@
-"""Steps with drafts as graphs over the Triton kernels, recorded as strictly as a device does (`tests.recorded.Tape`)."""
+"""Steps with drafts, adapters and compared exits as graphs over the Triton kernels: recorded as strictly as a device does, and
+on a pretended GPU, where every launch is counted, and all that the host waits for."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ from shoal.engine.graphs import Graphs, Kind
 from shoal.engine.plan import Outcome, Plan
 from shoal.engine.runner import Runner
 from shoal.model.adapters import Adapter
+from tests import pretend_gpu
 from tests.adapters import linears
+from tests.pretend_gpu import pretended
 from tests.recorded import Again, Tape
-from tests.triton.test_graphs import model, taped  # noqa: F401  # fixtures
+from tests.triton.test_graphs import KERNELS, kernels_there, model, taped  # noqa: F401  # fixtures
 
 pytestmark = pytest.mark.timeout(600)  # the interpreter is slow, and so is a busy machine
 
@@ -99,6 +102,9 @@ class Thrice:
     ("drafts", "names", "gaps", "seen"),
     [
         ([1], [""], False, {(Kind(True), True)}),
+        ([1, 0], ["", ""], True, {(Kind(True), False)}),
+        ([0, 0], ["adapter 0", ""], False, {(Kind(adapted=True), False)}),
+        ([1], ["adapter 1"], False, {(Kind(True, True), True)}),
     ],
 )
 def test_a_replay_gives_what_the_kernels_give_bit_for_bit(
@@ -125,3 +131,63 @@ def test_a_replay_gives_what_the_kernels_give_bit_for_bit(
     assert [answer.tokens for answer in engine.generate(asked(drafts, names, gaps))] == want
     assert seen <= {*thrice.kinds} and counts.replayed >= counts.made > 3
     engine.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("drafts", "name", "gaps", "waits", "calls"),
+    [(2, "", False, 3, 3 * 2 + 6), (0, "adapter 0", False, 1, 6), (0, "", True, 2, 6)],
+)
+def test_on_a_gpu_a_step_waits_for_each_draft_and_for_its_tokens_and_launches_of_a_layer_are_counted(
+    drafts: int,
+    name: str,
+    gaps: bool,
+    waits: int,
+    calls: int,
+    kernels_there: None,  # noqa: F811
+) -> None:
+    """Of a layer one more where drafts are verified, its summaries; eight more, two beside each linear, where somebody has an
+    adapter; what exits lose is one more wait. A draft is three calls, and what is left six more. And no memory of the host is
+    filled while it may still be copied: between two fillings of the same there is a wait."""
+    layers: dict[tuple[int, Kind], list[str]] = {}
+    steps, played, filled = list[tuple[list[str], int]](), list[Any](), list[tuple[int, int]]()
+    with pretended() as gpu:
+        made = model("H")
+        made.net.float()
+        engine = Engine(made.to(gpu), units=80, max_batch=1, max_batch_tokens=128, speculative_max_batch=1)
+        for each in adapters(model("H")):
+            pairs = {key: (a.float().to(gpu), b.float().to(gpu)) for key, (a, b) in each.pairs.items()}
+            engine.load_adapter(Adapter(each.identity, pairs))
+        engine.runner.graphs = kept = Graphs(made.net, engine.runner.cache, 1, lambda run: run)
+        run, group, play, fill = engine.runner.run, kept._group, kept._play, kept._told.fill
+        total = list[str]()
+
+        def counted(plan: Plan) -> Outcome:
+            whole = kept.takes(plan.works) and bool(plan.works[0].drafts) == bool(drafts)
+            total.extend(pretend_gpu.waited)
+            pretend_gpu.waited.clear()
+            played.clear()
+            found = run(plan)
+            if whole:
+                steps.append(([*pretend_gpu.waited], len(played)))
+            return found
+
+        def layers_of(j: int, b: int, width: int, kind: Kind) -> None:
+            before = len(pretend_gpu.launched)
+            group(j, b, width, kind)
+            layers[j, kind] = pretend_gpu.launched[before:]
+
+        def filling(*given: Any) -> Any:
+            filled.append((id(kept._told._hosts[-1]), len(total) + len(pretend_gpu.waited)))
+            return fill(*given)
+
+        engine.runner.run, kept._group, kept._told.fill = counted, layers_of, filling  # type: ignore[method-assign]
+        kept._play = lambda key, run: (played.append(key), play(key, run))[1]  # type: ignore[method-assign]
+        engine.generate(asked([drafts], [name], gaps, tokens=6))
+    assert (["tolist"] * waits, calls) in steps and len(steps) > 1, steps
+    more = ["_summarise"] * (drafts > 0) + ["_thin", "_wide"] * 4 * bool(name)
+    layer = layers[1, Kind(drafts=drafts > 0, adapted=bool(name))]
+    kernels = [each for each in layer if each[0] == "_" and each != "_to_copy"]  # which is torch's, of the rotation
+    assert Counter(kernels) == Counter([*KERNELS, *more]), "a group is one layer"
+    assert layer.count("index_select") == (drafts > 0)
+    for index, (host, waited) in enumerate(filled):
+        assert all(waited > past for other, past in filled[:index] if other == host), filled
