@@ -171,4 +171,11 @@ if __name__ == "__main__":
     for few_or_many in (2, 100):
         levels = torch.zeros(64, asked.width, dtype=torch.int8)
         launch.int8_product(levels, torch.ones(64, 1))(torch.zeros(few_or_many, asked.width))
-    print(json.dumps(told | {"int8": launched}))
+    told["int8"] = [*launched]
+    launched.clear()
+    for room in (8, 64):  # ranks of the largest adapter
+        thin = torch.zeros(3 * room, asked.width, dtype=precision)
+        bounds, of = torch.zeros(2, 3, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+        rows = torch.zeros(4, asked.width, dtype=precision)
+        launch.add_thin(rows, thin, thin, bounds, room, of, rows.clone())
+    print(json.dumps(told | {"adapters": launched}))

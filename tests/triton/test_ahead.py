@@ -19,6 +19,7 @@ LAYERS = {
     **{f"{kind} trained": TRAINING for kind in "HS"},
     "one token": ["_near", "_near_to_q", "_near_to_kv"],
     "int8": ["_levels", "_product"] * 2,
+    "adapters": ["_thin", "_wide"] * 2,
 }
 
 
@@ -31,8 +32,9 @@ LAYERS = {
 def test_layers_of_each_kind_compile_and_launch_five_or_six_kernels(
     preset: str, dtype: str, architecture: str, kv: list[str]
 ) -> None:
-    """Beside four products, and the gate's sigmoid; then those of attention in training, and of INT8. In no more shared memory
-    than the smallest device has; and whoever goes on for others reads what they stored after they did (`ahead.in_order`)."""
+    """Beside four products, and the gate's sigmoid; then those of attention in training, of INT8 and of adapters. In no more
+    shared memory than the smallest device has; and whoever goes on for others reads what they stored after they did
+    (`ahead.in_order`)."""
     told = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.triton.ahead", preset, dtype, architecture, *kv]
     done = subprocess.run(command, env=told, capture_output=True, text=True, timeout=500, check=False)
