@@ -309,17 +309,24 @@ class Recorder:
 
     def __call__(self, run: Run) -> Run:
         with _RECORDING:
-            self._stream.wait_stream(torch.cuda.current_stream())
-            # kernels are compiled, and workspaces made, before anything is recorded
-            with torch.cuda.stream(self._stream):
-                run()
-                run()
-            torch.cuda.current_stream().wait_stream(self._stream)
+            now = torch.cuda.current_stream()
+            self._stream.wait_stream(now)
+            try:
+                # kernels are compiled, and workspaces made, before anything is recorded
+                with torch.cuda.stream(self._stream):
+                    run()
+                    run()
+            finally:  # also of half of it: whoever takes the other way writes the same memory
+                now.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             how: dict[str, Any] = {"pool": self._pool, "stream": self._stream}
-            # of this thread alone: another one may load the weights of a version at this moment
-            with torch.cuda.graph(graph, **how, capture_error_mode="thread_local"):
-                run()
+            try:
+                # of this thread alone: another one may load the weights of a version at this moment
+                with torch.cuda.graph(graph, **how, capture_error_mode="thread_local"):
+                    run()
+            except BaseException:
+                torch.cuda.set_stream(now)  # one that cannot begin or end leaves its own to this thread
+                raise
         return graph.replay
 
 

@@ -428,6 +428,52 @@ def test_a_recording_runs_twice_before_it_and_each_stream_waits_for_the_other(mo
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("fails", ["running", "beginning", "recording", "ending"])
+def test_a_recording_that_fails_leaves_no_stream_of_its_own(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch leaves it to the thread where a recording cannot begin or end (`torch.cuda.graph`): what the thread launches from
+    then on would wait for nobody, nor others for it. And what was launched there is waited for, though it be half a run."""
+    own, usual = (SimpleNamespace(waits=[]) for _ in range(2))
+    for each in (own, usual):
+        each.wait_stream = each.waits.append
+    streams, runs = [usual], list[int]()
+
+    class Graph:
+        def __init__(self, *given: Any, **named: Any) -> None: ...
+
+        def __enter__(self) -> None:
+            streams.append(own)
+            if fails == "beginning":
+                raise RuntimeError("it refuses")
+
+        def __exit__(self, *_: object) -> None:
+            if fails == "ending":
+                raise RuntimeError("it refuses")
+            streams.pop()
+
+    @contextmanager
+    def on(stream: Any) -> Iterator[None]:
+        streams.append(stream)
+        try:
+            yield
+        finally:
+            streams.pop()
+
+    def run() -> None:
+        runs.append(1)
+        if len(runs) == {"running": 2, "recording": 3}.get(fails):
+            raise RuntimeError("it refuses")
+
+    there = {
+        "graph": Graph, "stream": on, "Stream": lambda: own, "current_stream": lambda: streams[-1],
+        "set_stream": streams.append, "CUDAGraph": lambda: SimpleNamespace(replay=None), "graph_pool_handle": object,
+    }  # fmt: skip
+    for name, value in there.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    with pytest.raises(RuntimeError, match="it refuses"):
+        graphs.Recorder()(run)
+    assert streams[-1] is usual and own.waits == [usual] and usual.waits == [own]
+
+
 def test_all_that_a_short_step_replays_is_recorded_before() -> None:
     record = Again()
     engine = replaying(record, most=4)
