@@ -116,7 +116,10 @@ def gate(
         model = Model.load(new)
         need_same(new, old)
     except ShoalError as error:
-        told = str(error).replace(str(new), str(candidate)).replace(str(old), str(stable))  # not the copies' folders
+        told = str(error)
+        for place, path in ((candidate, new), (stable, old)):
+            if remote.is_remote(place):  # of a path each letter may be one of the words
+                told = told.replace(str(path), str(place))  # not the copies' folders
         told = told if isinstance(error, AnotherShapeError) else f"it cannot be loaded: {told}"
         return _verdict([Check(SHAPE, FAIL, told)], names, of, 0, began)
     # before they are asked: one that is killed has asked them too, and a full disk costs no minutes

@@ -69,7 +69,7 @@ def test_models_and_a_corpus_in_s3_are_judged_as_those_on_the_disk(
 
 
 def test_a_model_of_another_shape_is_called_by_its_address(
-    two: list[Path], s3: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    two: list[Path], s3: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = Model.load(two[0])
     other.chat_template = f"{other.chat_template} "
@@ -84,6 +84,11 @@ def test_a_model_of_another_shape_is_called_by_its_address(
     assert said.startswith(
         "Refused: s3://ocean/other: chat template: got 'another'; allowed: that of s3://ocean/stable"
     )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "e").symlink_to(tmp_path / "other")  # a name that is a letter of the words
+    words[-2] = "./e"
+    assert main([*words, "stable"]) == 1
+    assert capsys.readouterr().out.startswith("Refused: e: chat template: got 'another'; allowed: that of stable")
 
 
 def test_a_version_is_added_from_s3(two: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
