@@ -26,7 +26,7 @@ from tests.fake_gpu import TORCH
 
 KERNELS = {
     "pointwise": ("_norm", "_swiglu"), "store": ("_store", "_summarise"), "attention": ("_attend",),
-    "integers": ("_levels", "_product"),
+    "integers": ("_levels", "_product"), "thin": ("_thin", "_wide"),
 }  # fmt: skip
 TOKEN = 65.0  # every number that is read: a token, and all else that is finite, true, and no reason for an early exit
 

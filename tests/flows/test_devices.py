@@ -197,7 +197,13 @@ def some_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Exception]]:
     monkeypatch.setattr(launch, "installed", lambda: True)
     monkeypatch.setattr(launch, "is_in_torch_dispatch_mode", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    def thin(x: Tensor, a: Tensor, b: Tensor, bounds: Tensor, room: int, of: Tensor, out: Tensor) -> None:
+        for row, k in enumerate(of.tolist()):
+            own = slice(*bounds[:, k].tolist()) if k >= 0 else slice(0)
+            out[row : row + 1] += x[row : row + 1] @ a[own].T @ b[own]
+
     monkeypatch.setattr(launch, "rms_norm", norm)
+    monkeypatch.setattr(launch, "add_thin", thin)
     monkeypatch.setattr(launch, "add_norm", lambda x, more, weight, eps: (x + more, norm(x + more, weight, eps)))
     monkeypatch.setattr(launch, "swiglu", lambda both: F.silu(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1])
     launch.able.cache_clear()

@@ -51,6 +51,7 @@ GROUPS = {
         warm=True,
     ),
     "pages": Group(["engine/pages"], _tests("engine", "pages")),
+    "audits": Group(["engine/audits"], _tests("engine", "audits evidence"), warm=True),
     "events": Group(["engine/events"], _tests("engine", "events stop_strings")),
     "running": Group(_in("engine", "holding plan running"), _tests("engine", "holding plan running")),
     "cost": Group(_in("model", "cache cost reach"), _tests("model", "cache cost")),
