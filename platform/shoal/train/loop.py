@@ -114,7 +114,7 @@ def _fit(plan: FitPlan, ranks: Ranks, say: Speaker, at_end: contextlib.ExitStack
     rounded = _rounded(plan, model, feed, ranks)  # before a checkpoint takes the place of the weights
     run.load(model, optimizer, feed)
     followed = run.schedule(state)
-    if compiled:
+    if compiled and _done(plan, run, state) < 1.0:
         _rehearsed(plan, run, state)
     heads = min(2, len(model.exits)) if rotates(plan.model, plan.train) else len(model.exits)
     meter = Meter(plan.model, matmul_rate(ranks.device), ranks.world, heads=heads)
@@ -137,8 +137,7 @@ def _updates(plan: FitPlan, run: Run, state: TrainState, meter: Meter, followed:
     ranks, say, feed, model = run.ranks, run.say, run.feed, run.model
     clock = Clock(ranks, state.seconds, stop_file(plan.run))
     tracer = Tracer(plan.run, plan.profile, ranks)
-    share = progress(plan, step=state.step, seconds=state.seconds, steps_in_epoch=feed.steps_in_epoch)
-    done, took = max(share, state.schedule), clock.last_step
+    done, took = _done(plan, run, state), clock.last_step
     while done < 1.0:
         tracer.before()
         watch = Watch()
@@ -169,6 +168,12 @@ def _updates(plan: FitPlan, run: Run, state: TrainState, meter: Meter, followed:
         fake_quantize_(model.net, plan.quantize)  # what is measured is what will be served
         _between(plan, run, state, done, stopped=clock.stopped)
     return done
+
+
+def _done(plan: FitPlan, run: Run, state: TrainState) -> float:
+    """The share of the run that `state` has done."""
+    share = progress(plan, step=state.step, seconds=state.seconds, steps_in_epoch=run.feed.steps_in_epoch)
+    return max(share, state.schedule)
 
 
 def _rehearsed(plan: FitPlan, run: Run, state: TrainState) -> None:

@@ -234,3 +234,12 @@ def test_a_run_that_compiles_is_the_run_that_does_not(
         assert len(asked) == how * plan.model.layers
         losses.append([record["loss"] for record in log.read(plan.run) if record["kind"] == "step"])
     assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+def test_a_run_that_has_ended_compiles_nothing(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given again, as after a copy that failed: on a GPU a rehearsal is a minute."""
+    rehearsed = list[int]()
+    monkeypatch.setattr("shoal.train.loop.rehearse", lambda *_, **__: rehearsed.append(1))
+    monkeypatch.setattr(torch, "compile", lambda forward, **how: forward)
+    plan = pretrain_plan("test", str(shards), str(tmp_path / "run"), steps=1, eval_rows=4, compile=True)
+    assert fit(plan).steps == fit(plan).steps == 1 and rehearsed == [1]
