@@ -32,7 +32,7 @@ from shoal.model.router import TOLERANCES, Calibration
 SHARE = 1 / 32  # of the answers that the router decides within a tolerance
 COST = 0.01  # of all other work of the engine, that audits may take
 WAITING = 8  # answers that wait to be looked at, at most
-TRIES = 3  # times that one may lose its units to others
+TRIES = 3  # times that one may lose its units to others, and that steps with one may fail
 
 DOUBT = 0.05  # chance that a router which keeps its promise is ever corrected
 BETS = (1 / 32, 1 / 8, 1 / 2)  # shares of what it has that a gambler puts on the next answer's losing more than it may
@@ -97,6 +97,7 @@ class Audits:
         self._begun = False  # does it?
         self._found: list[float] = []  # what it lost so far
         self._tries = 0
+        self._failed = 0  # steps with one
         self._owed = 0.0  # rows of a group that audits had beyond their share of the work
         # a head's work in rows of a group
         self._head = head_flops(config) / (layer_flops(config, config.train_length) / GROUPS)
@@ -114,16 +115,20 @@ class Audits:
         """The router has decided on `running`, now is when it is chosen: whatever comes of it. Not of guided answers: where a
         grammar leaves one token, nothing is lost however the laws of all tokens differ."""
         if bounded(running.request.quality_tolerance) is not None and running.grammar is None:
-            running.audited = self._draws.random() < SHARE and self._owed <= 0
+            running.audited = self._draws.random() < SHARE and self._owed <= 0 and self._failed < TRIES
 
     def told(self, running: Running) -> None:
-        """An answer that was chosen has ended well."""
-        if not spans(running, self._config.layers):
-            self._learn(running, 0.0)
-        elif len(self._waiting) < WAITING and self._most(running) <= self._pages.total:
-            self._waiting.append(running)
-        else:
+        """An answer that was chosen has ended well. One of full depth waits as well, though nothing runs for it: learned of at
+        once while others are dropped, for units that lack, such would say that nothing is lost."""
+        if self._failed >= TRIES or self._most(running) > self._pages.total:
             self.dropped += 1
+            return
+        if len(self._waiting) >= WAITING:
+            if self._begun:
+                self.dropped += 1
+                return
+            self.drop()  # the first, for which units lack: else nothing would be looked at until it has them
+        self._waiting.append(running)
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -139,11 +144,11 @@ class Audits:
     def aside(self, room: int, beside: int) -> int:
         """Rows of `room` that prompts leave it, at most a page: else a queue of prompts that never ends would leave it none."""
         page = self._config.page
-        return max(0, min(page, room - page)) if self._waiting and self._fits(beside) else 0
+        return max(0, min(page, room - page)) if self._can(beside) else 0
 
     def work(self, room: int, beside: int) -> Work | None:
         """The next rows of what is looked at, at most `room`, where `beside` units stay available; and its units."""
-        if room < 1 or not self._waiting or not self._fits(beside):
+        if room < 1 or not self._can(beside):
             return None
         running = self._waiting[0]
         holding, every = running.holding, spans(running, self._config.layers)
@@ -189,9 +194,16 @@ class Audits:
         return True
 
     def drop(self) -> None:
-        """Look no longer at what is looked at."""
-        self._leave()
+        """Look no longer at the first that waits."""
         self.dropped += 1
+        self._leave()
+
+    def failed(self) -> None:
+        """A step failed in which it was looked at. After a few of them nothing is looked at any more."""
+        self._failed += 1
+        self.drop()
+        while self._failed >= TRIES and self._waiting:
+            self.drop()
 
     def samples(self) -> Samples:
         """What `engine.metrics` shows of it."""
@@ -202,6 +214,15 @@ class Audits:
             found[sample("audited_allowed_nats", tolerance=tolerance)] = of.allowed
             found[sample("router_correction_nats", tolerance=tolerance)] = of.shift
         return found
+
+    def _can(self, beside: int) -> bool:
+        """Are there units for one that waits, with `beside` to spare? Of those at full depth before it is learned."""
+        while self._waiting and self._fits(beside):
+            if spans(self._waiting[0], self._config.layers):
+                return True
+            self._learn(self._waiting[0], 0.0)
+            self._leave()
+        return False
 
     def _fits(self, beside: int) -> bool:
         """Are there units for all of the first that waits, with `beside` to spare?"""
@@ -216,10 +237,10 @@ class Audits:
         return running.holding.pages_for(len(running.tokens)) * GROUPS
 
     def _leave(self) -> None:
-        running = self._waiting.popleft()
-        if self._begun:
-            running.holding.release(self._pages)
+        running, begun = self._waiting.popleft(), self._begun
         self._begun, self._tries, self._found = False, 0, []
+        if begun:
+            running.holding.release(self._pages)
 
     def _learn(self, running: Running, lost: float) -> None:
         tolerance = running.request.quality_tolerance

@@ -229,7 +229,8 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Run one step and return what happened. A forward that raises ends the requests of this step with reason
-        "error"; after `MAX_FAILURES` in a row, or an error in the books, all requests end so and the engine is dead."""
+        "error"; after `MAX_FAILURES` in a row, or an error in the books, all requests end so and the engine is dead. One that
+        looked at an answer too (`engine.audits`) is made again without."""
         if self.dead is not None:
             return self.scheduler.take_events()
         try:
@@ -242,7 +243,7 @@ class Engine:
             try:
                 outcome = self.runner.run(plan)
             except Exception as error:
-                self._failed(error)
+                self._failed(error, plan.audit is None)
                 self.scheduler.fail(plan.works, of_request(error, "the step failed"))
                 return self.scheduler.take_events()
             self._failures = 0
@@ -329,9 +330,9 @@ class Engine:
         after = router.later.after
         return after if len(request.answer) <= after < request.sampling.max_tokens else None
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: Exception, counts: bool) -> None:
         log.error("a step failed\n%s", frames(error))
-        self._failures += 1
+        self._failures += counts
         if self._failures >= MAX_FAILURES:
             self.die(f"{self._failures} steps failed in a row, the last with {type(error).__name__}")
 

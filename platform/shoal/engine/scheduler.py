@@ -35,6 +35,7 @@ from __future__ import annotations
 import bisect
 import time
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import replace
 
 from shoal.config import GROUPS, ModelConfig
@@ -126,11 +127,16 @@ class Scheduler:
             running.paused = paused
 
     def fail(self, works: Iterable[Work], error: RequestError) -> None:
-        """End the requests of a step that failed."""
+        """End the requests of a step that failed. Where it looked at an answer too, which may be why, these begin anew, and
+        what was looked at is dropped."""
+        works = list(works)
+        audited = any(work.audit for work in works)
+        if audited:
+            self.judge.failed()
         for work in works:
-            if work.audit:
-                self.judge.drop()
-            elif work.running.id in self._live:
+            if audited and work.running in self.running:
+                self._preempt(work.running)
+            elif not audited and work.running.id in self._live:
                 self._finish(work.running, "error", again(error))
 
     def fail_all(self, error: RequestError) -> None:
@@ -142,6 +148,9 @@ class Scheduler:
                 self._live.pop(running.id, None)
                 self._events.append(Finished(running.id, "error", error=again(error)))
         self.running, self.waiting = [], []
+        while not self.judge.idle:
+            with suppress(Exception):
+                self.judge.drop()
 
     @property
     def live(self) -> Collection[Running]:

@@ -264,8 +264,84 @@ def test_who_leaves_or_fails_is_not_looked_at_and_a_step_that_fails_drops_it(mon
     while not engine.idle:
         ends += [event for event in engine.step() if isinstance(event, Finished)]
         engine.scheduler.check_integrity()
-    assert len(ends) == 1 and ends[0].request == one.id
+    assert [(end.request, end.reason) for end in ends] == [(one.id, "length")], "it begins anew"
     assert engine.stats()["kv_cache_usage_perc"] == 0 and engine.stats()["audits_dropped_total"] == 1
+
+
+@pytest.mark.usefixtures("every")
+def test_nobody_ends_for_a_look_that_fails_and_after_a_few_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model(to(EXITS[0]), to(EXITS[0]), 99), units=400, max_batch=4)
+    run_step, failures = engine.runner.run, 0
+
+    def fails(plan: Plan) -> Outcome:
+        nonlocal failures
+        if plan.audit is not None:
+            failures += 1
+            raise torch.OutOfMemoryError("no memory")
+        return run_step(plan)
+
+    wanted = _tokens(run(engine, asked := [ask(LONG[n:], 3 + 4 * n, None, "full") for n in range(8)]))
+    engine.forget_prompts()
+    monkeypatch.setattr(engine.runner, "run", fails)
+    routed = [ask(LONG[:n], 3) for n in range(1, 20)]
+    found = run(engine, [*routed, *(again := [dataclasses.replace(one) for one in asked])])
+    assert _tokens(found)[len(routed) :] == wanted and len(again) == len(wanted)
+    assert {events[-1].reason for events in found if isinstance(events[-1], Finished)} == {"length"}
+    assert failures == audits.TRIES and engine.stats()["audits_dropped_total"] >= audits.TRIES
+    run(engine, [ask(LONG, 3)])
+    assert failures == audits.TRIES
+
+
+@pytest.mark.usefixtures("every")
+def test_an_engine_that_is_dead_is_idle() -> None:
+    engine = Engine(model(to(EXITS[0]), to(EXITS[0]), 99), units=400, max_batch=1, max_batch_tokens=9)
+    engine.submit(ask(LONG, 3))
+    for _ in range(50):
+        if not engine.scheduler.judge.holder:
+            engine.step()
+    assert engine.scheduler.judge.holder and not engine.idle
+    engine.die("a test")
+    assert engine.idle and engine.stats()["kv_cache_usage_perc"] == 0
+    engine.scheduler.check_integrity()
+
+
+def busy(engine: Engine, steps: int, prompt: Callable[[int], list[int]], tokens: int) -> None:
+    """So many steps in which there is always somebody who waits."""
+    count = 0
+    for _ in range(steps):
+        while len(engine.scheduler.waiting) < 2:
+            count += 1
+            engine.submit(ask(prompt(count), tokens))
+        engine.step()
+
+
+@pytest.mark.usefixtures("every")
+def test_full_depth_is_learned_of_no_sooner_than_what_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where units lack for all that is to be looked at, those at full depth would say that nothing is lost."""
+    monkeypatch.setattr(audits, "WAITING", 8)
+    found = learned(monkeypatch)
+    engine = Engine(
+        model(lambda n: EXITS[0] if n % 2 else EXITS[-1], to(EXITS[0]), 99), units=41, max_batch=6, max_batch_tokens=20
+    )
+    busy(engine, 150, lambda i: [20 + (i * j) % 200 for j in range(20 + i % 10)], 8)
+    assert engine.stats()["audits_dropped_total"] > 10
+    assert len(found) < 4 or sum(one > 0 for one in found) > len(found) / 4
+    before = len(found)
+    for running in list(engine.scheduler.live):
+        engine.cancel(running)
+    while not engine.idle:
+        engine.step()
+    last = found[before:]
+    assert 0.0 in last and max(last) > 0
+
+
+@pytest.mark.usefixtures("every")
+def test_a_long_answer_that_finds_no_units_makes_room_for_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audits, "WAITING", 4)
+    engine = Engine(model(to(EXITS[0]), to(EXITS[0]), 99), units=81, max_batch=3, max_batch_tokens=40)
+    engine.submit(ask([20 + j % 200 for j in range(150)], 8))
+    busy(engine, 150, lambda i: [20 + (i * j) % 200 for j in range(20)], 4)
+    assert engine.stats()['audited_answers_total{tolerance="0.05"}'] > 3
 
 
 @pytest.mark.usefixtures("every")
