@@ -197,6 +197,7 @@ def some_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Exception]]:
     monkeypatch.setattr(launch, "installed", lambda: True)
     monkeypatch.setattr(launch, "is_in_torch_dispatch_mode", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
     def thin(x: Tensor, a: Tensor, b: Tensor, bounds: Tensor, room: int, of: Tensor, out: Tensor) -> None:
         for row, k in enumerate(of.tolist()):
             own = slice(*bounds[:, k].tolist()) if k >= 0 else slice(0)
