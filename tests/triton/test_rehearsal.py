@@ -29,6 +29,7 @@ KERNELS: list[tuple[Callable[..., None], dict[str, Any]]] = [
 TORCH: list[tuple[Callable[..., None], dict[str, Any]]] = [
     (test_engine_on_gpu.test_answers_are_those_of_the_cpu, {"limits": {"units": 60, "max_batch": 6}}),
     (test_engine_on_gpu.test_bfloat16_stays_near_float32, {}),
+    (test_model_on_gpu.test_compiled_layers_train_as_they_do_alone, {"recompute": "selective"}),
     (test_model_on_gpu.test_logits_and_pages_are_those_of_the_cpu, {}),
     (test_model_on_gpu.test_int8_on_a_gpu_is_the_arithmetic_of_the_cpu, {}),
     (test_model_on_gpu.test_int8_kernels_of_a_gpu_give_the_reference_to_the_bit, {"name": "float"}),
@@ -37,14 +38,14 @@ TORCH: list[tuple[Callable[..., None], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("test", "given"), KERNELS + TORCH, ids=lambda x: getattr(x, "__name__", ""))
 def test_a_test_of_a_gpu_can_run(
-    test: Callable[..., None], given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    test: Callable[..., None], given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for module in MODULES:
         monkeypatch.setattr(module, "DEVICE", "cpu")
     if test in dict(TORCH):
         monkeypatch.setattr(launch, "ON", set())
-    if "monkeypatch" in inspect.signature(test).parameters:
-        given = given | {"monkeypatch": monkeypatch}
+    fixtures = {"monkeypatch": monkeypatch, "caplog": caplog}
+    given = given | {name: each for name, each in fixtures.items() if name in inspect.signature(test).parameters}
     test(**given)
 
 
