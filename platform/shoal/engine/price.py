@@ -39,7 +39,8 @@ class Price:
         self._plain, self._steps = 0.0, 0
         self._like = like
         self._seen = 0  # steps with drafts
-        self._drafted = 0  # steps with drafts since the last without
+        self._drafted = 0  # steps with drafts since one without was due
+        self._since = 0  # ... since one without was seen, `AGAIN` at most
         self._costs: list[float] = []  # fixed, each, row: seconds
         self._doubt: list[list[float]] = []  # their covariance
 
@@ -51,7 +52,7 @@ class Price:
     def learn_plain(self, seconds: float) -> None:
         """Take in a step without drafts. One that is slower than those before counts less: others' work on the machine takes
         time as well. Of the first ones the fastest counts: the very first may have been waiting for kernels."""
-        self._steps, self._drafted = self._steps + 1, 0
+        self._steps, self._drafted, self._since = self._steps + 1, 0, 0
         if self._steps == 1:
             self._plain = seconds
         faster = 1.0 if self._steps <= PLAIN else FASTER
@@ -71,7 +72,7 @@ class Price:
         noise = (NOISE * self.plain * (1 if off < 0 else 3)) ** 2
         doubt = self._doubt
         towards = [sum(a * b for a, b in zip(line, x, strict=True)) for line in doubt]
-        shifted = (WANDERS * self.plain) ** 2 * self._drafted
+        shifted = (WANDERS * self.plain) ** 2 * self._since
         whole = sum(a * b for a, b in zip(towards, x, strict=True)) + noise + shifted
         # it never rises so: who thinks that steps without drafts are slow drafts, and sees none of them
         self._plain *= 1 - min(0.5, shifted * max(0.0, -off) / whole / self._plain)
@@ -90,7 +91,7 @@ class Price:
     def look(self, rate: float) -> bool:
         """Is it time for a step without drafts, since that is what all are compared with? Such steps are the rarer the more
         tokens a second are lost by one, `rate` of which come with drafts for one without."""
-        self._drafted += 1
+        self._drafted, self._since = self._drafted + 1, min(AGAIN, self._since + 1)
         due = self._drafted >= AGAIN * (1 - 1 / rate)
         if due:
             self._drafted = 0

@@ -214,6 +214,20 @@ def test_a_fast_step_with_drafts_says_that_one_without_is_faster_too() -> None:
         assert 0.5 * before <= price.plain <= before
 
 
+def test_a_look_that_was_due_and_not_taken_tells_nothing_of_steps_without_drafts() -> None:
+    """As beside a prompt, whose step is no measure."""
+    price = Price(1, 0.25)
+    for _ in range(PLAIN):
+        price.learn_plain(2.0)
+    due = [price.look(1.5) for _ in range(60)]
+    assert due.count(True) == 1 and price._since == 60
+    for _ in range(LOOK):
+        price.look(1.5)
+    assert price._since == LOOK
+    price.learn_plain(2.0)
+    assert price._since == 0
+
+
 def test_the_first_draft_is_thought_to_cost_what_others_do_not() -> None:
     """After four drafts that cost far more than four first groups, a fifth does not seem to cost a fourth of that."""
     price = Price(1, 0.2)
