@@ -12,12 +12,14 @@ from collections.abc import Hashable, Sequence
 BEGINNINGS = (4, 16)  # tokens of a prompt that tell a kind: of a task, and of an application
 KINDS = 1024  # that are remembered, those that were asked for last
 START = 0.75  # share of drafts that is thought to stand where nothing is known
-SEEN = 3.0  # drafts that count as much as all that is known of wider kinds
-WINDOW = 20.0  # drafts of a kind that are remembered
+# drafts that count as much as all that is known of wider kinds: answers of a task are more alike than few drafts tell, and an
+# answer that is given up for a few that failed by chance says nothing more (decision 0120)
+SEEN = 8.0
+WINDOW = 60.0  # drafts of a kind that are remembered
 TRIES = 0.004  # share of the time that a kind's tries lose, each being waited for as long as makes it so
-# steps, whose time the answers of a task may lose at most after they have gained more: of one, two chains in a row that fail
-# early leave nothing, and what pays would then wait for a hundred steps
-CREDIT = 2.0
+# steps, whose time the answers of a task may lose at most after they have gained more: of two, chance leaves nothing after a few
+# dozen steps, and what pays would then wait for a hundred
+CREDIT = 8.0
 SHARED = 1.0  # steps, whose time all others may lose at most of what is gained beyond that
 
 

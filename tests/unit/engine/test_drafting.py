@@ -311,7 +311,7 @@ def test_what_stands_is_learned_over_answers_of_a_task() -> None:
         return Record(6, kinds.of("way", [*beginning, *range(40, 60)]))
 
     assert record(1, 1, 1, 1).share == START
-    for _ in range(8):
+    for _ in range(12):
         record(1, 1, 1, 1).add(0, 1)
         record(2, 2, 2, 2).add(6, 6)
     assert record(1, 1, 1, 1).share < 0.2 and record(2, 2, 2, 2).share > 0.9
@@ -322,7 +322,7 @@ def test_what_stands_is_learned_over_answers_of_a_task() -> None:
     mine.add(0, 1)
     # its own failure counts once: not again as one of its application's, which nobody else is of
     assert SEEN * (before - 0.1) / (1 + SEEN) < mine.share < before
-    for _ in range(5):
+    for _ in range(13):
         mine.add(0, 1)
     assert mine.share < 0.4 < 0.5 < record(2, 2, 2, 2).share, "its own soon say more than those of others"
 
@@ -333,7 +333,7 @@ def test_of_a_kind_the_last_drafts_count_and_of_kinds_the_last() -> None:
     wide.add(100, 100)
     assert (wide.good, wide.tried) == (WINDOW, WINDOW)
     for _ in range(3):
-        wide.add(0, 20)
+        wide.add(0, int(WINDOW))
     assert wide.good < 0.2 * WINDOW
     for number in range(KINDS):
         kinds.of("way", [number])
@@ -444,11 +444,13 @@ def test_where_few_drafts_stand_at_most_three_hundredths_are_lost(
 
 @pytest.mark.parametrize("costs", COSTS)
 def test_an_answer_that_changes_its_mind_loses_little_more(costs: tuple[int, float, float, float]) -> None:
-    """Prompts that begin alike whose drafts stand no longer: nobody could know."""
+    """Prompts that begin alike whose drafts stand no longer: nobody could know. What is lost was gained before, `CREDIT` steps
+    of it at most."""
     stream = Stream(*costs)
     for _ in range(3):
         stream.run(1, 0.95, 200)
-        assert stream.run(1, 0.1, 200) > 0.965
+        assert stream.run(1, 0.1, 200) > 0.94
+        assert stream.seconds < stream.without
 
 
 @pytest.mark.parametrize("costs", COSTS)
@@ -499,15 +501,15 @@ def test_where_all_drafts_stand_nine_tenths_of_the_gain_are_had(
 
 
 def test_chains_that_fail_now_and_then_do_not_end_what_pays() -> None:
-    """Where four of five drafts stand, two chains in a row may well fail at their first draft. Two thirds of the gain are had
-    in the mean; with one step of credit it was half."""
+    """Where four of five drafts stand, two chains in a row may well fail at their first draft. Nine tenths of the gain are had
+    in the mean; with a credit of two steps it was two thirds, of one half."""
     costs, length = COSTS[0], (30, 60)
     found = list[float]()
     for seed in range(24):
         stream = Stream(*costs, rng=random.Random(seed))
         stream.run(1, 0.8, 100, length)
         found.append(stream.run(1, 0.8, 400, length) - 1)
-    assert float(np.mean(found)) > 0.6 * (always(costs, 0.8, length) - 1)
+    assert float(np.mean(found)) > 0.85 * (always(costs, 0.8, length) - 1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -619,7 +621,7 @@ def test_what_is_audited_follows_from_what_drafts_cost_and_how_many_stand() -> N
             drafting.prices.at(8).learn_plain(1.0)
             drafting.prices.at(8).learn(6, 48, 1 + extra * 6)
         for kind in drafting.kinds.of((4, "", False, True, 2), [50, 51]):
-            kind.add(stood, max(stood, 6))
+            kind.add(4 * stood, 24)
         assert drafting.audits(asking(), 8, 4) == pays
 
 
