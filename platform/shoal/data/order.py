@@ -17,6 +17,7 @@ from shoal.errors import ConfigError, UsageError
 
 PARTS = 1000  # a mix is kept to a tenth of a percent
 WINDOW = 1024  # rows that are sorted by length together
+DRAWN = 2**20  # numbers that `opening` draws at once
 
 
 @lru_cache(maxsize=16)
@@ -26,6 +27,22 @@ def permutation(count: int, *key: int) -> np.ndarray:
     order = np.argsort(raw, kind="stable")
     order.setflags(write=False)
     return order
+
+
+@lru_cache(maxsize=16)
+def opening(count: int, most: int, *key: int) -> np.ndarray:
+    """The first `most` numbers of `permutation`, of which no more is held: all of it takes 20 bytes a number to draw."""
+    stream = np.random.PCG64(np.random.SeedSequence(key))
+    values, places = np.empty(0, np.uint64), np.empty(0, np.int64)
+    for start in range(0, count, DRAWN):
+        raw = stream.random_raw(min(DRAWN, count - start))
+        # of equal numbers the earlier comes first, so what is no less than all that are held has no place among them
+        some = np.flatnonzero(raw < values[-1]) if len(values) == most else np.arange(len(raw))
+        values, places = np.concatenate([values, raw[some]]), np.concatenate([places, start + some])
+        least = np.argsort(values, kind="stable")[:most]
+        values, places = values[least], places[least]
+    places.setflags(write=False)
+    return places
 
 
 def parse_mix(mix: str | Mapping[str, float]) -> dict[str, float]:
@@ -99,8 +116,19 @@ class RowOrder:
     def at(self, position: int) -> tuple[str, int]:
         """Modality and row number."""
         name, occurrence = self.mix.at(position)
-        key = MODALITIES.index(name) if name in MODALITIES else len(MODALITIES)
-        return name, shuffled(self.counts[name], occurrence, self.seed, key)
+        return name, shuffled(self.counts[name], occurrence, self.seed, self._key(name))
+
+    def first(self, count: int) -> list[tuple[str, int]]:
+        """`at` of the positions before `count`, without an order of all rows in memory."""
+
+        def row(name: str, occurrence: int) -> int:
+            epoch, place = divmod(occurrence, self.counts[name])
+            return int(opening(self.counts[name], count, self.seed, self._key(name), epoch)[place])
+
+        return [(name, row(name, occurrence)) for name, occurrence in map(self.mix.at, range(count))]
+
+    def _key(self, name: str) -> int:
+        return MODALITIES.index(name) if name in MODALITIES else len(MODALITIES)
 
 
 def shuffled(count: int, occurrence: int, *key: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -10,7 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.data.documents import MODALITIES
-from shoal.data.order import Mix, RowOrder, cut, length_groups, padding, parse_mix, permutation, shuffled
+from shoal.data.order import (
+    DRAWN,
+    Mix,
+    RowOrder,
+    cut,
+    length_groups,
+    opening,
+    padding,
+    parse_mix,
+    permutation,
+    shuffled,
+)
 from shoal.errors import ConfigError, UsageError
 
 SHARES = st.dictionaries(st.sampled_from("abcd"), st.floats(0.01, 1), min_size=1)
@@ -89,6 +101,36 @@ def test_epochs_seeds_and_modalities_have_orders_of_their_own() -> None:
 def test_the_order_is_that_of_numpys_promised_stream() -> None:
     """A change here would make every resumed run see other rows than those it has not seen."""
     assert permutation(10, 7, 0).tolist() == [6, 3, 4, 9, 0, 2, 8, 7, 5, 1]
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 64), st.integers(0, 2**32))
+@settings(deadline=None)
+def test_the_first_of_an_order_are_those_of_the_whole(count: int, most: int, drawn: int, seed: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shoal.data.order.DRAWN", drawn)
+        opening.cache_clear()
+        assert opening(count, most, seed, 1).tolist() == permutation(count, seed, 1)[:most].tolist()
+    opening.cache_clear()
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 99), st.integers(0, 99))
+@settings(deadline=None)
+def test_the_first_rows_are_those_at_their_positions(short: int, long: int, count: int, seed: int) -> None:
+    """Also where a modality's rows come again."""
+    order = RowOrder({"text": 0.7, "film": 0.3}, {"text": short, "film": long}, seed)
+    assert order.first(count) == [order.at(position) for position in range(count)]
+
+
+def test_to_find_the_first_rows_takes_no_memory_for_the_others() -> None:
+    def peak(count: int) -> int:
+        tracemalloc.start()
+        try:
+            RowOrder({"text": 1.0}, {"text": count}, 5).first(1000)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert peak(4 * DRAWN) < 1.1 * peak(2 * DRAWN)
 
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=200), st.integers(1, 200), st.integers(0, 9))
