@@ -33,7 +33,7 @@ from shoal.data.alone import alone
 from shoal.data.chats import customer_service
 from shoal.data.chats.recipes import FILES, ChatFiles, fits
 from shoal.data.documents import SourceSpec
-from shoal.data.kept import code_digest, digest
+from shoal.data.kept import code_digest, digest, digest_of_list
 from shoal.data.lease import leased
 from shoal.data.operators import decontaminate
 from shoal.data.operators.pipeline import Operators
@@ -135,17 +135,17 @@ class _Job:
     @cached_property
     def keys(self) -> list[str]:
         """What each part follows from."""
-        code = digest(code_digest(), dump(self.operators), _stamps(self.evaluation), self.seed)
-        return [digest(code, _stamps(files)) for files in self.plan]
+        code = digest(code_digest(), dump(self.operators), [*_stamps(self.evaluation)], self.seed)
+        return [digest(code, [*_stamps(files)]) for files in self.plan]
 
     @cached_property
     def request(self) -> dict[str, Any]:
         """What a finished corpus says that it was made of. The demo corpus is what its lock file says, whenever it was
         fetched."""
-        files = [file for part in self.plan for file in part]
+        stamps = _stamps(file for part in self.plan for file in part)
         asked = {
             "sources": demo.request() if self.demo else [dump(spec) for spec in self.specs],
-            "files": len(files) if self.demo else digest(_stamps(files)),
+            "files": sum(map(len, self.plan)) if self.demo else digest_of_list(stamps),
             "bytes": sum(self.sizes),
             "mix": dict(self.mix),
             "model": dump(self.preset.model),
@@ -153,7 +153,7 @@ class _Job:
             "tokenizer": self.given.sha256 if self.given else None,
             "operators": dump(self.operators),
         }
-        return asked | ({"evaluation sets": digest(_stamps(self.evaluation))} if self.evaluation else {})
+        return asked | ({"evaluation sets": digest_of_list(_stamps(self.evaluation))} if self.evaluation else {})
 
 
 def _make(job: _Job, start: float, on_progress: Progress, need: Callable[[], None]) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def _make(job: _Job, start: float, on_progress: Progress, need: Callable[[], Non
 def _sets(job: _Job, places: Parts, on_progress: Progress) -> Sets:
     """What evaluation sets hold. Raises DataError where that is nothing, and for a file that cannot be read."""
     plan = parts.split_files(job.evaluation, least=1)
-    evaluation = Evaluation(places, digest(code_digest(), _stamps(job.evaluation)))
+    evaluation = Evaluation(places, digest(code_digest(), [*_stamps(job.evaluation)]))
     counts, tables, collects = Counter[int](), list[int](), list(enumerate(plan))
     sizes = [sum(file.size for file in files) for files in plan]
     for found in each(evaluation.collect, collects, sizes, "read evaluation sets", on_progress):
@@ -277,9 +277,12 @@ def _made_in(place: Path | Place, file: File) -> bool:
     return f"{SCHEME}{file.path}".startswith(own) and not f"{file.spec.uri}/".startswith(own)
 
 
-def _stamps(files: Iterable[File]) -> list[list[Any]]:
+def _stamps(files: Iterable[File]) -> Iterator[list[Any]]:
     """What tells whether files, and the captions beside them, are still what was read."""
-    return [[dump(file.spec), file.name, file.stamp, *([file.start] if file.end else [])] for file in files]
+    said: dict[int, Any] = {}  # of each source once: there may be millions of files
+    for file in files:
+        spec = said.get(id(file.spec)) or said.setdefault(id(file.spec), dump(file.spec))
+        yield [spec, file.name, file.stamp, *([file.start] if file.end else [])]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.data.identities import Side
-from shoal.data.kept import _plain, _typed, code_digest, digest, kept
+from shoal.data.kept import _plain, _typed, code_digest, digest, digest_of_list, kept
 from shoal.data.parts import Packed
 from shoal.data.shards import Shard
 
@@ -93,3 +93,11 @@ def test_a_packed_part_comes_back_as_it_was() -> None:
 def test_a_digest_tells_requests_apart() -> None:
     assert digest(1, "a") == digest(1, "a") != digest("a", 1)
     assert code_digest() == code_digest()
+
+
+@given(st.lists(st.lists(st.one_of(st.integers(), st.text(), st.dictionaries(st.text(), st.integers())))))
+def test_the_digest_of_a_list_is_that_of_its_values_one_after_the_other(values: list[object]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for at_once in (1, 3, 1024):
+            patch.setattr("shoal.data.kept.AT_ONCE", at_once)
+            assert digest_of_list(iter(values)) == digest(values)
