@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from shoal import presets
-from shoal.data.parts import PART_BYTES
+from shoal.data.needs import SMALL, Work
 from shoal.errors import ConfigError, did_you_mean
 from shoal.model.cost import kv_bytes_stored, parameters
+from shoal.on_ray.corpus_tasks import TASKS_OF_BANDS
 from shoal.train.meter import training_flops
 from shoal.train.needs import checkpoint_bytes, memory_needed, memory_parts, saved_at_once, trained_parameters
 from shoal.train.optim import rotates
@@ -33,6 +34,10 @@ HOST_LINK = 25e9  # bytes a second from a GPU to its host's memory (PCIe 4 x16)
 PREPARE_SECONDS = 0.70  # of a processor, a MB of text
 GATEWAY_EVENTS = 3800  # a second
 BYTES_A_TOKEN = 4.0  # of English text with a vocabulary of 65,536
+BYTES_A_DOCUMENT = 5000.0  # of web pages' text
+STORED = 6  # bytes of a token in the shards: a number, 4, and which document it is of, 2
+ORDER = 20  # bytes of a row while a rank draws the order of its modality's rows, measured and logged; 8 stay
+SOURCE_FILES = (1e9, 32e6, 1e6)  # bytes of each
 
 
 @dataclass(frozen=True)
@@ -175,22 +180,41 @@ def in_tensors(preset: str, world: int, ways: int, of: Gpu, utilisation: float) 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Of preparing so many bytes of text."""
+    """Of preparing so many bytes of text in S3."""
 
     bytes: float
-    tasks: int  # of each of the two passes
+    file: float  # bytes of a source file
+    parts: int
+    tasks: int  # of all passes
     tokens: float
     rows: float  # of the preset's training length
-    stored: float  # bytes of the shards: of a token a number, 4, and which document it is of, 2
+    order: float  # bytes that each rank of a training run holds while it draws the order of the rows
+    stored: float  # bytes of the shards
+    files: int  # of the corpus
+    meanwhile: int  # objects in the work folder, gone at the end
+    memory: dict[str, int]  # bytes of the command that prepares, by what they are for
     cpu_hours: float
 
 
-def corpus(size: float, preset: str) -> Corpus:
-    """`size`: bytes of text, in files that are not larger than a part."""
-    tokens = size / BYTES_A_TOKEN
-    hours = size / 1e6 * PREPARE_SECONDS / 3600
-    length = presets.get(preset).model.train_length
-    return Corpus(size, math.ceil(size / PART_BYTES), tokens, tokens / length, tokens * 6, hours)
+def corpus(size: float, preset: str, file: float = SOURCE_FILES[0]) -> Corpus:
+    """`size`: bytes of text; `file`: of each source file, which can be cut where it is large."""
+    tokens, length = size / BYTES_A_TOKEN, presets.get(preset).model.train_length
+    work = Work.of(size, file, size / BYTES_A_DOCUMENT)
+    shards, meanwhile = work.shards(tokens * STORED, length * STORED), work.meanwhile(TASKS_OF_BANDS)
+    return Corpus(
+        size,
+        file,
+        work.parts,
+        work.tasks(TASKS_OF_BANDS),
+        tokens,
+        tokens / length,
+        tokens / length * ORDER,
+        tokens * STORED,
+        shards + SMALL,
+        meanwhile,
+        work.command(shards, shards + meanwhile),
+        size / 1e6 * PREPARE_SECONDS / 3600,
+    )
 
 
 # ---- serving
@@ -249,7 +273,7 @@ def report(
         "gpu": dataclasses.asdict(of),
         "utilisation": utilisation,
         "training": [dataclasses.asdict(row) for row in rows],
-        "corpus": dataclasses.asdict(corpus(size, names[-1])),
+        "corpus": [dataclasses.asdict(corpus(size, names[-1], file)) for file in SOURCE_FILES],
         "serving": [dataclasses.asdict(row) for row in served],
     }
 
@@ -280,13 +304,8 @@ def tables(found: dict[str, Any]) -> str:
             f"{row['exchange']:.2f} | {row['checkpoint_bytes'] / 1e9:.1f} | {row['checkpoint']:.1f} | {row['stalled']:.2f} | "
             f"{row['tokens_a_day'] / 1e9:.1f} billion |"
         )
-    c = found["corpus"]
+    lines += ["", *_corpus_tables(found["corpus"])]
     lines += [
-        "",
-        "| text | tasks a pass | tokens | rows | shards | CPU hours |",
-        "|" + "---|" * 6,
-        f"| {c['bytes'] / 1e12:g} TB | {c['tasks']:,} | {c['tokens'] / 1e12:.2f} trillion | {c['rows'] / 1e6:,.0f} million | "
-        f"{c['stored'] / 1e12:.1f} TB | {c['cpu_hours']:,.0f} |",
         "",
         "| preset | streams | K/V of one | streams a replica | replicas, for K/V | for tokens | gateways |",
         "|" + "---|" * 7,
@@ -297,3 +316,23 @@ def tables(found: dict[str, Any]) -> str:
             f"{row['a_replica']:,} | {row['replicas_for_memory']:,} | {row['replicas_for_tokens']:,} | {row['gateways']:,} |"
         )
     return "\n".join(lines)
+
+
+def _corpus_tables(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| text | files of | parts | tasks | tokens | rows | their order, a rank | shards | files | files meanwhile | "
+        "CPU hours |",
+        "|" + "---|" * 11,
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['bytes'] / 1e12:g} TB | {row['file'] / 1e6:,.0f} MB | {row['parts']:,} | {row['tasks']:,} | "
+            f"{row['tokens'] / 1e12:.2f} trillion | {row['rows'] / 1e6:,.0f} million | {row['order'] / 1e9:.1f} GB | "
+            f"{row['stored'] / 1e12:.1f} TB | {row['files']:,} | {row['meanwhile']:,} | {row['cpu_hours']:,.0f} |"
+        )
+    parts = list(rows[0]["memory"])
+    lines += ["", f"| files of | {' | '.join(parts)} | MB in all |", "|" + "---|" * (len(parts) + 2)]
+    for row in rows:
+        cells = " | ".join(f"{row['memory'][part] / 1e6:,.0f}" for part in parts)
+        lines.append(f"| {row['file'] / 1e6:,.0f} MB | {cells} | {sum(row['memory'].values()) / 1e6:,.0f} |")
+    return lines

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from shoal import presets, scale
 from shoal.cli import main
+from shoal.data.order import permutation
 from shoal.data.shards import open_index
 from shoal.errors import ConfigError
 from shoal.model.cost import kv_bytes_stored, parameters
@@ -114,6 +117,26 @@ def test_shards_are_as_large_as_is_said(tmp_path: Path) -> None:
     assert said.tokens == tokens and said.rows == index.total("rows", "train", "text")
 
 
+def test_10_tb_are_prepared_by_a_head_of_8_gb_unless_in_small_files() -> None:
+    """As the clusters' files give it."""
+    memory = {file: sum(scale.corpus(10e12, "7b", file).memory.values()) for file in scale.SOURCE_FILES}
+    assert memory[1e9] < memory[32e6] < 2e9 and memory[1e6] > 4e9
+    assert sum(scale.corpus(1e12, "7b").memory.values()) < memory[1e9]
+
+
+def test_an_order_of_rows_takes_as_much_as_is_said() -> None:
+    """While it is drawn. That numpy's sort has room for half of the numbers besides, Python does not count."""
+    tracemalloc.start()
+    try:
+        permutation.cache_clear()
+        permutation(10**6, 1)
+        held, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        permutation.cache_clear()
+    assert held == pytest.approx(8e6, rel=0.02) and most + 4e6 == pytest.approx(scale.ORDER * 1e6, rel=0.02)
+
+
 def test_what_gpus_exchange_follows_the_definition() -> None:
     """By hand, for 4 GPUs in 2 groups: each gathers the half it lacks, twice for each micro-batch, in 2 bytes; sums up the
     gradients of the half that it keeps; and adds that half to the other group's."""
@@ -179,15 +202,36 @@ def test_streams_fill_replicas_by_their_keys_and_values() -> None:
         scale.serving("7b", 1, 10_000_000, scale.gpu_named("h100"), tokens_a_second=1.0, replica_tokens=1.0)
 
 
+def test_a_slow_network_does_not_hide_behind_products() -> None:
+    """What the page says of 100 Gbit/s a node of 8 GPUs."""
+    slow = dataclasses.replace(scale.gpu_named("h100"), network=100e9 / 8 / 8)
+    found = scale.training("7b", 64, slow, 0.1, 2e9)
+    assert round(found.exchange) == 89 and found.exchange > 2 * found.compute
+
+
+@pytest.mark.parametrize("preset", ["1b", "7b"])
+def test_as_many_streams_fit_where_both_memory_and_numbers_are_halved(preset: str) -> None:
+    """What the page says of serve_configs/cluster.yaml."""
+    of, model = scale.gpu_named("h100"), presets.get(preset).model
+    found = scale.serving(preset, 1, 4096, of, tokens_a_second=5.0, replica_tokens=1.0)
+    config = yaml.safe_load((DOCS.parent / "serve_configs" / "cluster.yaml").read_text())
+    (given,) = (application["args"] for application in config["applications"])
+    assert given["dtype"] == "auto"
+    left = given["gpu_share"] * of.memory - 2 * parameters(model).total
+    held = left // kv_bytes_stored(model, 4096, dtype=torch.bfloat16)
+    assert held == pytest.approx(found.a_replica, rel=0.02)
+
+
 def test_the_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     """docs/scale.md is written by hand around tables that the functions make."""
     assert main(["scale"]) == 0
     printed = [table.strip() for table in capsys.readouterr().out.split("\n\n")]
     page = (DOCS / "scale.md").read_text()
-    assert len(printed) == 4 and all(table in page for table in printed)
+    assert len(printed) == 5 and all(table in page for table in printed)
     assert main(["scale", "--preset", "1b", "--gpus", "16", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [(row["preset"], row["gpus"]) for row in found["training"]] == [("1b", 16)]
+    assert [row["file"] for row in found["corpus"]] == list(scale.SOURCE_FILES)
 
 
 @pytest.mark.parametrize("wrong", [["--gpu", "h1000"], ["--utilisation", "0"], ["--preset", "8b"], ["--gpus", "0"]])
