@@ -39,7 +39,8 @@ class ServeArgs:
     gpus: float = 0.0  # GPUs of one engine replica; above 0 the model runs on it
     precision: Literal["stored", "auto"] = "stored"  # auto: fp32 where INT8 cannot be trusted, which else is refused
     dtype: Dtype = "auto"  # on a GPU: auto is bfloat16, and float32 where weights are INT8
-    # of a GPU's memory, for weights, keys and values; None: 0.9, or 0.45 where a release is followed, so that two versions fit
+    # of a GPU's memory, all that an engine may take; None: 0.9 of what `gpus` reserves of it, half of that where a release is
+    # followed, so that two versions fit
     gpu_share: float | None = None
     kv_cache_dtype: KvCacheDtype = "auto"  # int8: keys and values rounded, three to four times as many fit
     # vllm: vLLM 0.32 behind the same gateway, for checkpoints of others as well
@@ -149,6 +150,11 @@ class ServeArgs:
         return CaptureArgs(
             self.capture, self.capture_texts, self.capture_days, self.capture_texts_days, self.capture_reruns
         )
+
+    @property
+    def engine_share(self) -> float:
+        """Of a GPU's memory, what one engine may take: `gpu_share`, or its default."""
+        return self.gpu_share or 0.9 * (min(1.0, self.gpus) or 1.0) / (2 if self.release else 1)
 
     def begin_capture(self) -> None:
         """Makes the folder of what is captured, if anything is: before a model is loaded, which is slow. Raises DataError."""

@@ -4,11 +4,21 @@ is not waited for, and all that is asked comes in one copy. On a CPU nothing is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+RECORDING = Lock()  # of the process: a recording begins with a wait for all of a device, which would end another one
+
+
+def give_back() -> None:
+    """Give a GPU what torch keeps of memory that nothing in this process holds any more: else it is nobody's. Waits for the
+    device, and for a graph that is recorded: torch refuses it until then."""
+    with RECORDING:
+        torch.cuda.empty_cache()  # which does nothing where there is none
 
 
 def sent(values: np.ndarray | Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

@@ -25,7 +25,7 @@ from shoal.engine.runner import Runner
 from shoal.engine.running import Running
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.shares import may_wait
-from shoal.engine.sizes import default_rows, default_units
+from shoal.engine.sizes import Needs, default_rows, default_units
 from shoal.engine.text import TextStream
 from shoal.errors import (
     AdapterGoneError,
@@ -92,9 +92,9 @@ class Engine:
         "auto" are to use. `speculative`: tokens that requests deeper than group 1 draft ahead unless they say otherwise, in
         steps of at most `speculative_max_batch` requests (default: as far as it is measured to pay). `kv_cache_dtype`: "auto",
         keys and values in the model's precision, or "int8", rounded with a scale each, in a third to a fourth of
-        fp32's memory (`model.slots`). `gpu_share`: of a GPU's memory, what weights leave of it is for keys and values, the rest
-        for what a step needs. `graphs`: decoding steps on a GPU are recorded once and replayed (`engine.graphs`). Raises
-        ConfigError for values that cannot work together.
+        fp32's memory (`model.slots`). `gpu_share`: of a GPU's memory, all that the engine may take: what weights and steps
+        leave of it is for keys and values. `graphs`: decoding steps on a GPU are recorded once and replayed (`engine.graphs`).
+        Raises ConfigError for values that cannot work together, and ResourceError where the memory does not hold one text.
         """
         config, device = model.config, model.device
         kv_dtype = stored_as(kv_cache_dtype, model.net.dtype)
@@ -104,7 +104,9 @@ class Engine:
         if not 0 <= speculative <= MAX_DRAFTS:
             raise ConfigError("speculative", got=speculative, allowed=f"0 to {MAX_DRAFTS}")
         self._unit_bytes = kv_bytes_stored(config, 1, config.group_layers, model.net.dtype, kv_dtype)
-        units = default_units(config, max_batch, self._unit_bytes, device, gpu_share) if units is None else units
+        if units is None:
+            needs = Needs.of(model.net, config, max_batch_tokens, device, model.net.dtype)
+            units = default_units(config, max_batch, self._unit_bytes, device, gpu_share, needs)
         if units < 2:
             raise ConfigError("units", got=units, allowed="2 or more (the null unit and one that holds tokens)")
         self.model, self.config, self._clock = model, config, clock

@@ -26,14 +26,13 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from shoal.config import GROUPS
-from shoal.engine.device import sent
+from shoal.engine.device import RECORDING, give_back, sent
 from shoal.engine.events import MAX_DRAFTS
 from shoal.engine.plan import Work
 from shoal.engine.told import ADAPTERS, IDS, POSITIONS, REQUESTS, SLOTS, Told
@@ -227,7 +226,7 @@ class Graphs:
             if each.drafts >= kind.drafts and each.adapted >= kind.adapted:
                 self._buckets[each] = [size for size in sizes if size < rows]
         self._made = {key: run for key, run in self._made.items() if self._needs(key)}
-        torch.cuda.empty_cache()  # which does nothing where there is none
+        give_back()
         log.warning(_FULL, rows, kind.rows, max(self._buckets[kind], default=0), first_line(error))
 
     def _needs(self, key: tuple[Any, ...]) -> bool:
@@ -297,9 +296,6 @@ def _of_memory(error: BaseException | None) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or _of_memory(error.__context__)
 
 
-_RECORDING = Lock()  # of the process: a recording begins with a wait for all of a device, which would end another one
-
-
 class Recorder:
     """`Record` on a CUDA device: the launches of each graph into a `torch.cuda.CUDAGraph`. All share their memory, as none is
     replayed beside another, and nothing of it is read after a graph. Engines of a process record one after the other."""
@@ -308,7 +304,7 @@ class Recorder:
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def __call__(self, run: Run) -> Run:
-        with _RECORDING:
+        with RECORDING:
             now = torch.cuda.current_stream()
             self._stream.wait_stream(now)
             try:

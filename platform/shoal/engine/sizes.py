@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
+
 import psutil
 import torch
+from torch import nn
 
 from shoal.config import GROUPS, ModelConfig
+from shoal.engine.device import give_back
 from shoal.errors import ResourceError
 from shoal.model.gpu import launch
 
+log = logging.getLogger(__name__)
+
 MEMORY_SHARE = 0.25  # of the free memory, for K/V
 CPU_ROWS, GPU_ROWS = 512, 8192  # of a step; a GPU needs thousands to be busy with products
-STEP_SHARE = 0.5  # of what a GPU has beside weights, keys and values; the rest is for graphs and logits
+# of what an engine may take of a GPU: rows of a step have at most so much, and as much is left for graphs, logits and adapters
+STEP_SHARE = REST_SHARE = 1 / 16
 
 
 def default_rows(config: ModelConfig, device: torch.device, dtype: torch.dtype, gpu_share: float = 0.9) -> int:
-    """Rows of a step: `CPU_ROWS`; on a GPU `GPU_ROWS`, or as many as `STEP_SHARE` of the memory outside `gpu_share` holds
+    """Rows of a step: `CPU_ROWS`; on a GPU `GPU_ROWS`, or as many as `STEP_SHARE` of `gpu_share` of its memory holds
     (`row_bytes`), if these are fewer, but never less than on a CPU."""
     if device.type != "cuda":
         return CPU_ROWS
     _, total = torch.cuda.mem_get_info(device)
-    room = int(STEP_SHARE * (1 - gpu_share) * total)
+    room = int(STEP_SHARE * gpu_share * total)
     return max(CPU_ROWS, min(GPU_ROWS, room // row_bytes(config, dtype.itemsize, launch.able(device))))
 
 
@@ -39,21 +47,64 @@ def row_bytes(config: ModelConfig, each: int, kernels: bool) -> int:
     return beside + c.heads // c.kv_heads * keys * (1 + each)
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What of a GPU's memory an engine has for other things than keys and values, in bytes."""
+
+    weights: int = 0  # that are there
+    step: int = 0  # that its largest step will need in a layer
+
+    @classmethod
+    def of(cls, net: nn.Module, config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype) -> Needs:
+        """Of an engine with the weights of `net`, whose steps have at most `rows` rows."""
+        held = sum(each.nbytes for each in (*net.parameters(), *net.buffers()))
+        return cls(held, rows * row_bytes(config, dtype.itemsize, launch.able(device)))
+
+
 def default_units(
-    config: ModelConfig, max_batch: int, unit_bytes: int, device: torch.device, gpu_share: float = 0.9
+    config: ModelConfig,
+    max_batch: int,
+    unit_bytes: int,
+    device: torch.device,
+    gpu_share: float = 0.9,
+    needs: Needs | None = None,
 ) -> int:
     """Units for `max_batch` requests of full context at full depth, or what `MEMORY_SHARE` of the free memory holds; on a GPU
-    what is left of `gpu_share` of its memory, whatever the batch, as later requests find again what fits. Never less than one
-    request of full context needs. Raises ResourceError, with the arithmetic, where the memory does not hold one."""
-    one = GROUPS * -(-config.context // config.page)
-    free, on_gpu = psutil.virtual_memory().available, device.type == "cuda"
+    as `_gpu_room` has it, whatever the batch, as later requests find again what fits. Never less than one request of full
+    context needs. Raises ResourceError, with the arithmetic, where the memory does not hold one."""
+    one, on_gpu = GROUPS * -(-config.context // config.page), device.type == "cuda"
     if on_gpu:
-        free, total = torch.cuda.mem_get_info(device)
-        free = max(0, free - int((1 - gpu_share) * total))
+        free, own, counted, do = _gpu_room(device, gpu_share, needs or Needs())
+    else:
+        free = own = psutil.virtual_memory().available
+        counted, do = "that are free", ""
     if one * unit_bytes > free:
         raise ResourceError(
             f"keys and values of one text of {config.context} tokens in {config.layers} layers do not fit the memory",
-            got=f"{one * unit_bytes / 1e9:.1f} GB", allowed=f"{free / 1e9:.1f} GB that are free",
-            do="store them in int8 (kv_cache_dtype), or import the model with a shorter --context",
+            got=_gb(one * unit_bytes), allowed=f"{_gb(free)} {counted}",
+            do=f"{do}store them in int8 (kv_cache_dtype), or import the model with a shorter --context",
         )  # fmt: skip
+    if free < own // 2:
+        log.warning("keys and values get %s of the GPU's memory, not %s: others hold the rest", _gb(free), _gb(own))
     return 1 + max(one, free // unit_bytes if on_gpu else min(one * max_batch, int(free * MEMORY_SHARE) // unit_bytes))
+
+
+def _gpu_room(device: torch.device, share: float, needs: Needs) -> tuple[int, int, str, str]:
+    """Bytes of a GPU for keys and values, and how many they would be if nothing else ran there: its memory times `share`, less
+    the engine's own weights and what its steps need; where others hold so much, what is free less what its steps need. Also
+    how that was counted, and what may be done about it. What engines that are gone have left to torch is given back first:
+    it is in pieces."""
+    give_back()
+    free, total = torch.cuda.mem_get_info(device)
+    most = int(share * total)
+    step = needs.step + int(REST_SHARE * most)
+    own, left = max(0, most - needs.weights - step), max(0, free - step)
+    if own <= left:
+        less = f"less {_gb(needs.weights)} of weights, {_gb(step)} for steps"
+        return own, own, f"(gpu_share {share:.2f} of {_gb(total)}, {less})", "give the engine more of it (gpu_share), "
+    counted = f"({_gb(free)} free beside the weights, less {_gb(step)} for steps)"
+    return left, own, counted, "give what runs beside it less (gpu_share: 0.45 each for two engines), "
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

@@ -24,7 +24,16 @@ from shoal.api.serve_args import ServeArgs
 from shoal.data import models
 from shoal.engine.events import Event, Finished, Request
 from shoal.engine.metrics import Samples, sample
-from shoal.errors import CheckpointError, ConfigError, EngineDeadError, RequestError, ShoalError, frames
+from shoal.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineDeadError,
+    RequestError,
+    ResourceError,
+    ShoalError,
+    first_line,
+    frames,
+)
 from shoal.machine import cores, threads
 from shoal.on_ray import calls
 from shoal.on_ray.calls import Begun, OtherModelError, Wanted
@@ -143,6 +152,7 @@ class EngineReplica:
                 directory = config.load(Weights, self._asked, "user_config").model
                 await self._take(directory)
                 self._refused = False
+                return
             except Exception as error:
                 before = None if self._engine is not None else self._last.get()
                 if self._engine is None and before in (None, directory):
@@ -150,8 +160,9 @@ class EngineReplica:
                 what = str(error) if isinstance(error, ShoalError) else frames(error)
                 log.error("the weights stay as they are: %s", what)
                 self._refused = True
-                if before is not None:
-                    await self._take(before)
+            await _settle()  # the error held what was loaded until here
+            if before is not None:
+                await self._take(before)
 
     async def _take_stable(self, directory: str) -> None:
         """Raises CheckpointError where the weights stay as they are: it is asked again then."""
@@ -179,6 +190,7 @@ class EngineReplica:
         if before is not None:
             log.info("new requests get the weights of %s", directory)
             self._leaving[old] = before
+            before = None  # no longer ours: it may be gone before this returns
             task = asyncio.create_task(self._leave(old))
             self._ending.add(task)
             task.add_done_callback(self._ending.discard)
@@ -190,8 +202,6 @@ class EngineReplica:
     async def _leave(self, weights: str) -> None:
         """Ends the engine of `weights` when no stream is with it, at the latest when the longest request's time is over. Until
         then it takes streams that began with its weights elsewhere."""
-        from shoal.engine.front import settle
-
         engine, until = self._leaving[weights], asyncio.get_running_loop().time() + self._args.seconds
         while self._running[weights] and asyncio.get_running_loop().time() < until:
             await asyncio.sleep(LEAVE_SECONDS)
@@ -199,7 +209,7 @@ class EngineReplica:
             del self._leaving[weights]
         await engine.close()
         del engine
-        settle()  # it was out of the collector's sight
+        await _settle()
 
     def _load(self, directory: str) -> AsyncEngine | VllmEngine:
         place = str(models.here(directory))
@@ -222,11 +232,15 @@ class EngineReplica:
         torch.set_num_threads(threads(args.threads))
         say = log.warning
         model = Model.load(place, on_fallback=say if args.precision == "auto" else None)
-        if args.gpus > 0:
-            model.on_gpu(args.dtype)
         batch, queue, kv = args.max_batch, args.max_batch + args.max_queue, args.kv_cache_dtype
-        share = args.gpu_share or (0.45 if args.release else 0.9)
-        own = Engine(model, max_batch=batch, max_queue=queue, kv_cache_dtype=kv, gpu_share=share)
+        try:
+            if args.gpus > 0:
+                model.on_gpu(args.dtype)
+            own = Engine(model, max_batch=batch, max_queue=queue, kv_cache_dtype=kv, gpu_share=args.engine_share)
+        except torch.OutOfMemoryError as error:
+            do = "give what runs beside it less (gpu_share: 0.45 each for two engines), or take a larger GPU"
+            allowed = "weights that fit what is free of it"
+            raise ResourceError("the GPU's memory", got=first_line(error), allowed=allowed, do=do) from None
         engine = AsyncEngine(own, read_adapter=read)
         settle()
         return engine
@@ -336,6 +350,15 @@ class EngineReplica:
     async def __del__(self) -> None:
         if getattr(self, "_engine", None) is not None:
             await self._serving.close()
+
+
+async def _settle() -> None:
+    """Free what an engine that is gone has held, on a GPU too: it was out of the collector's sight."""
+    from shoal.engine.device import give_back
+    from shoal.engine.front import settle
+
+    settle()
+    await asyncio.to_thread(give_back)
 
 
 def _failed(error: Exception) -> EngineDeadError:

@@ -44,6 +44,23 @@ def test_what_several_gateways_cannot_do_is_refused_by_name(given: dict[str, Any
         ServeArgs(**given)
 
 
+@pytest.mark.parametrize(
+    ("given", "share"),
+    [
+        ({}, 0.9),
+        ({"gpus": 1.0}, 0.9),
+        ({"gpus": 2.0}, 0.9),
+        ({"gpus": 0.5}, 0.45),
+        ({"gpus": 1.0, "release": "r"}, 0.45),
+        ({"gpus": 0.5, "release": "r"}, 0.225),
+        ({"gpus": 0.5, "release": "r", "gpu_share": 0.8}, 0.8),
+    ],
+)
+def test_engines_of_one_gpu_share_nine_tenths_of_it(given: dict[str, Any], share: float) -> None:
+    """Replicas that reserve a part each, and two versions of a release in each of them."""
+    assert ServeArgs(**given).engine_share == pytest.approx(share)
+
+
 def test_one_process_needs_a_model() -> None:
     with pytest.raises(ConfigError, match=r"args\.model"):
         run_local(ServeArgs())

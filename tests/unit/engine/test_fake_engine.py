@@ -59,10 +59,10 @@ def steps(found: dict[str, Any], kind: str) -> list[list[str]]:
 
 
 def test_all_lies_on_the_device_and_sizes_follow_from_its_memory(found: dict[str, Any]) -> None:
-    """Prompts in chunks of 8,192 rows, and keys and values in what weights leave of nine tenths of 80 GB."""
+    """Prompts in chunks of 8,192 rows, and keys and values in what is free of 80 GB, less what a step needs."""
     one = found["350m"]
     assert one["devices"] == ["cuda:0"] and one["answers"] == 9 and one["rows"] == GPU_ROWS
-    assert 61.9e9 < one["memory"] < 62.1e9, "70 GB are free, and 8 are for what a step needs"
+    assert 65.0e9 < one["memory"] < 65.2e9, "70 GB are free, and 4.9 are for what a step needs"
     assert len(steps(one, "prompt")) >= 3, "of the long prompt"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import traceback
+import weakref
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +13,7 @@ from unittest.mock import AsyncMock
 
 import grpc
 import pytest
+import torch
 
 pytest.importorskip("ray")
 
@@ -419,6 +421,63 @@ def test_a_change_that_fails_keeps_what_serves_and_is_told_until_it_is_mended(di
         assert (await replica.stats())["weights_update_refused"] == 0
 
     asyncio.run(work())
+
+
+def test_what_an_engine_that_left_had_of_a_gpu_is_given_back(
+    directories: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once nothing holds it, also of weights that are refused: torch keeps it, and another process of that GPU has none."""
+    made, given, go_on = list[weakref.ref[Any]](), list[int](), threading.Event()
+
+    class Noted(Changing):
+        def _load(self, directory: str) -> Any:
+            engine = Engine()
+            made.append(weakref.ref(engine))
+            if "broken" in directory:
+                raise MemoryError(engine)
+            return engine
+
+    class Slow:
+        def put(self, directory: str) -> None:
+            assert directory == directories["one"] or go_on.wait(20)
+
+    def empty() -> None:
+        given.append(sum(each() is not None for each in made))
+        go_on.set()
+
+    async def work() -> None:
+        replica = Noted(ServeArgs(model=directories["one"]), directories["one"])
+        replica._last = Slow()  # type: ignore[assignment]
+        for name in ("one", "two", "broken"):
+            await changed(replica, directories[name])
+            while replica._ending:
+                await asyncio.wait(replica._ending)
+        assert given == [1, 1], "the engine that serves, and no other"
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty)
+    asyncio.run(work())
+
+
+def test_weights_that_do_not_fit_a_gpu_are_refused_in_one_line(
+    directories: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def on_gpu(model: Model, dtype: str) -> Model:
+        if replicas[0]._engine is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+        return model
+
+    async def work() -> None:
+        args = ServeArgs(model=directories["one"], gpus=1, threads=1)
+        replicas.append(Replica(args, directories["one"]))
+        for name in ("one", "two"):
+            await changed(replicas[0], directories[name])
+        await replicas[0]._serving.close()
+
+    replicas = list[Replica]()
+    monkeypatch.setattr(Model, "on_gpu", on_gpu)
+    asyncio.run(work())
+    (line,) = [record.getMessage() for record in caplog.records if "stay as they are" in record.getMessage()]
+    assert "CUDA out of memory. Tried to allocate 2.00 GiB." in line and "gpu_share" in line and "\n" not in line
 
 
 def test_a_replica_serves_the_model_at_an_address_of_s3_and_the_one_that_takes_its_place(
