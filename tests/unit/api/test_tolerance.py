@@ -49,6 +49,12 @@ def body(route: str, **more: Any) -> dict[str, Any]:
     return {**asked, **ROUTES[route], **more}
 
 
+def events(reply: httpx.Response) -> list[dict[str, Any]]:
+    """What a stream sent, but for its `[DONE]`."""
+    assert reply.status_code == 200, reply.text
+    return [json.loads(line.removeprefix("data: ")) for line in reply.text.splitlines() if line.startswith("data: {")]
+
+
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("depth", ["auto", "full", "middle"])
 async def test_every_route_says_what_an_answer_lost(measured: httpx.AsyncClient, route: str, depth: str) -> None:
@@ -62,12 +68,26 @@ async def test_every_route_says_what_an_answer_lost(measured: httpx.AsyncClient,
     assert "quality" not in plain and "mean_depth" not in plain
 
 
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("depth", ["auto", "full", "middle"])
+async def test_every_stream_says_at_its_end_what_the_whole_answer_says(
+    measured: httpx.AsyncClient, route: str, depth: str
+) -> None:
+    options = {"stream_options": {"include_usage": True}} if "completions" in route else {}
+    whole = (await measured.post(route, json=body(route, depth=depth))).json()["usage"]
+    sent = events(await measured.post(route, json=body(route, depth=depth, stream=True, **options)))
+    ends = {"/v1/messages": "message_delta", "/v1/responses": "response.incomplete"}
+    (end,) = [event for event in sent if event.get("type") == ends[route]] if route in ends else sent[-1:]
+    usage = end["response"]["usage"] if route == "/v1/responses" else end["usage"]
+    assert 0 < usage["quality"]["spent"] <= usage["quality"]["allowed"] == 2.0 and usage["mean_depth"] > 0
+    told = ("quality", "mean_depth", "depth")
+    assert {name: usage[name] for name in told} == {name: whole[name] for name in told}
+
+
 async def test_a_stream_of_several_choices_tells_their_mean_as_they_grow(measured: httpx.AsyncClient) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     asked = body("/v1/completions", n=2, temperature=1, stream=True, stream_options=options, ignore_eos=True)
-    reply = await measured.post("/v1/completions", json=asked)
-    lines = [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data: {")]
-    usages = [json.loads(line)["usage"] for line in lines]
+    usages = [event["usage"] for event in events(await measured.post("/v1/completions", json=asked))]
     assert usages[-1]["completion_tokens"] == 24
     known = [usage["quality"]["spent"] for usage in usages if usage["quality"]["spent"] is not None]
     assert known and all(0 <= spent <= 2.0 for spent in known) and known[-1] > 0
