@@ -149,7 +149,7 @@ def tolerance(
     rounds: Rounds = 3,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
 ) -> None:
-    """What a tolerance buys: speed, depth, nats spent and scores; verified, routed and at fixed exits. Some ten minutes."""
+    """What a tolerance buys: speed, depth, nats spent, scores; verified, routed, both, at fixed exits. A quarter of an hour."""
     from shoal.bench.tolerance import tolerance as run
 
     sizes = _numbers("--batches", batches, int, "1,4,16")

@@ -1,6 +1,7 @@
 """`shoal bench tolerance`: what a tolerance buys. A trained model answers held-out chats in batches of several sizes, in turns:
-at full depth, at each fixed exit, as deep as the router says within each tolerance, and drafted and verified within each.
-Tokens a second after an answer's first, mean depth, nats spent, and the scores of the tasks."""
+at full depth, at each fixed exit, as deep as the router says within each tolerance, drafted and verified within each, and as
+depth "auto" gets it: drafted where that is measured to pay, and else by the router. Tokens a second after an answer's first,
+with their spread over the turns, mean depth, nats spent, how often the router decided, and the scores of the tasks."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shoal.bench.turns import show
-from shoal.config import GROUPS
+from shoal.config import AUTO, GROUPS
 from shoal.data.chats.heldout import Question
 from shoal.engine.engine import Engine
 from shoal.engine.events import Completion, Request, Sampling
@@ -99,9 +100,10 @@ def _units(model: Model, asked: dict[str, list[Question]], batch: int, rounds: i
 def _ways(model: Model, tolerances: Sequence[float]) -> list[Way]:
     names = list(model.config.exit_names)
     ways = [Way("full", names[-1])] + [Way(name, name) for name in names[:-1]]
-    if model.router is not None:
-        ways += [Way(f"router {value:g}", "auto", value) for value in tolerances if value]
-    return ways + [Way(f"verified {value:g}", names[-1], value, None) for value in tolerances]
+    some = [value for value in tolerances if value and model.router is not None]  # without loss no router decides
+    ways += [Way(f"router {value:g}", AUTO, value) for value in some]
+    ways += [Way(f"verified {value:g}", names[-1], value, None) for value in tolerances]
+    return ways + [Way(f"auto {value:g}", AUTO, value, None) for value in some]
 
 
 def _row(way: Way, batch: int, asked: dict[str, list[Question]]) -> dict[str, Any]:
@@ -116,38 +118,55 @@ def _row(way: Way, batch: int, asked: dict[str, list[Question]]) -> dict[str, An
             for answer, question in zip(given, questions, strict=True)
         ]
         score(quality, task, answers, questions)
-    spent = [end.spent for end in ends if end.spent is not None]
-    most = max((end.spent / max(1, end.completion_tokens) for end in ends if end.spent is not None), default=None)
+    spent = [(end.spent, max(1, end.completion_tokens)) for end in ends if end.spent is not None]
     return {
         "batch": batch,
         "way": way.name,
         "tokens_per_s": {task: statistics.median(rates) for task, rates in way.rates.items()},
+        "turns": way.rates,  # tokens a second in each
         "cached_tokens": {  # of prompts, in the last turn
             task: sum(answer.finished.cached_tokens for answer in answers if answer.finished is not None)
             for task, answers in way.answers.items()
         },
         "mean_depth": sum(end.mean_depth * end.completion_tokens for end in ends) / tokens,
-        "spent": sum(spent) / tokens if spent else None,
-        "most_spent": most,
+        "spent": sum(nats for nats, _ in spent) / sum(count for _, count in spent) if spent else None,
+        "most_spent": max((nats / count for nats, count in spent), default=None),
+        "answers": len(ends),
+        # of them, whose depth the router decided: nobody has looked at what these lost
+        "by_router": sum(end.spent is None for end in ends) if way.depth == AUTO else None,
         "scores": {task: figure.value for task, figure in quality.figures.items()},
+        "intervals": {task: figure.ends for task, figure in quality.figures.items()},  # 95 %, over groups of prompts
     }
 
 
 def _tables(rows: Rows, batch: int, tasks: list[str], temperature: float) -> list[Table]:
-    """Speed, beside full depth, and what it costs; then the scores."""
+    """Speed, beside full depth, and what it costs; then the scores, with their 95 % intervals over groups of prompts."""
     how = f"{batch} at once, {'greedy' if temperature == 0 else f'temperature {temperature:g}'}"
     short = [task.split()[0] for task in tasks]
-    speed = Table(
-        "way", *short, "mean", "depth", "spent", "most", title=f"{how}: speed beside full depth, nats a token"
-    )
+    columns = ("way", *short, "mean", "turns", "depth", "spent", "most", "router")
+    speed = Table(*columns, title=f"{how}: speed beside full depth, nats a token")
     scores = Table("way", *short, title=f"{how}: scores")
     full = rows[0]["tokens_per_s"]
     for row in rows:
         ratios = [row["tokens_per_s"][task] / full[task] for task in tasks]
         spent = ["-" if row[key] is None else f"{row[key]:.3f}" for key in ("spent", "most_spent")]
+        least, most = _spread(row, rows[0], tasks)
+        decided = "-" if row["by_router"] is None else f"{row['by_router']} of {row['answers']}"
         speed.add_row(
-            row["way"], *(f"{ratio:.2f}" for ratio in ratios), f"{statistics.fmean(ratios):.2f}",
-            f"{row['mean_depth']:.2f}", *spent,
+            row["way"], *(f"{ratio:.2f}" for ratio in ratios), f"{statistics.fmean(ratios):.2f}", f"{least:.2f} to {most:.2f}",
+            f"{row['mean_depth']:.2f}", *spent, decided,
         )  # fmt: skip
-        scores.add_row(row["way"], *(f"{row['scores'][task]:.3g}" for task in tasks))
+        scores.add_row(row["way"], *(_score(row, task) for task in tasks))
     return [speed, scores]
+
+
+def _spread(row: dict[str, Any], full: dict[str, Any], tasks: list[str]) -> tuple[float, float]:
+    """Least and most of the turns' means over `tasks` of tokens a second beside those at full depth in the same turn."""
+    ratios = [[a / b for a, b in zip(row["turns"][task], full["turns"][task], strict=True)] for task in tasks]
+    means = [statistics.fmean(turn) for turn in zip(*ratios, strict=True)]
+    return min(means), max(means)
+
+
+def _score(row: dict[str, Any], task: str) -> str:
+    value, ends = row["scores"][task], row["intervals"][task]
+    return f"{value:.3g}" if ends is None else f"{value:.3g} ({ends[0]:.3g} to {ends[1]:.3g})"

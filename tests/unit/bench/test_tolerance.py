@@ -8,8 +8,11 @@ import pytest
 from rich.console import Console
 
 from shoal.bench import tolerance
+from shoal.data.chats.heldout import Question
+from shoal.engine.events import Completion, Finished
 from shoal.errors import UsageError
-from tests.unit.engine.lively import lively
+from shoal.inputs.chat import Encoded
+from tests.unit.engine.lively import lively, with_router
 
 
 @pytest.fixture
@@ -32,28 +35,49 @@ def heldout(tmp_path: Path) -> Path:
 def test_each_way_answers_every_batch_size(
     heldout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lively().save(heldout / "model")
+    with_router(lively()).save(heldout / "model")
     said = io.StringIO()
     tolerance.tolerance(
         Console(file=said, width=200), model=heldout / "model", data=heldout, batches=(1, 3), tolerances=(0.0, 1.0), prompts=12,
         rounds=1, temperature=0.0,
     )  # fmt: skip
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    ways = ["full", "shallow", "middle", "verified 0", "verified 1"]
+    ways = ["full", "shallow", "middle", "router 1", "verified 0", "verified 1", "auto 1"]
     assert [(row["batch"], row["way"]) for row in rows] == [(batch, way) for batch in (1, 3) for way in ways]
     for row in rows:
         assert row["tokens_per_s"]["customer service"] > 0 and set(row["scores"]) == {"customer service"}
-        verified = row["way"].startswith("verified")
-        assert (row["spent"] is not None) == verified
-        if verified:
-            assert 0 <= row["spent"] <= row["most_spent"] <= float(row["way"].split()[1])
+        kind, _, allowed = row["way"].partition(" ")
+        looked = row["answers"] - row["by_router"] if kind in ("router", "auto") else 12 * (kind == "verified")
+        assert row["answers"] == 12 and (looked == 0 if kind == "router" else 0 <= looked <= 12)
+        assert (row["spent"] is not None) == (looked > 0)
+        if looked:
+            assert 0 <= row["spent"] <= row["most_spent"] <= float(allowed)
+        assert [len(rates) for rates in row["turns"].values()] == [1], "of each turn that counts"
+        (score,), (ends,) = row["scores"].values(), row["intervals"].values()
+        assert ends[0] <= score <= ends[1]
         found = row["cached_tokens"]["customer service"]
         assert found == rows[0]["cached_tokens"]["customer service"] > 12 * 8, (
             "each prompt, in every way and batch size"
         )
     depths = {row["way"]: row["mean_depth"] for row in rows if row["batch"] == 1}
     assert (depths["shallow"], depths["middle"], depths["full"]) == (1, 2, 4)
-    assert "1 at once, greedy" in said.getvalue()
+    assert "1 at once, greedy" in said.getvalue() and " of 12" in said.getvalue()
+
+
+def test_of_answers_of_depth_auto_it_is_said_how_many_the_router_decided_and_what_the_others_spent() -> None:
+    way = tolerance.Way("auto 0.5", "auto", 0.5, None, rates={"customer service": [3.0, 1.0, 2.0]})
+    ends = [
+        Finished(str(spent), "stop", depth=4, completion_tokens=count, spent=spent, mean_depth=depth)
+        for spent, count, depth in ((1.0, 4, 3.0), (None, 10, 1.0), (0.0, 6, 2.0))
+    ]
+    way.answers["customer service"] = [Completion([7] * end.completion_tokens, "yes", finished=end) for end in ends]
+    asked = [Question(Encoded([7]), Encoded([7]), "yes", "customer service", group) for group in (0, 1, 2)]
+    row = tolerance._row(way, 1, {"customer service": asked})
+    assert (row["answers"], row["by_router"], row["spent"], row["most_spent"]) == (3, 1, 0.1, 0.25)
+    assert row["mean_depth"] == pytest.approx((4 * 3 + 10 * 1 + 6 * 2) / 20)
+    assert row["tokens_per_s"] == {"customer service": 2.0}
+    full = {"turns": {"customer service": [2.0, 1.0, 1.0]}}
+    assert tolerance._spread(row, full, ["customer service"]) == (1.0, 2.0)
 
 
 def test_what_cannot_be_measured_is_said_in_a_line(tmp_path: Path) -> None:
