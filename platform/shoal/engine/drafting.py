@@ -159,7 +159,7 @@ class Drafting:
         price = self.prices.at(batch)
         if alone and rows:
             price.learn(most, rows, seconds)
-        elif alone:
+        elif alone and not any(work.drafts for work in plan.works):  # drafts that came to nothing ran all the same
             price.learn_plain(seconds)
         extra = price.extra(most, rows) if price.plain and rows else 0.0
         for running, sampled in drafted:

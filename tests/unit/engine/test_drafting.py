@@ -87,6 +87,20 @@ def test_who_waits_for_its_deeper_groups_drafts_nothing() -> None:
     assert drafting.drafts(running) == 0
 
 
+@pytest.mark.parametrize(("drafts", "seconds"), [(3, 1.0), (0, 1.2)])
+def test_a_step_whose_drafts_came_to_nothing_says_nothing_of_steps_without(drafts: int, seconds: float) -> None:
+    """A first draft that ends its answer is none, and what drafts has run all the same. Where units lacked for drafts, none was
+    made."""
+    drafting, running = Drafting(3), decoding(most=50)
+    price = drafting.prices.at(1)
+    for _ in range(PLAIN + 1):
+        price.learn_plain(1.0)
+    assert drafting.start([running], 99) > 0
+    work = Work(running, 1, 1, 0, 4, sample=True, drafts=drafts)
+    drafting.learn(Plan([work]), Outcome([Sampled(60)]), 3.0)
+    assert price.plain == pytest.approx(seconds)
+
+
 # --- what is chosen --------------------------------------------------------------------------------------------------------
 
 
