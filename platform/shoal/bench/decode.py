@@ -2,7 +2,8 @@
 
 Parts: `speed` and `prefill` (tokens a second of answers and of prompts, beside the peers that were named), `split` (where a
 step's time goes), `context` (a step at two lengths, dense attention beside it), `pool` (how many requests fit), `drafts`
-(self-speculation where all drafts are right, and where few are; of a model, as many as are), `adapters` (four in one batch).
+(self-speculation where all drafts are right, and where few are, forced and with the switch; of a model, as many as are),
+`adapters` (four in one batch).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import sysconfig
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # our block in the peers' shapes (see doc
     "5m": {"layers": 4, "width": 256, "heads": 8, "kv_heads": 4, "head_dim": 32, "ffn": 768, "vocab": 8192},
 }
 DRAFTS = 4
+SWITCHED = 1000  # tokens of an answer whose drafts may be left: so many that what trying costs shows
 ADAPTERS, RANK = 4, 16
 
 
@@ -203,33 +205,68 @@ def _pool(bench: Bench) -> tuple[Table, Rows]:
 
 def _drafts(bench: Bench) -> tuple[Table, Rows]:
     """Drafting on and off at batch 1, sampled, on weights that bound what a trained model can gain: groups 2.. that add
-    nothing, so that every draft is right, and groups that add far too much, so that few are."""
+    nothing, so that every draft is right, and groups that add far too much, so that few are. There also with the switch, which
+    is to leave what does not pay: by an engine that has measured nothing yet, whose trying costs something."""
     if bench.trained:
         return drafts_of(bench)
-    runs: dict[tuple[str, bool], Callable[[], float]] = {}
-    engines: dict[str, Engine] = {}
-    sampling = Sampling(temperature=0.1, seed=0, max_tokens=bench.tokens, ignore_eos=True)  # random logits are flat
-    for label, share in (("all right", 0.0), ("few right", 64.0)):
-        model = _model(bench.config)
-        for group in list(model.net.groups)[1:]:
-            for block in group.blocks:  # type: ignore[union-attr]
-                block.attention.out.weight.mul_(share)
-                block.mlp.down.weight.mul_(share)
+    runs: dict[tuple[str, bool], DraftRun] = {}
+    kinds = (("all right", 0.0, False), ("few right", 64.0, False), ("few right, switch", 64.0, True))
+    for label, share, switch in kinds:
+        model, tokens = _adding(bench.config, share), max(bench.tokens, SWITCHED) if switch else bench.tokens
         for on in (False, True):
-            engine = Engine(model, speculative=DRAFTS if on else 0, speculative_max_batch=1)
-            if on:
-                engines[label] = engine
-            runs[label, on] = lambda e=engine: decode_speed(e, 1, bench.tokens, sampling=sampling)  # type: ignore[misc]
+            runs[label, on] = DraftRun(model, DRAFTS if on else 0, tokens, switch)
     medians = in_turns(runs, bench.rounds)
-    table = Table("drafts", "off tokens/s", "on tokens/s", "ratio", "accepted", title=f"{DRAFTS} drafts, fp32, batch 1")
+    columns = ("drafts", "tokens", "off tokens/s", "on tokens/s", "ratio", "turns", "drafted", "accepted")
+    table = Table(*columns, title=f"at most {DRAFTS} drafts, fp32, batch 1")
     rows = []
-    for label, engine in engines.items():
-        off, on_ = medians[label, False], medians[label, True]
-        drafted, accepted = engine.scheduler.metrics.drafts, engine.scheduler.metrics.drafts_accepted
-        table.add_row(label, f"{off:.1f}", f"{on_:.1f}", f"{on_ / off:.2f}", f"{accepted / drafted:.0%}")
-        row = {"drafts": label, "off": off, "on": on_, "ratio": on_ / off, "accepted": accepted / drafted}
-        rows.append(row)
+    for label in dict.fromkeys(label for label, _ in runs):
+        off, on_, plain, run = medians[label, False], medians[label, True], runs[label, False], runs[label, True]
+        turns = [b / a for a, b in zip(plain.rates, run.rates, strict=True)][1:]  # without the one that is not counted
+        drafted, accepted = run.drafted / len(run.rates), run.accepted / max(1, run.drafted)
+        spread = f"{min(turns):.3f} to {max(turns):.3f}"
+        numbers = (f"{off:.1f}", f"{on_:.1f}", f"{on_ / off:.3f}", spread, f"{drafted:.0f}", f"{accepted:.0%}")
+        table.add_row(label, str(run.tokens), *numbers)
+        row = {"drafts": label, "tokens": run.tokens, "off": off, "on": on_, "ratio": on_ / off, "turns": turns}
+        rows.append({**row, "drafted": drafted, "accepted": accepted})  # drafts of an answer, and the share that stood
     return table, rows
+
+
+@dataclass
+class DraftRun:
+    """Answers that draft `most` tokens ahead; called, the tokens a second of one. With the `switch` they draft where it pays,
+    each as the first of its engine; without, they are forced to, all in one engine."""
+
+    model: Model
+    most: int
+    tokens: int
+    switch: bool
+    engine: Engine | None = None
+    rates: list[float] = field(default_factory=list)
+    drafted: int = 0  # by all answers
+    accepted: int = 0
+
+    def __call__(self) -> float:
+        if self.engine is None or self.switch:
+            most = None if self.switch else 1
+            self.engine = Engine(self.model, max_batch=1, speculative=self.most, speculative_max_batch=most)
+        metrics = self.engine.scheduler.metrics
+        drafted, accepted = metrics.drafts, metrics.drafts_accepted
+        # random logits are flat
+        sampling = Sampling(temperature=0.1, seed=0, max_tokens=self.tokens, ignore_eos=True)
+        self.rates.append(decode_speed(self.engine, 1, self.tokens, sampling=sampling))
+        self.drafted += metrics.drafts - drafted
+        self.accepted += metrics.drafts_accepted - accepted
+        return self.rates[-1]
+
+
+def _adding(config: ModelConfig, share: float) -> Model:
+    """A random model whose groups after the first add `share` times what they would."""
+    model = _model(config)
+    for group in list(model.net.groups)[1:]:
+        for block in group.blocks:  # type: ignore[union-attr]
+            block.attention.out.weight.mul_(share)
+            block.mlp.down.weight.mul_(share)
+    return model
 
 
 def _adapters(bench: Bench) -> tuple[Table, Rows]:

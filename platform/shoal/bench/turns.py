@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ from shoal.evaluate.answering import machine
 K = TypeVar("K")
 
 
-def in_turns(runs: dict[K, Callable[[], float]], rounds: int) -> dict[K, float]:
+def in_turns(runs: Mapping[K, Callable[[], float]], rounds: int) -> dict[K, float]:
     """Median of each run over `rounds`, all runs in turns, after one turn that is not counted."""
     found: dict[K, list[float]] = {key: [] for key in runs}
     for number in range(rounds + 1):

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from shoal import Model, presets
+from shoal.bench import decode as decoding
 from shoal.bench import peers
 from shoal.bench.decode import decode
 from shoal.bench.drafts import QUESTIONS, drafts_of
@@ -52,6 +53,34 @@ def test_drafts_of_a_model_change_no_token_and_are_counted() -> None:
     assert all(row["same"] and 0 <= row["accepted"] <= 1 for row in rows) and len(QUESTIONS) == 3
     with pytest.raises(UsageError, match="without early exits"):
         drafts_of(bench(early_exits=False))
+
+
+def test_drafts_that_do_not_pay_are_forced_and_left_by_the_switch_in_one_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The switch's answers are longer, and each is of an engine that knew nothing."""
+    small = {"layers": 4, "width": 48, "heads": 3, "kv_heads": 3, "head_dim": 16, "ffn": 88, "vocab": 300}
+    monkeypatch.setitem(decoding.SHAPES, "small", small)
+    monkeypatch.setattr(decoding, "_tokenizer", lambda _: Tokenizer.bytes_only())
+    monkeypatch.setattr(decoding, "SWITCHED", 120)
+    made = []
+
+    class Counted(decoding.Engine):  # type: ignore[misc,name-defined]
+        def __init__(self, model: Model, **given: Any) -> None:
+            super().__init__(model, **given)
+            made.append((given["speculative"], given["speculative_max_batch"]))
+
+    monkeypatch.setattr(decoding, "Engine", Counted)
+    decode(Console(width=200), shape="small", batches=(1,), tokens=24, rounds=2, parts=("drafts",), peer={})
+    said = capsys.readouterr().out
+    rows = {row["drafts"]: row for row in json.loads(said.splitlines()[-1])["drafts"]}
+    assert [(label, row["tokens"]) for label, row in rows.items()] == [
+        ("all right", 24), ("few right", 24), ("few right, switch", 120),
+    ]  # fmt: skip
+    assert rows["all right"]["accepted"] > 0.9 and rows["few right"]["accepted"] < 0.5
+    assert all(row["off"] > 0 and row["on"] > 0 and len(row["turns"]) == 2 for row in rows.values())
+    assert made.count((0, None)) == made.count((4, None)) == 3, "an engine that knows nothing, in each turn"
+    assert made.count((0, 1)) == made.count((4, 1)) == 2 and "few right, switch" in said
 
 
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
