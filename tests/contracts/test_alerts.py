@@ -32,6 +32,10 @@ CASES: list[tuple[str, dict[str, str], int, int, dict[str, str], str]] = [
         {'shoal:regret_nats{bound="low"}': "0.04x11 0.0604x20", "shoal:regret_tolerance_nats": "0.05x40"},
         65, 75, {}, "Answers of depth auto lose more than is promised: at least 0.060 nats a token.",
     ),
+    (
+        "ShoalRouterCorrected", {'shoal:router_correction_nats{tolerance="0.1"}': "0x11 0.0124 0x20"}, 55, 70,
+        {"tolerance": "0.1"}, "Answers within 0.1 nats a token lost more: the router is corrected by 0.012 nats.",
+    ),
     ("ShoalWatchSilent", {"shoal:drift_looked_timestamp_seconds": "0+300x11 3300x20"}, 70, 85, {}, ""),
     ("ShoalWatchLearnsForLong", {"shoal:drift_state": "0x2100"}, 144 * 60, 170 * 60, {}, ""),
     ("ShoalReferenceStale", {"shoal:drift_reference_timestamp_seconds": "-2588400x40"}, 60, 130, {}, ""),
