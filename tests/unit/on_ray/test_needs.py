@@ -22,7 +22,6 @@ from shoal.data.operators.pipeline import Operators
 from shoal.data.pack import Row
 from shoal.data.parts import Packed, split_files
 from shoal.data.shards import INDEX, Index, Shard, ShardWriter, open_index, write_index
-from shoal.data.sources import files as listed
 from shoal.data.sources.files import Entry, File, Local, list_files
 from shoal.on_ray.corpus_tasks import TASKS_OF_BANDS, Decision
 from shoal.on_ray.prepare import WORK, _Job, _stamps, prepare
@@ -51,7 +50,7 @@ def files(count: int, size: int, monkeypatch: pytest.MonkeyPatch) -> list[File]:
                 for number in range(count)
             ]
 
-    monkeypatch.setattr(listed, "store_of", lambda spec, s3: Bucket())
+    monkeypatch.setattr("shoal.data.sources.files.store_of", lambda spec, s3: Bucket())
     return list_files(SPEC)
 
 
