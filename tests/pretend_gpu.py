@@ -22,9 +22,13 @@ COPIES = {_aten.copy_.default, _aten._to_copy.default}  # from one device to ano
 PLACES = {_aten.index.Tensor, _aten.index_put_.default, _aten._index_put_impl_.default}  # CUDA takes them from the CPU
 WAITS = {_aten.nonzero.default, _aten.masked_select.default, _aten.equal.default}  # for how many there are, or whether
 DIVISIONS = {_aten.div.Tensor: _aten.mul.Tensor, _aten.div_.Tensor: _aten.mul_.Tensor}
+PRODUCTS = {
+    getattr(_aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "linear")
+}  # fmt: skip
 READS = {Tensor.tolist, Tensor.item, Tensor.__int__, Tensor.__float__, Tensor.__bool__, Tensor.__index__}
 
 
+precision: list[str] = []  # of products in fp32, as the process was told last (`torch.set_float32_matmul_precision`)
 waited: list[str] = []  # what the host waited for, in order: values that it read, and copies to its memory
 launched: list[str] = []  # operators that compute there, or copy
 NO_LAUNCH = {
@@ -97,6 +101,8 @@ def _run(function: Any, args: Any, kwargs: Any) -> Any:
         kind = torch.promote_types(args[0].dtype, torch.float32)
         function, args = DIVISIONS[function], (args[0], 1 / torch.as_tensor(args[1], dtype=kind))
     args, kwargs = _held((args, kwargs))
+    if function in PRODUCTS and moved and precision[-1:] == ["high"]:
+        args = tree_map(_tf32, args)
     if function is _aten.mm.dtype:  # there is none on a CPU
         function, args = _aten.mm.default, tuple(x.to(args[2]) for x in args[:2])
 
@@ -106,6 +112,13 @@ def _run(function: Any, args: Any, kwargs: Any) -> Any:
         return there[id(x)] if id(x) in there else OnGpu(x)
 
     return tree_map(placed, function(*args, **kwargs))
+
+
+def _tf32(x: Any) -> Any:
+    """`x` as a tensor core reads it: of fp32 the first ten bits behind the point."""
+    if not isinstance(x, Tensor) or x.dtype != torch.float32:
+        return x
+    return ((x.contiguous().view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32)
 
 
 class _Mode(TorchDispatchMode):
@@ -118,7 +131,8 @@ def pretended() -> Iterator[torch.device]:
     """The device, within which tensors can be made and moved."""
     with pytest.MonkeyPatch.context() as patch, _Mode():
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
-        patch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)  # it would stay
+        precision.clear()
+        patch.setattr(torch, "set_float32_matmul_precision", precision.append)  # torch's own would stay
         # parameters that move are made anew: put into the old ones, they would be none of these
         patch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
         # inference mode keeps views from tensors of a class of one's own

@@ -118,6 +118,22 @@ def test_on_a_gpu_a_model_is_bf16_and_what_decides_is_fp32() -> None:
             rounded.on_gpu("bfloat16")
 
 
+def test_fp32_is_multiplied_in_tf32_there_but_the_router_s() -> None:
+    """What it predicts is held against bounds of predictions that a CPU has made."""
+    x = torch.randn(4, 2 * model_of("fp32").config.width + 3, generator=torch.Generator().manual_seed(0))
+    router = model_of("fp32").router
+    assert router is not None
+    want = router(x)
+    with pretended() as gpu:
+        router = model_of("fp32").on_gpu("float32").router
+        moved = x.to(gpu)
+        assert router is not None
+        product, got = moved @ moved.T, router(moved)
+    assert (product.held - x @ x.T).abs().max() > 1e-3, "what is fp32 is"
+    for mine, wanted in zip(got, want, strict=True):
+        torch.testing.assert_close(mine.held, wanted, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("capability", "fault", "said"),
     [

@@ -127,8 +127,9 @@ class Model:
 
     def on_gpu(self, dtype: Dtype = "auto") -> Model:
         """This model on the GPU, its weights and activations in `dtype`; auto: bf16, and fp32 where weights are INT8, whose
-        scales and norms stay as they are. Norms, softmax, scores of blocks, the router and logits are fp32 in either, and
-        matrices in fp32 are multiplied in TF32. Raises ConfigError for another precision than an INT8 model has."""
+        scales and norms stay as they are. Norms, softmax, scores of blocks and logits are fp32 in either. Matrices in fp32 are
+        multiplied in TF32, in all of this process from now on; but the router's are in fp64 (`Router.forward`). Raises
+        ConfigError for another precision than an INT8 model has."""
         rounded = self.config.quantization != "none"
         if rounded and dtype == "bfloat16":
             raise ConfigError("dtype", got=dtype, allowed="auto or float32, where weights are INT8")

@@ -139,8 +139,14 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and 0.8-quantile of the gap, each [..., A] in nats a token, for features [..., 2D + 3]."""
-        z = torch.tanh(self.hidden((x.float() - self.center) / self.spread))
-        return self.mean(z), self.quantile(z)
+        # a GPU multiplies fp32 in TF32 (`Model.on_gpu`), three digits of the numbers that bounds are held against, but no fp64
+        exact = torch.float64 if x.device.type == "cuda" else torch.float32
+
+        def product(linear: nn.Linear, z: Tensor) -> Tensor:
+            return F.linear(z, linear.weight.to(exact), linear.bias.to(exact))
+
+        z = torch.tanh(product(self.hidden, (x.to(exact) - self.center) / self.spread))
+        return product(self.mean, z).float(), product(self.quantile, z).float()
 
     @torch.no_grad()
     def distance(self, x: Tensor) -> float:

@@ -147,9 +147,11 @@ def test_a_vector_is_the_mean_of_what_the_head_would_read_and_of_length_one(mode
 )
 def test_on_a_gpu_a_model_computes_in_what_it_is_told(int8, asked, got, monkeypatch):
     monkeypatch.setattr(Model, "to", lambda self, device: self)
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda kind: None)
+    told = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", told.append)
     one = Model.from_preset("test")
     assert (one.quantized() if int8 else one).on_gpu(asked).net.dtype == got
+    assert told == ["high"], "what is fp32 is multiplied in TF32"
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["fp", "int8"])
