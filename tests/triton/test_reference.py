@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from shoal import presets
 from shoal.model import slots
@@ -25,12 +26,12 @@ from shoal.model.gpu.sparse import Spans
 from shoal.model.reach import ALL, Reach
 from shoal.model.reference import reference_attention, reference_sparse
 from tests import reference
+from tests.triton.rounded import U
 from tests.triton.seen import attended
 from tests.triton.stored import Stored, step_of, store
 
 pytestmark = pytest.mark.timeout(600)  # the interpreter is slow, and so is a busy machine
 
-U = 2.0**-24
 CUT = {torch.float32: 0.0, torch.bfloat16: 2.0**-7}
 KINDS = [torch.float32, torch.bfloat16]
 
@@ -168,18 +169,21 @@ def test_int8_is_whole_numbers_by_the_equations_to_the_bit(shape: tuple[int, int
 
 
 def attention(q: Any, k: Any, v: Any, reach: Reach, block: int, summary: Any) -> np.ndarray:
+    """As `defined`."""
+    found: np.ndarray = defined(*(torch.as_tensor(each) for each in (q, k, v)), reach, block, summary).numpy()
+    return found
+
+
+def defined(q: Tensor, k: Tensor, v: Tensor, reach: Reach, block: int, summary: Any) -> Tensor:
     """[B, T, H, d] by the definition, of a layer of this `reach`."""
-    q, k, v = (torch.as_tensor(each) for each in (q, k, v))
     length = q.shape[1]
     # what chooses nothing has no second branch: a share of 0
     how: dict[str, Any] = {"block": block, "sinks": reach.sinks, "top_k": max(1, reach.top_k), "summary": summary}
     if reach.bias is not None:
-        found = reference_sparse(q, k, v, **how, window=reach.window, bias=reach.bias, dense_length=reach.dense)
-    else:
-        share: Any = 1.0 if reach.gamma is None else reach.gamma.double()
-        window = length if reach.dense else reach.window
-        found = reference_attention(q, k, v, **how, window=window, local_weight=share)
-    return found.numpy()
+        return reference_sparse(q, k, v, **how, window=reach.window, bias=reach.bias, dense_length=reach.dense)
+    share: Any = 1.0 if reach.gamma is None else reach.gamma.double()
+    window = length if reach.dense else reach.window
+    return reference_attention(q, k, v, **how, window=window, local_weight=share)
 
 
 def bounds(q: Any, k: Any, v: Any, reach: Reach, block: int, summary: Any, eight: bool, cuts: float) -> Any:
@@ -204,6 +208,8 @@ HOW = {
     "L": Reach(10, 0, 0, None),
     "D": Reach(ALL, 0, 0, None, dense=ALL),
 }
+# of rows of 40 tokens; a query before the dense length reads all, and so would every one of these
+WHOLE = HOW | {"S, dense at first": dataclasses.replace(HOW["S"], dense=14)}
 
 
 def whole(case: Stored, request: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, slice]:
@@ -236,13 +242,13 @@ def test_attention_over_pages_is_the_definition(
 
 
 @pytest.mark.parametrize("dtype", KINDS)
-@pytest.mark.parametrize("kind", HOW)
+@pytest.mark.parametrize("kind", WHOLE)
 def test_attention_over_whole_rows_is_the_definition(kind: str, dtype: torch.dtype) -> None:
     """As of training, forward: two documents of a row. To bf16 are rounded weights, each branch, and what is made of both; with
     a gate also their difference, which may be far larger than its share of the result."""
     q, k, v = (normal(i, 1, 40, heads, 16, dtype=dtype) for i, heads in enumerate((4, 2, 2)))
     docs = torch.tensor([[0] * 11 + [1] * 29])
-    reach = HOW[kind]
+    reach = WHOLE[kind]
     spans = Spans.packed(docs, 4, reach.window, reach.dense if reach.bias is not None else 0)
     with torch.no_grad():
         got = exact(sparse.attend(q, k, v, spans, reach, True))
