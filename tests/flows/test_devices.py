@@ -23,11 +23,13 @@ from shoal.errors import ConfigError
 from shoal.inputs.chat import Encoded
 from shoal.inputs.media import to_patches
 from shoal.model import int8
+from shoal.model.adapters import Adapter, kept, product
 from shoal.model.block import Attention
 from shoal.model.cpu import fused
 from shoal.model.gpu import launch, sparse, trial
 from shoal.model.paged import paged_attention, write_kv
 from shoal.model.router import Router
+from tests.adapters import linears
 from tests.pretend_gpu import OnGpu, pretended
 
 PLATFORM = Path(__file__).parents[2] / "platform" / "shoal"
@@ -199,7 +201,7 @@ def some_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Exception]]:
     def paged(self: Attention, x: Tensor, step: Any, rope: Any, kv: Tensor, summaries: Tensor) -> Tensor:
         q, k, v = self.project(x, rope, step.beside)
         write_kv(k, v, kv, summaries, step)
-        return self.out(paged_attention(q, kv, summaries, step, self.reach()).flatten(-2))
+        return product(self.out, paged_attention(q, kv, summaries, step, self.reach()).flatten(-2), step.beside)
 
     def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if faults and x.shape != (1, 16):  # that is what `able` tries
@@ -246,6 +248,49 @@ def test_a_kernel_that_does_not_fit_the_device_ends_nothing(
         some_kernels += [refusal()] * (when == "serving")
         assert [done.tokens for done in made.generate(asked)] == want
         assert sized == [when != "loading"] and launch.able(gpu) == (when == "never")
+    said = "decoding and training on cuda:0 go on without Triton's kernels: out of resource: shared memory"
+    assert [record.getMessage().startswith(said) for record in caplog.records] == [True] * (when != "never")
+
+
+@pytest.mark.parametrize("when", ["loading", "serving", "never"])
+def test_a_kernel_of_adapters_that_does_not_fit_ends_nothing(
+    when: str, some_kernels: list[Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each linear of a layer is tried with one before sizes follow from the kernels, though adapters come later."""
+
+    def answers(model: Model, refused: bool = False) -> list[list[int]]:
+        made, draw, pairs = Engine(model, units=200), torch.Generator().manual_seed(0), {}
+        some_faults.extend([refusal()] * refused)
+        for name, linear in linears(model).items():
+            sizes = linear.weight.shape[::-1]  # type: ignore[union-attr, index]
+            a, b = (torch.randn(2, size, generator=draw) / size**0.5 for size in sizes)  # type: ignore[union-attr]
+            pairs[name] = kept(linear, a.to(model.device), b.to(model.device))
+        name = made.load_adapter(Adapter("one", pairs))
+        sampling = Sampling(temperature=0, max_tokens=3)
+        asked = [Request([40 + i] * 20, sampling, depth="full", adapter=each) for i, each in enumerate((name, ""))]
+        return [done.tokens for done in made.generate(asked)]
+
+    def thin(x: Tensor, *given: Any) -> None:
+        tried.add((x.shape[-1], given[-1].shape[-1]))
+        if some_faults:
+            raise some_faults[-1]
+        add_thin(x, *given)
+
+    def rows(_: Any, device: torch.device, *__: Any) -> int:
+        sized.append((launch.able(device), len(tried)))
+        return 48
+
+    some_faults, tried, sized, add_thin = list[Exception](), set[tuple[int, int]](), list[Any](), launch.add_thin
+    want = answers(model_of("fp32"))
+    monkeypatch.setattr(launch, "add_thin", thin)
+    monkeypatch.setattr(engine, "default_rows", rows)
+    caplog.set_level(logging.WARNING)
+    with pretended() as gpu:
+        some_faults += [refusal()] * (when == "loading")
+        assert answers(model_of("fp32").to(gpu), when == "serving") == want
+        assert launch.able(gpu) == (when == "never")
+    shapes = {linear.weight.shape for linear in linears(model_of("fp32")).values()}  # type: ignore[union-attr]
+    assert sized == [(when != "loading", 1 if when == "loading" else len(shapes))]
     said = "decoding and training on cuda:0 go on without Triton's kernels: out of resource: shared memory"
     assert [record.getMessage().startswith(said) for record in caplog.records] == [True] * (when != "never")
 

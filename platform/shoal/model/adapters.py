@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 Pair = tuple[Tensor, Tensor]  # A [r, I] and B [r, O]; the scale is in B
 IN_LOOPS = 64  # rows up to which the compiled loop is used (docs/log.md)
 NONE = -1  # of a row without an adapter
+LINEARS = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")  # of a layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,10 +150,13 @@ def product(linear: nn.Module, x: Tensor, beside: Beside | None) -> Tensor:
 
 
 def nothing(net: Net) -> Adapter:
-    """An adapter that adds nothing."""
-    name, linear = next((name, each) for name, each in net.named_modules() if name.endswith("attention.qkv"))
-    outputs, inputs = linear.weight.shape
-    return Adapter("", {name: kept(linear, *(torch.zeros(1, width, device=net.device) for width in (inputs, outputs)))})
+    """An adapter that adds nothing, beside each linear of the first layer."""
+    pairs = {}
+    for name, linear in net.named_modules():
+        if name.startswith("groups.0.blocks.0.") and name.endswith(LINEARS):
+            outputs, inputs = linear.weight.shape
+            pairs[name] = kept(linear, *(torch.zeros(1, width, device=net.device) for width in (inputs, outputs)))
+    return Adapter("", pairs)
 
 
 def alone(net: nn.Module, adapter: Adapter | None, rows: int) -> Beside | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from shoal.config import ModelConfig
+from shoal.model.adapters import Bank, Beside, nothing
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.gpu import launch, sparse
 from shoal.model.reach import ALL, Reach
@@ -22,7 +23,8 @@ from shoal.model.reach import ALL, Reach
 def of_steps(net: Any, kv_dtype: torch.dtype | None = None) -> None:
     """Each form of a step of `net` (a `Net` on its device), with keys and values in `kv_dtype`, through all of its layers: one
     request, as many as make a device busy, and a prompt. Tables are as wide as they get: sizes of kernels follow from that;
-    and as wide as they are while each piece of a request, and each program of many, scores blocks for itself."""
+    and as wide as they are while each piece of a request, and each program of many, scores blocks for itself. And one request
+    with an adapter, whose kernels have the same sizes for any."""
     c, device = net.config, net.device
     if device.type != "cuda" or not launch.able(device):
         return
@@ -31,19 +33,22 @@ def of_steps(net: Any, kv_dtype: torch.dtype | None = None) -> None:
     few, alone = launch.FEW_NUMBERS // c.summary_values * c.block // c.page, launch.ALONE_BLOCKS * c.block // c.page
     forms: list[tuple[Sequence[int], int]] = [(range(2), few), (range(busy + 1), alone), ((0, launch.LONG + 1), widest)]
     steps = {(tuple(starts), max(1, min(pages, widest))) for starts, most in forms for pages in (most, widest)}
-    for starts, pages in sorted(steps):
+    adapter = nothing(net)
+    beside = Bank(net, [adapter]).beside([adapter], [1])
+    tried: list[tuple[Sequence[int], int, Beside | None]] = [(*each, None) for each in sorted(steps)]
+    for each in (*tried, (range(2), 1, beside)):
         try:
-            _step(net, cache, starts, pages)
+            _step(net, cache, *each)
         except Exception as error:
             launch.give_up(device, error)
             return
 
 
-def _step(net: Any, cache: GroupCache, starts: Sequence[int], pages: int) -> None:
+def _step(net: Any, cache: GroupCache, starts: Sequence[int], pages: int, beside: Beside | None) -> None:
     c, device, rows = net.config, net.device, starts[-1]
     at = torch.zeros(rows, dtype=torch.long, device=device)
     tables = torch.zeros(len(starts) - 1, pages, dtype=torch.long, device=device)
-    step = PagedStep(at, at - 1, tables, list(starts), c.page, c.block)
+    step = PagedStep(at, at - 1, tables, list(starts), c.page, c.block, beside=beside)
     x = torch.zeros(rows, c.width, dtype=net.dtype, device=device)
     for group in net.groups:
         x = group.stepped(x, step, cache)
