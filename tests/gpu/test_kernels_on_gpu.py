@@ -10,6 +10,7 @@ import torch
 from shoal.model import int8, paged
 from shoal.model.gpu import launch
 from shoal.model.reach import ALL, Reach
+from tests.triton import test_thin
 from tests.triton.stored import Stored, store
 
 DEVICE = "cuda"
@@ -93,6 +94,14 @@ def test_the_last_to_arrive_reads_what_all_have_stored(times: int, few: int, mon
         got = launch.attend(asked[turn % 3], case.kv, case.summaries, case.step, reach)
         wrong += (got != want[turn % 3]).any()
     assert int(wrong) == 0
+
+
+@pytest.mark.parametrize("dtype", test_thin.BOUNDS)
+@pytest.mark.parametrize(("inputs", "outputs", "ranks"), test_thin.SHAPES)
+def test_each_row_gets_what_its_adapter_adds(
+    inputs: int, outputs: int, ranks: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    test_thin.compare(inputs, outputs, ranks, dtype, DEVICE)
 
 
 def test_the_device_is_one_for_the_kernels() -> None:

@@ -10,6 +10,7 @@ from shoal.model.attention import hybrid_attention
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.net import Net
 from shoal.model.reference import reference_attention
+from shoal.model.router import Router
 from shoal.train.loss import LossModel
 from shoal.train.parallel import Ranks, shard_
 from shoal.train.recompute import Recompute
@@ -111,6 +112,17 @@ def test_logits_and_pages_are_those_of_the_cpu() -> None:
             x = group.paged(x, step, cache)
         out.append(model.net.head(x, c.layers))
     assert error(torch.cat(out), want) < 1e-9
+
+
+def test_the_router_is_exact_where_fp32_is_tf32() -> None:
+    model = Model.from_preset("test")
+    torch.manual_seed(0)
+    model.router = Router(model.config).requires_grad_(False)
+    x = torch.randn(8, 2 * model.config.width + 3, generator=torch.Generator().manual_seed(0))
+    want, got = model.router(x), model.on_gpu("float32").router(x.to(DEVICE))  # type: ignore[misc]
+    assert torch.get_float32_matmul_precision() == "high"
+    for there, here in zip(got, want, strict=True):
+        torch.testing.assert_close(there.cpu(), here, rtol=0, atol=1e-6)
 
 
 def test_int8_on_a_gpu_is_the_arithmetic_of_the_cpu() -> None:

@@ -13,30 +13,36 @@ from shoal.model.places import Places
 from tests.triton.rounded import Rounded
 from tests.triton.test_reference import CUT, KINDS, exact, near
 
+SHAPES = [(48, 130, (3, 0, 17)), (600, 40, (1, 4, 5))]
+
 
 @pytest.mark.parametrize("dtype", [torch.float64, *KINDS])
-@pytest.mark.parametrize(("inputs", "outputs", "ranks"), [(48, 130, (3, 0, 17)), (600, 40, (1, 4, 5))])
-@torch.no_grad()
+@pytest.mark.parametrize(("inputs", "outputs", "ranks"), SHAPES)
 def test_each_row_gets_what_its_adapter_adds(
     inputs: int, outputs: int, ranks: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     """Of ranks that fill a tile and that do not, and of none; a row without an adapter keeps its bits. In fp32 and bf16 each
     number within what two sums in fp32 and a rounding at the end may lose."""
+    compare(inputs, outputs, ranks, dtype, "cpu")
+
+
+@torch.no_grad()
+def compare(inputs: int, outputs: int, ranks: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     draw = torch.Generator().manual_seed(0)
     last = np.cumsum(ranks)
     bounds = torch.tensor(np.stack([last - ranks, last]), dtype=torch.int32)
     a, b = (torch.randn(int(last[-1]), size, generator=draw, dtype=torch.float64) for size in (inputs, outputs))
     x, y = (torch.randn(6, size, generator=draw, dtype=torch.float64) for size in (inputs, outputs))
-    a, b, x, y = (each.to(dtype) for each in (a / inputs**0.5, b, x, y))
-    of = torch.tensor([2, -1, 0, 1, 2, -1])
+    a, b, x, y = (each.to(device, dtype) for each in (a / inputs**0.5, b, x, y))
+    of = torch.tensor([2, -1, 0, 1, 2, -1], device=device)
     y[1] = -0.0
     out = y.clone()
-    launch.add_thin(x, a, b, bounds, max(ranks), of, out)
+    launch.add_thin(x, a, b, bounds.to(device), max(ranks), of, out)
     for n, k in enumerate(of.tolist()):
         own = slice(*bounds[:, k].tolist())
-        row, one, other, before = (Rounded.exact(exact(each)) for each in (x[n : n + 1], a[own], b[own], y[n : n + 1]))
+        row, one, other, before = (Rounded.exact(exact(each.cpu())) for each in (x[n : n + 1], a[own], b[own], y[n : n + 1]))
         wanted = ((row @ one.turned()) @ other + before).cut(CUT.get(dtype, 0.0)) if k >= 0 else before
-        near(out[n : n + 1], wanted.of, wanted.off if dtype in KINDS else 1e-12)
+        near(out[n : n + 1].cpu(), wanted.of, wanted.off if dtype in KINDS else 1e-12)
     # no adapter, or one that does not change this linear
     still = [n for n, k in enumerate(of.tolist()) if k < 0 or not ranks[k]]
     assert torch.equal(out[still], y[still]) and bool(out[1].signbit().all())
