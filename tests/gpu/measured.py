@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ from shoal.train.meter import matmul_rate
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks" / "gpu.md"
 KEPT = "## Without a GPU"  # the page from here on is not ours to write
 ME = ["-m", "tests.gpu.measured"]
-TESTS = ["-m", "pytest", "-rf", "tests/gpu"]
+TESTS = ["-m", "pytest", "-v", "-rf", "tests/gpu"]  # each test is said as it begins, and how it ended
 NAMES = ("350m", "1b")
 MODELS = ("ours", "plain", *PEERS)
 DECODING = [("decoding", name, batch, which) for batch in BATCHES for name in NAMES for which in MODELS]
@@ -164,6 +165,13 @@ def installed(folder: str, minutes: float, seconds: float) -> str:
     return why(said, ended) if ended else ""
 
 
+def tested(said: Sequence[str], ended: int) -> str:
+    """In one line, how many tests passed, or which one ran when they were ended; and which had failed until then."""
+    last = next((line for line in reversed(said) if line), "they said nothing")
+    failed = [found[1] for line in said if (found := re.match(r"(\S+::.+?) (?:FAILED|ERROR)\b", line))]
+    return f"{last} (ended {ended})" + (f"; failed: {', '.join(failed)}" if failed else "")
+
+
 def why(said: Sequence[str], ended: int) -> str:
     """In one line, of a part that did not end well."""
     told = [line for line in said if line and not line.startswith("| ")]
@@ -184,7 +192,7 @@ def main(minutes: float, folder: str = "") -> int:
         raise ShoalError("the device's limits cannot be measured", got=said[-1:], do="see above; nothing was changed")
     top: dict[str, Any] = json.loads(said[-1])
     said, ended = part(TESTS, min(2 * LIMIT, max(1.0, end - time.monotonic())))
-    tests = next((line for line in reversed(said) if line), "they said nothing") + f" (ended {ended})"
+    tests = tested(said, ended)
     failed = int(ended != 0)
     rows: dict[str, list[str]] = {"decoding": [], "training": []}
     old, lacks = PAGE.read_text(encoding="utf-8"), dict[str, str]()

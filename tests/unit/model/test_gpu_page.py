@@ -60,6 +60,23 @@ def test_a_part_that_fails_or_hangs_leaves_what_it_said() -> None:
     assert lines in (["| 2 |"], []) and ended < 0
 
 
+def test_tests_that_are_ended_say_which_one_ran_and_which_had_failed(tmp_path: Path) -> None:
+    """As pytest says it, into a pipe, until it is killed."""
+    file = tmp_path / "test_some.py"
+    file.write_text(
+        "import os, pytest\n\n\n@pytest.mark.parametrize('n', ['a b', 'c', 'd'])\n"
+        "def test_it(n):\n    assert n != 'a b'\n    n == 'd' and os.kill(os.getpid(), 9)\n"
+    )
+    said, ended = measured.part(
+        [*measured.TESTS[:-1], "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(file)], 120.0
+    )
+    told = measured.tested(said, ended)
+    assert "test_some.py::test_it[d] (ended -9); failed: " in told and told.endswith("test_some.py::test_it[a b]")
+    assert measured.tested(["a.py::test_b ERROR [1%]", "a.py::test_c PASSED", "", "= 1 passed, 1 error ="], 1) == (
+        "= 1 passed, 1 error = (ended 1); failed: a.py::test_b"
+    )
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     """A GPU that is not there, with a page in a folder, and its parts: none runs, and each is kept. Tests say nothing and end
