@@ -1,18 +1,22 @@
+import gc
+import ssl
 import sys
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import budget
+from tests.at_import import AtImport, measured_once, one_thread
 from tests.neighbours import end_what_is_not_asked_for, scheduler
-from tests.threads import OneThread
 
 # Nothing is timed: a busy machine must not fail a test.
 settings.register_profile("shoal", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shoal")
-sys.meta_path.insert(0, OneThread("torch"))
+sys.meta_path[:0] = [AtImport("torch", one_thread), AtImport("shoal.train.meter", measured_once)]
+gc.disable()  # until all is imported, of which nothing goes again
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,6 +29,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items[:] = budget.turned(items, config.getoption("turn"))
+
+
+def pytest_collection_finish() -> None:
+    """What all test files import is some million objects, which Python's collector would look through again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_context_of_a_kind() -> Iterator[None]:
+    """httpx reads all certificates for each client, also for one that speaks no TLS: most of what it takes to ask once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl, "create_default_context", cache(ssl.create_default_context))
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)

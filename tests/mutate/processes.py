@@ -318,6 +318,7 @@ def functions(modules: Iterable[str]) -> dict[str, list[FunctionType]]:
     found: dict[str, list[FunctionType]] = {module: [] for module in paths.values()}
     for module in found:
         importlib.import_module("shoal." + module.replace("/", "."))
+    gc.unfreeze()  # what was imported before tests were collected (tests/conftest.py)
     gc.collect()
     for each in gc.get_objects():
         if type(each) is FunctionType and each.__code__.co_filename in paths:

@@ -1,4 +1,4 @@
-"""Torch computes with one thread in every test, also where the test itself is the first to import it."""
+"""Modules are changed in every test, also where the test itself is the first to import them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.threads import OneThread
+from tests.at_import import AtImport, one_thread
 
 
 def test_who_imports_it_first_has_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "weaver.py").write_text("threads = 2\n\ndef set_num_threads(n):\n    global threads\n    threads = n\n")
-    finder = OneThread("weaver")
+    finder = AtImport("weaver", one_thread)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
     made = importlib.import_module("weaver")
@@ -23,7 +23,7 @@ def test_who_imports_it_first_has_one_thread(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_package_that_is_not_there_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "meta_path", [OneThread("weaver_of_nobody"), *sys.meta_path])
+    monkeypatch.setattr(sys, "meta_path", [AtImport("weaver_of_nobody", one_thread), *sys.meta_path])
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("weaver_of_nobody")
 
@@ -31,3 +31,8 @@ def test_a_package_that_is_not_there_is_not_there(monkeypatch: pytest.MonkeyPatc
 def test_this_process_asked_for_it() -> None:
     torch = importlib.import_module("torch")
     assert torch.get_num_threads() == 1
+
+
+def test_all_runs_of_this_process_have_one_rate_of_matrix_products() -> None:
+    torch, loop = importlib.import_module("torch"), importlib.import_module("shoal.train.loop")
+    assert loop.matmul_rate(torch.device("cpu")) == loop.matmul_rate(torch.device("cpu"))

@@ -1,0 +1,44 @@
+"""What the process of the tests changes in modules, whoever imports them and when: who needs none of them does not wait for it,
+and processes that tests start are as a user's are."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable
+from functools import cache
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+class AtImport(importlib.abc.MetaPathFinder):
+    """At the head of `sys.meta_path`: what follows the import of the module `name`."""
+
+    def __init__(self, name: str, change: Callable[[ModuleType], object]) -> None:
+        self._name, self._change = name, change
+
+    def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
+        if name != self._name:
+            return None
+        sys.meta_path.remove(self)
+        found = importlib.util.find_spec(name)
+        if found is not None and found.loader is not None:
+            run = found.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                run(module)
+                self._change(module)
+
+            found.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return found
+
+
+def one_thread(torch: ModuleType) -> None:
+    """Two on two cores stall each other as soon as anything else runs."""
+    torch.set_num_threads(1)
+
+
+def measured_once(meter: ModuleType) -> None:
+    """The rate of matrix products, for which each run of training would compute for a tenth of a second."""
+    meter.matmul_rate = cache(meter.matmul_rate)
