@@ -57,12 +57,14 @@ def test_parts_of_an_update_add_up_to_its_seconds(shards: Path, tmp_path: Path) 
     assert not (tmp_path / "run" / "traces").exists()
 
 
-@pytest.mark.parametrize("updates", [2, 99])
+@pytest.mark.parametrize("updates", [1, 99])
 def test_a_trace_has_the_operators_of_its_updates(shards: Path, tmp_path: Path, updates: int) -> None:
-    """In the format that Perfetto opens; of more updates than there are, those that there are."""
-    fit(plan(shards, tmp_path / "run", profile=updates))
+    """In the format that Perfetto opens; of more updates than there are, those that there are. Each
+    operator is some lines, so they are of few rows."""
+    steps = WARM + 2
+    fit(plan(shards, tmp_path / "run", profile=updates, steps=steps, batch_tokens=192, accumulate=1))
     (path,) = (tmp_path / "run" / "traces").iterdir()
-    last = min(6, WARM + updates)
+    last = min(steps, WARM + updates)
     assert path.name == f"step-{last:08d}-rank-00000.json"
     events = json.loads(path.read_text())["traceEvents"]
     names = [event.get("name", "") for event in events if event.get("ph") == "X"]
