@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(600)  # one process imports all, three times over, on what may be a busy machine
 ROOT = Path(__file__).parents[2]
 PLANES = (
     "inputs",
@@ -22,36 +23,70 @@ PLANES = (
     "sandbox",
 )
 
-# Imports every module of the planes named, with some packages made impossible to import, and prints what was loaded.
+# For each of some scenes, imports every module of the planes named, with some packages made impossible to import, and prints a
+# line: what was loaded, or why it failed. Each is a copy of this process, which has what they all need and no scene is without.
 IMPORT_ALL = """
-import importlib, json, pkgutil, sys
+import importlib, json, os, pkgutil, sys, traceback
 
-names, blocked = json.loads(sys.argv[1])
+scenes, first = json.loads(sys.argv[1])
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in blocked:
             raise ModuleNotFoundError(f"blocked: {name}", name=name)
 
-sys.meta_path.insert(0, Blocker())
-for name in names:
-    module = importlib.import_module(name)
-    for found in pkgutil.walk_packages(getattr(module, "__path__", []), name + "."):
+def load(names):
+    sys.meta_path.insert(0, Blocker())
+    for name in names:
+        module = importlib.import_module(name)
+        for found in pkgutil.walk_packages(getattr(module, "__path__", []), name + "."):
+            try:
+                importlib.import_module(found.name)
+            except ModuleNotFoundError as error:
+                if error.name != "triton" or not found.name.startswith("shoal.model.gpu."):
+                    raise  # kernels alone may need Triton, which is imported where a GPU asks for them
+    return sorted(sys.modules)
+
+for name in first:
+    importlib.import_module(name)
+for names, blocked in scenes:
+    assert not {name.partition(".")[0] for name in sys.modules} & {*blocked, "shoal"}, "what all have must be no scene's"
+    if not os.fork():
         try:
-            importlib.import_module(found.name)
-        except ModuleNotFoundError as error:
-            if error.name != "triton" or not found.name.startswith("shoal.model.gpu."):
-                raise  # kernels alone may need Triton, which is imported where a GPU asks for them
-print(json.dumps(sorted(sys.modules)))
+            print(json.dumps(load(names)), flush=True)
+        except BaseException:
+            print(json.dumps(traceback.format_exc()), flush=True)
+        os._exit(0)
+    os.wait()
 """
+LARGE = ("torch", "numba", "pyarrow.parquet")  # what nearly all planes need, and takes longest to import
+PLANES_OF_OURS = tuple(f"shoal.{plane}" for plane in PLANES)
+Scene = tuple[tuple[str, ...], tuple[str, ...]]  # what is imported, and which packages are not installed
+WITHOUT: dict[str, Scene] = {
+    "ray": ((*PLANES_OF_OURS, "shoal.cli"), ("ray", "gradio")),
+    "http": (("shoal.engine", "shoal.train", "shoal.data"), ("ray", "fastapi", "starlette", "uvicorn", "pydantic")),
+    "vllm": (
+        (*PLANES_OF_OURS, "shoal.cli", "shoal.on_ray", "shoal.vllm_plugin.options"),
+        ("vllm", "transformers", "gradio"),
+    ),
+}
 
 
-def loaded(*names: str, blocked: tuple[str, ...] = ()) -> set[str]:
-    """Every module that is loaded once `names`, and all that lies inside them, are imported in a fresh Python."""
-    command = [sys.executable, "-c", IMPORT_ALL, json.dumps([names, blocked])]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+def loaded(*scenes: Scene, first: tuple[str, ...] = ()) -> list[set[str] | str]:
+    """Of each of `scenes`, every module that is loaded once all of it is imported after `first`, or its traceback."""
+    command = [sys.executable, "-c", IMPORT_ALL, json.dumps([scenes, first])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
-    return set(json.loads(done.stdout))
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return [each if isinstance(each, str) else set(each) for each in found]
+
+
+@pytest.fixture(scope="module")
+def without() -> dict[str, set[str]]:
+    """Of each scene of `WITHOUT` what is loaded."""
+    found = dict(zip(WITHOUT, loaded(*WITHOUT.values(), first=LARGE), strict=True))
+    assert not [each for each in found.values() if isinstance(each, str)], found
+    return found  # type: ignore[return-value]
 
 
 def test_the_arrows_point_down() -> None:
@@ -60,30 +95,27 @@ def test_the_arrows_point_down() -> None:
     assert done.returncode == 0 and "6 kept, 0 broken" in done.stdout, done.stdout
 
 
-def test_all_planes_but_one_work_where_ray_is_not_installed() -> None:
-    modules = loaded(*(f"shoal.{plane}" for plane in PLANES), "shoal.cli", blocked=("ray", "gradio"))
-    assert {f"shoal.{plane}" for plane in PLANES} <= modules
-    assert "shoal.engine.engine" in modules and "shoal.train.loop" in modules, "the walk went inside"
+def test_all_planes_but_one_work_where_ray_is_not_installed(without: dict[str, set[str]]) -> None:
+    assert {*PLANES_OF_OURS} <= without["ray"]
+    assert "shoal.engine.engine" in without["ray"] and "shoal.train.loop" in without["ray"], "the walk went inside"
 
 
-def test_the_engine_needs_no_http() -> None:
-    loaded("shoal.engine", "shoal.train", "shoal.data", blocked=("ray", "fastapi", "starlette", "uvicorn", "pydantic"))
+def test_the_engine_needs_no_http(without: dict[str, set[str]]) -> None:
+    assert "shoal.engine.engine" in without["http"]
 
 
 def test_what_must_start_quickly_does_not_load_torch_or_ray() -> None:
     """`shoal --help` and `import shoal` are instant; the gateway tokenises without torch."""
-    modules = loaded("shoal.config", "shoal.presets", "shoal.cli", "shoal.inputs")
+    (modules,) = loaded((("shoal.config", "shoal.presets", "shoal.cli", "shoal.inputs"), ()))
     assert "shoal.inputs.media" in modules
-    assert not {"torch", "ray", "fastapi", "pyarrow"} & modules
+    assert not {"torch", "ray", "fastapi", "pyarrow"} & {*modules}
 
 
 def test_the_blocker_blocks() -> None:
-    with pytest.raises(AssertionError, match="blocked: numpy"):
-        loaded("shoal.inputs", blocked=("numpy",))
+    (said,) = loaded((("shoal.inputs",), ("numpy",)))
+    assert isinstance(said, str) and "blocked: numpy" in said
 
 
-def test_all_works_where_vllm_is_not_installed() -> None:
+def test_all_works_where_vllm_is_not_installed(without: dict[str, set[str]]) -> None:
     """Only an engine of its own in a serve config needs it."""
-    planes = (*(f"shoal.{plane}" for plane in PLANES), "shoal.cli", "shoal.on_ray", "shoal.vllm_plugin.options")
-    modules = loaded(*planes, blocked=("vllm", "transformers", "gradio"))
-    assert "shoal.on_ray.engines" in modules and "shoal.vllm_plugin" in modules
+    assert "shoal.on_ray.engines" in without["vllm"] and "shoal.vllm_plugin" in without["vllm"]
