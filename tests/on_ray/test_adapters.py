@@ -25,7 +25,7 @@ from tests.on_ray.test_serve import free_port, replicas, scraped, until
 from tests.unit.engine.lively import lively
 
 # each replica may have to compile, on what may be a busy machine
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.drill, pytest.mark.timeout(600)]
 
 LONG = 200  # tokens: so many that a replica is lost in the middle of them
 FIRST = range(20, 24)  # token that each prompt begins with: they go to both replicas
@@ -121,7 +121,6 @@ def test_both_replicas_have_an_adapter_before_it_is_listed(served: Served) -> No
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
-@pytest.mark.drill
 def test_a_lost_replica_or_gateway_takes_no_adapter_with_it(served: Served) -> None:
     place = served.make("d", 3, served.folder)
     assert served.change("load", lora_name="d", lora_path="d") == 200
