@@ -4,10 +4,10 @@ What a step costs is known by batch size, by the drafts of the longest and by th
 will stand, of each answer, from those like it and from its own (`acceptance`). So in one step an answer may draft beside one
 that does not.
 
-What is not known is tried: by an answer whose task nobody has drafted for, and again after ever more steps where it did not
-pay. What that may lose is counted, in steps without drafts, whatever was expected: the drafts of a task may lose what they have
-gained, at most `CREDIT`, and beyond that all together `LOSS` of the time and `ADVANCE` once. Where that is spent, who has
-gained nothing waits. No gain of one task is spent on another.
+What is not known is tried: by an answer whose task nobody has drafted for, and again after ever more steps, of all and of its
+own, where it did not pay. What that may lose is counted, in steps without drafts, whatever was expected: the drafts of a task
+may lose what they have gained, at most `CREDIT`, and beyond that all together `LOSS` of the time and `ADVANCE` once. Where that
+is spent, who has gained nothing waits. No gain of one task is spent on another.
 """
 
 from __future__ import annotations
@@ -102,6 +102,8 @@ class Drafting:
         if not rooms:
             return 0
         self._could, batch = True, len(decoding)
+        for running, _ in rooms:
+            _record(running).task.time += 1 / batch
         measured = self._max_batch is None
         counted = self._chosen(rooms, batch) if measured else dict(rooms) if batch <= (self._max_batch or 0) else {}
         drafts = sum(counted.values())
@@ -186,8 +188,7 @@ class Drafting:
             return {running: count for (running, _), count in zip(may, drafts, strict=True) if count}
         if self._left > 0:
             for running, room in may:
-                task = _record(running).task
-                if self._now >= task.again:
+                if _record(running).task.due(self._now):
                     return {running: min(TRY, room)}
         return {}
 
