@@ -96,7 +96,7 @@ def test_the_last_to_arrive_reads_what_all_have_stored(times: int, few: int, mon
     assert int(wrong) == 0
 
 
-@pytest.mark.parametrize("dtype", test_thin.BOUNDS)
+@pytest.mark.parametrize("dtype", test_thin.DTYPES)
 @pytest.mark.parametrize(("inputs", "outputs", "ranks"), test_thin.SHAPES)
 def test_each_row_gets_what_its_adapter_adds(
     inputs: int, outputs: int, ranks: tuple[int, ...], dtype: torch.dtype

@@ -13,10 +13,11 @@ from shoal.model.places import Places
 from tests.triton.rounded import Rounded
 from tests.triton.test_reference import CUT, KINDS, exact, near
 
+DTYPES = (torch.float64, *KINDS)
 SHAPES = [(48, 130, (3, 0, 17)), (600, 40, (1, 4, 5))]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, *KINDS])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("inputs", "outputs", "ranks"), SHAPES)
 def test_each_row_gets_what_its_adapter_adds(
     inputs: int, outputs: int, ranks: tuple[int, ...], dtype: torch.dtype
