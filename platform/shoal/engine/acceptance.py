@@ -50,10 +50,11 @@ class Stood:
 class Kind(Stood):
     """Drafts of answers that are alike, the last `WINDOW` of them, and what they have gained."""
 
-    __slots__ = ("after", "again", "left", "time")
+    __slots__ = ("added", "after", "again", "left", "time")
 
     def __init__(self) -> None:
         super().__init__()
+        self.added = 0  # times that something was learned of it
         self.left = 0.0  # steps without drafts: what drafting has gained here and may lose again
         self.again = 0  # the step from which on a try may be made ...
         self.time = 0.0  # steps in which its answers could draft, by their share of all answers in each
@@ -61,6 +62,7 @@ class Kind(Stood):
 
     def add(self, good: int, tried: int) -> None:
         super().add(good, tried)
+        self.added += 1
         if self.tried > WINDOW:
             self.good, self.tried = self.good * WINDOW / self.tried, WINDOW
 
@@ -72,11 +74,12 @@ class Kind(Stood):
 class Record:
     """What is known of one answer's drafts."""
 
-    __slots__ = ("kinds", "most", "own", "task")
+    __slots__ = ("_found", "_when", "kinds", "most", "own", "task")
 
     def __init__(self, most: int, kinds: Sequence[Kind]) -> None:
         """`most` tokens are drafted ahead; `kinds`: from the widest to the narrowest, the second being its task's."""
         self.most, self.kinds, self.task, self.own = most, kinds, kinds[1], Stood()
+        self._found, self._when = START, -1  # the share, and how much was known of the widest kind then
 
     def add(self, good: int, tried: int) -> None:
         """Take in a step: of its drafts `tried` were looked at, of which `good` stood."""
@@ -106,11 +109,15 @@ class Record:
 
     @property
     def share(self) -> float:
-        """The share of its drafts that will stand."""
-        share = START
-        for kind in self.kinds:
-            share = kind.share(share, self.own)
-        return self.own.share(share)
+        """The share of its drafts that will stand. What is learned of any of its kinds is learned of the widest: until then it
+        is as it was, for hundreds of steps where nobody drafts."""
+        known = self.kinds[0].added
+        if known != self._when:
+            share = START
+            for kind in self.kinds:
+                share = kind.share(share, self.own)
+            self._found, self._when = self.own.share(share), known
+        return self._found
 
 
 class Kinds:

@@ -341,6 +341,22 @@ def test_what_stands_is_learned_over_answers_of_a_task() -> None:
     assert mine.share < 0.4 < 0.5 < record(2, 2, 2, 2).share, "its own soon say more than those of others"
 
 
+def test_a_share_is_always_that_of_all_that_is_known() -> None:
+    kinds, draw, live = Kinds(), random.Random(0), list[Record]()
+    for _ in range(300):
+        if len(live) < 6:
+            live.append(Record(6, kinds.of("way", [draw.randrange(3)] * 4 + [draw.randrange(3)] * 12)))
+        for each in live:
+            anew = Record(6, each.kinds)
+            anew.own = each.own
+            assert each.share == anew.share
+        each = draw.choice(live)
+        good = draw.randrange(4)
+        each.add(good, good + draw.randrange(2))
+        if draw.random() < 0.1:
+            live.remove(each)
+
+
 def test_of_a_kind_the_last_drafts_count_and_of_kinds_the_last() -> None:
     kinds = Kinds()
     (wide, *_) = kinds.of("way", [1])
