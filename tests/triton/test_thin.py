@@ -41,7 +41,9 @@ def compare(inputs: int, outputs: int, ranks: tuple[int, ...], dtype: torch.dtyp
     launch.add_thin(x, a, b, bounds.to(device), max(ranks), of, out)
     for n, k in enumerate(of.tolist()):
         own = slice(*bounds[:, k].tolist())
-        row, one, other, before = (Rounded.exact(exact(each.cpu())) for each in (x[n : n + 1], a[own], b[own], y[n : n + 1]))
+        row, one, other, before = (
+            Rounded.exact(exact(each.cpu())) for each in (x[n : n + 1], a[own], b[own], y[n : n + 1])
+        )
         wanted = ((row @ one.turned()) @ other + before).cut(CUT.get(dtype, 0.0)) if k >= 0 else before
         near(out[n : n + 1].cpu(), wanted.of, wanted.off if dtype in KINDS else 1e-12)
     # no adapter, or one that does not change this linear

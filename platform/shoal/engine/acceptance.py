@@ -20,8 +20,8 @@ TRIES = 0.004  # share of the time that a kind's tries lose, each being waited f
 # the same of the time of its own answers alone: of sixteen, one that tries makes a step take half as long again, and of answers
 # of five steps, tried whenever they come, that is a tenth
 OWN = 0.015
-# steps, whose time the answers of a task may lose at most after they have gained more: of two, chance leaves nothing after a few
-# dozen steps, and what pays would then wait for a hundred
+# steps, whose time the answers of a task may lose at most after they have gained more: of two, chance leaves nothing after
+# some dozen steps, and what pays would then wait for a hundred
 CREDIT = 8.0
 SHARED = 1.0  # steps, whose time all others may lose at most of what is gained beyond that
 
