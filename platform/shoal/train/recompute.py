@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from shoal.config import ModelConfig
@@ -38,17 +38,16 @@ ATTENTION = frozenset(
 )
 
 
-def again(
-    forward: Callable[..., Tensor], how: Recompute, width: int, *, compiler: Compiler | None = None
-) -> Callable[..., Tensor]:
-    """`forward` of a layer of a model of this `width`, as `how` says, and compiled where there is a `compiler`."""
+def again(layer: nn.Module, how: Recompute, width: int, *, compiler: Compiler | None = None) -> Callable[..., Tensor]:
+    """`forward` of a `layer` of a model of this `width`, as `how` says, and compiled where there is a `compiler`."""
+    forward: Callable[..., Tensor] = layer.forward
     if how == "selective":
         forward = _selective(forward, width)  # inside: what is compiled has no operators to choose from
-    ways = [forward] if compiler is None else [compiler.graph(forward), forward]
+    quick = forward if compiler is None else compiler.graph(forward)
     if how and how != "selective":  # around: inside, nothing would be compiled
-        ways = [partial(checkpoint, way, use_reentrant=False) for way in ways]
+        quick, forward = (partial(checkpoint, way, use_reentrant=False) for way in (quick, forward))
     # around both: what runs again in backward takes the way that it took
-    return ways[0] if compiler is None else compiler.either(*ways)
+    return forward if compiler is None else compiler.either(quick, forward, layer.parameters)
 
 
 def _selective(forward: Callable[..., Tensor], width: int) -> Callable[..., Tensor]:
