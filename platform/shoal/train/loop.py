@@ -145,8 +145,8 @@ def _updates(plan: FitPlan, run: Run, state: TrainState, meter: Meter, followed:
             batches = feed.at(state.step)
         # The schedules are read at the end of this update, so that the first has a rate and the last has the lowest.
         # One that was compiled in, or measured after, is no measure of the next: of the last two the shorter is.
-        end = state.seconds + min(took, clock.last_step)
-        took = clock.last_step
+        expected, took = min(took, clock.last_step), clock.last_step
+        end = state.seconds + expected
         share = progress(plan, step=state.step + 1, seconds=end, steps_in_epoch=feed.steps_in_epoch)
         # never back, where a clock goes faster than before
         at = followed.get(state.step + 1, max(state.schedule, share))
@@ -159,6 +159,8 @@ def _updates(plan: FitPlan, run: Run, state: TrainState, meter: Meter, followed:
         result = update(model, run.optimizer, batches, watch=watch, **how)
         state.step, state.tokens = state.step + 1, state.tokens + result.tokens
         state.cursor, state.seconds, state.schedule = feed.cursor(state.step), clock.step(), at
+        if not expected:  # nobody knew how long it takes: the run's time may have ended in it
+            done = max(done, _done(plan, run, state))
         meter.add(result.tokens, clock.last_step)
         shown = {"progress": done, "schedule": at, "rate": rate, "eta": clock.eta(done), "seconds": clock.last_step}
         told = watch.told(ranks, clock.last_step)

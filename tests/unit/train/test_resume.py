@@ -270,12 +270,10 @@ def test_a_run_that_the_clock_ended_is_not_trained_further(
     assert first.seconds < 60 and fit(plan).steps == first.steps
 
 
-def test_an_update_in_which_something_is_compiled_is_no_measure_of_the_next(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the clock the schedule is read at the expected end of an update: 5 seconds on, after one of 60 among others of 5."""
+def clock_of(seconds: Callable[[int], float]) -> type:
+    """A run's clock, by which the n-th update of a sitting takes so many `seconds`."""
 
-    class Stalled:
+    class Told:
         stopped = False
 
         def __init__(self, ranks: Ranks, before: float, stop: Path) -> None:
@@ -283,17 +281,47 @@ def test_an_update_in_which_something_is_compiled_is_no_measure_of_the_next(
 
         def step(self) -> float:
             self.done += 1
-            self.last_step = 60.0 if self.done == 4 else 5.0
+            self.last_step = seconds(self.done)
             self.seconds += self.last_step
             return self.seconds
 
         def eta(self, done: float) -> float:
             return 0.0
 
-    monkeypatch.setattr("shoal.train.loop.Clock", Stalled)
+    return Told
+
+
+@pytest.mark.parametrize(
+    ("stalled", "want"),
+    [
+        (4, [0.0, 0.05, 0.15, 0.2, 0.8, 0.85, 0.9, 0.95, 1.0]),
+        (1, [0.0, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0]),
+    ],
+)
+def test_an_update_in_which_something_is_compiled_is_no_measure_of_the_next(
+    stalled: int, want: list[float], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the clock the schedule is read at the expected end of an update: 5 seconds on, after one of 60 among others of 5."""
+    monkeypatch.setattr("shoal.train.loop.Clock", clock_of(lambda n: 60.0 if n == stalled else 5.0))
     fit(short(shards, tmp_path / "run", steps=None, minutes=100 / 60))
     places = [place for (place,) in said(tmp_path / "run", "step", "schedule")]
-    assert places == pytest.approx([0.0, 0.05, 0.15, 0.2, 0.8, 0.85, 0.9, 0.95, 1.0])
+    assert places == pytest.approx(want)
+
+
+@pytest.mark.parametrize(("minutes", "updates"), [(0.5, 1), (1.0, 1), (1.5, 2), (2.0, 2), (2.5, 3), (3.0, 3), (3.5, 4)])
+def test_a_run_by_the_clock_ends_with_the_update_in_which_its_time_does(
+    minutes: float, updates: int, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of updates of a minute each, though nobody knows how long the first two of a sitting take: also where the run was
+    interrupted after its first, and given again when it has ended."""
+    monkeypatch.setattr("shoal.train.loop.Clock", clock_of(lambda n: 60.0))
+    plan = short(shards, tmp_path / "run", steps=None, minutes=minutes)
+    assert fit(plan).steps == updates and said(plan.run, "step", "progress")[-1] == (1.0,)
+    assert fit(plan).steps == updates
+    plan = short(shards, tmp_path / "other", steps=None, minutes=minutes)
+    with pytest.raises(Interrupted):
+        fit(plan, stop_at(1, "checkpoint"))
+    assert fit(plan).steps == updates
 
 
 def test_a_schedule_with_a_hole_is_refused(shards: Path, tmp_path: Path) -> None:
