@@ -30,7 +30,7 @@ ONCE = {
     "the sum of a file": (r"file_digest\(", "machine.py"),
     "writing aside": (r"getpid\(\)\}\.tmp", "machine.py"),
     "the line of an error": (r"str\((?:error|inner|first)\)(?:\.strip\(\))?\.splitlines\(\)", "errors.py"),
-    "the cores": (r"sched_getaffinity", "machine.py"),
+    "the cores": (r"sched_getaffinity|cpu_count", "machine.py"),
     "the cores but one": (r"cores\(\) - 1", "machine.py"),
 }
 

@@ -13,7 +13,6 @@ median is no wider than that share to either side, and no more than the time and
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ from shoal import presets
 from shoal.bench.train import corpus, one_update, prepared
 from shoal.bench.turns import show
 from shoal.evaluate.intervals import LEVELS, RESAMPLES
+from shoal.machine import cores
 from shoal.train.checkpoint import CheckpointStore, Saved
 from shoal.train.parallel import Ranks
 from shoal.train.plan import FitPlan, pretrain_plan
@@ -41,11 +41,11 @@ OF_MEDIAN = 1.2533 * 1.96  # half of the 95 % interval of a median, over spread 
 def checkpoint(
     console: Console, *, preset: str, tokens: int, every: float, rounds: int, seconds: float, threads: int | None = None
 ) -> None:
-    """A checkpoint each `every` seconds of training with `tokens` an update, on `threads` (default: all cores, so that none is
-    left for the writer, as in a run). At most `rounds`, of which none but the first is begun that would not end within
-    `seconds`."""
+    """A checkpoint each `every` seconds of training with `tokens` an update, on `threads` (default: all cores that this process
+    may use, so that none is left for the writer, as in a run). At most `rounds`, of which none but the first is begun that
+    would not end within `seconds`."""
     until = time.monotonic() + seconds
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(threads or cores())
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data")
         corpus(data, presets.get(preset).model)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from shoal import machine
 from shoal.api.serve_args import ENGINE, ServeArgs
 from shoal.bench.turns import show
 from shoal.errors import ResourceError, UsageError
@@ -67,9 +67,9 @@ def gateways_bench(
         cpu = (f"{row['cpu'].get(kind, 0.0):.3f}" for kind in (*KINDS, "clients"))
         table.add_row(name, f"{row['streams_per_s']:.1f}", f"{row['tokens_per_s']:,.0f}", *cpu)
     table.title = f"{clients} clients, answers of {tokens} tokens; CPU seconds of each for 1,000 tokens"
-    times = compared(rows, os.cpu_count() or 1)
+    times = compared(rows, machine.cores())
     table.caption = "\n".join(
-        f"{number} gateways carry {row['carried']:.2f} times what one does; {os.cpu_count()} cores permit "
+        f"{number} gateways carry {row['carried']:.2f} times what one does; {machine.cores()} cores permit "
         f"{row['permitted']:.2f}; by processor time {row['by_cpu']:.2f}, which takes {row['cores']:.1f} cores"
         for number, row in times.items()
     )

@@ -18,6 +18,7 @@ from shoal.errors import DataError, ResourceError
 from shoal.evaluate import pieces
 from shoal.evaluate.pieces import Models, Piece
 from shoal.loop import suites
+from shoal.machine import cores
 from shoal.model.model import Model
 from shoal.recipes import measure
 from shoal.recipes.named import named
@@ -93,7 +94,7 @@ def _dies(models: Models) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
+@pytest.mark.skipif(cores() < 2, reason="one core")
 def test_what_goes_wrong_beside_is_said_here() -> None:
     with pytest.raises(DataError, match="it cannot be asked"):
         list(pieces.beside(2)([Piece(_fails), Piece(_fails)]))
@@ -110,7 +111,7 @@ def _lasts(models: Models, ended: Path) -> None:
     ended.touch()
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
+@pytest.mark.skipif(cores() < 2, reason="one core")
 def test_who_waits_no_longer_waits_for_no_piece(tmp_path: Path) -> None:
     """A pool ends what was begun, and begins what lies in its queue: of a recipe minutes, after Ctrl-C as well."""
     lasts = Piece(_lasts, (tmp_path / "ended",))
