@@ -24,6 +24,10 @@ AT_ONCE = 64  # answers that stream at once; the engine's queue bounds them furt
 MOST_TOKENS = 128  # of an answer, unless the slider says more
 SAVED_EVERY = 0.25  # seconds between two savings of a conversation while an answer streams
 WRITE = "Write a message"
+LOST = (
+    "Below the answer stands what it lost, never more; where none stands, nobody looked, and the router chose a depth at which "
+    "such prompts lose that in the mean."
+)
 CALLED = "(...given) => chat.{}(...given)"  # a function of chat.js
 DOWNLOAD = """(text) => {{
   const link = document.createElement('a');
@@ -185,12 +189,11 @@ def _controls(assistant: Assistant) -> dict[str, Component]:
         same = "The same seed gives the same answer. Empty: another each time."
         # of text, since Gradio's Number shows, and sends, 0 where there is none
         seed = gr.Textbox("", label="Seed", info=same, max_lines=1)
-        lost = (
+        may = (
             "What an answer of depth auto may lose beside full depth, in nats a token: 0 loses nothing, with 0.1 each token "
-            "is a tenth less likely in the mean. Below the answer stands what it lost, never more; where none stands, nobody "
-            "looked, and the router chose a depth at which such prompts lose that in the mean. Empty: as the server says."
+            f"is a tenth less likely in the mean. {LOST} Empty: as the server says."
         )
-        tolerance = gr.Textbox("", label="Tolerance", info=lost, max_lines=1)
+        tolerance = gr.Textbox("", label="Tolerance", info=may, max_lines=1)
     return {
         "model": model,
         "depth": depth,

@@ -12,7 +12,7 @@ import gradio as gr
 import openai
 
 from ui import bubbles, site, talk
-from ui.chat import IMAGES
+from ui.chat import IMAGES, LOST
 from ui.look import Place
 from ui.site import QUIET, Component, Key, Site
 from ui.talk import Card, Said, Settings
@@ -23,6 +23,10 @@ MOST_TOKENS = 64
 TOLERANCES = (0.05, 0.2)  # nats a token, beside the depths
 WITHIN = "within "  # and then one of them: as a depth is picked
 TOGETHER, IN_TURN = "at the same time", "one after another"
+MAY_LOSE = (
+    "What an answer may lose is in nats a token, beside full depth: with 0.05 each token is a twentieth less likely in the "
+    f"mean. {LOST}"
+)
 SHARED = "Together they share the machine."
 IDLE: dict[str, Any] = {"submit_btn": "Compare", "stop_btn": False}  # one button, which does what can be done now
 BUSY: dict[str, Any] = {"submit_btn": False, "stop_btn": "Stop"}
@@ -65,12 +69,13 @@ def build(at: Site) -> None:
         temperature = gr.Slider(0, 2, value=0, step=0.1, label="Temperature", buttons=[])
         seed = gr.Number(1, label="Seed", precision=0, minimum=0, info="The same for all.")
     key = Key.ask()
+    lost = gr.HTML(f'<p class="note">{MAY_LOSE}</p>', visible=False)  # until a model has depths to draft with
     with gr.Row(equal_height=True, elem_id="panes"):
         panes = [_pane(number) for number in range(MOST)]
     columns.change(_visible, columns, [box for box, *_ in panes], **QUIET)
     picks = [pick for _, model, depth, _ in panes for pick in (model, depth)]
     answers = [answer for *_, answer in panes]
-    _describe(at, head, picks, most, key)
+    _describe(at, head, picks, [most, lost], key)
     asked = prompt.submit(lambda: gr.update(**BUSY), None, prompt, **QUIET)
     asked.then(None, None, None, js=FOCUS.format(".stop-button"))
     inputs = [prompt, columns, turns, most, temperature, seed, key.box, *picks]
@@ -145,15 +150,16 @@ def _visible(columns: int) -> list[Any]:
     return [gr.update(visible=number < columns) for number in range(MOST)]
 
 
-def _describe(at: Site, head: Component, picks: Sequence[Component], most: Component, key: Key) -> None:
-    """What the page shows of the models: by default the shallowest answer stands beside the deepest."""
+def _describe(at: Site, head: Component, picks: Sequence[Component], others: Sequence[Component], key: Key) -> None:
+    """What the page shows of the models: by default the shallowest answer stands beside the deepest. `others`: the bound on
+    tokens, and what is said of tolerances."""
 
     async def describe(given: str) -> list[Any]:
         try:
             cards = await at.cards(given)
         except openai.OpenAIError as error:
             said = at.header(PLACE, talk.reason(error), fault=True)
-            return [said, *[gr.skip()] * (len(picks) + 1), Key.shown(given, error)]
+            return [said, *[gr.skip()] * (len(picks) + len(others)), Key.shown(given, error)]
         card = cards[0]
         names = [(site.label(card), card.name) for card in cards]
         order = [name for name in card.depths if name != "full"]
@@ -164,7 +170,8 @@ def _describe(at: Site, head: Component, picks: Sequence[Component], most: Compo
             updates.append(gr.update(choices=names, value=other.name, visible=len(cards) > 1))
             updates.append(gr.update(choices=_depths(other), value="full" if len(cards) > 1 else first[number]))
         limit = gr.update(maximum=card.context - 1, value=min(MOST_TOKENS, card.context // 2))
-        return [at.header(PLACE, site.all_of(cards)), *updates, limit, Key.shown(given)]
+        told = gr.update(visible=any(len(card.depths) > 1 for card in cards))
+        return [at.header(PLACE, site.all_of(cards)), *updates, limit, told, Key.shown(given)]
 
     async def described(given: str, picked: str, depth: str) -> Any:
         try:
@@ -174,7 +181,7 @@ def _describe(at: Site, head: Component, picks: Sequence[Component], most: Compo
         except openai.OpenAIError:
             return gr.skip()  # the answer will say so
 
-    key.then(at, describe, [], [head, *picks, most, key.box])
+    key.then(at, describe, [], [head, *picks, *others, key.box])
     for model, depth in zip(picks[::2], picks[1::2], strict=True):
         model.input(described, [key.box, model, depth], depth, **QUIET)
 
