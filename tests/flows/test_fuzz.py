@@ -20,7 +20,7 @@ from schemathesis.specs.openapi.checks import (
 from tests.flows.conftest import Service
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
-EXAMPLES = 40  # an operation and mode
+FEW, MANY = 15, 80  # examples of an operation and mode: in every run, and in a drill
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,21 @@ def document(service: Service) -> Any:
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_whatever_comes_is_answered_as_documented(mode: GenerationMode, document: Any, service: Service) -> None:
     """Bodies that the document allows, and bodies that it does not."""
+    ask_all(mode, document, service, FEW)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("mode", list(GenerationMode))
+def test_whatever_else_comes_is_answered_as_documented(mode: GenerationMode, document: Any, service: Service) -> None:
+    ask_all(mode, document, service, MANY)
+
+
+def ask_all(mode: GenerationMode, document: Any, service: Service, examples: int) -> None:
+    """Ask each operation so many times; of what may be asked one at least must be answered."""
     known = {**a_file_and_a_batch(service), **stored_answers(service)}
     for operation in [found.ok() for found in document.get_all_operations()]:
         wanted = 200 if mode is GenerationMode.POSITIVE else 400
-        statuses = fuzz(operation, mode, service, known)
+        statuses = fuzz(operation, mode, service, known, examples)
         if operation.path.endswith("/{response_id}/cancel"):
             wanted = 400  # whichever is asked for: none runs in the background
         if mode is GenerationMode.POSITIVE or operation.body.items:  # else only a name can be wrong, which is a 404
@@ -64,13 +75,13 @@ def stored_answers(service: Service) -> dict[str, str]:
     return {"id": chat.id, "response_id": response.id}
 
 
-def fuzz(operation: Any, mode: GenerationMode, service: Service, known: dict[str, str]) -> set[int]:
+def fuzz(operation: Any, mode: GenerationMode, service: Service, known: dict[str, str], examples: int) -> set[int]:
     """The statuses that were answered, each answer checked."""
     statuses = set[int]()
 
     # the same each time: what CI finds, the next run finds too
     @hypothesis.settings(
-        max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
     )
     @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
     def ask(case: Any) -> None:
