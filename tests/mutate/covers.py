@@ -37,7 +37,7 @@ GROUPS = {
     "drafting": Group(_in("engine", "acceptance drafting price"), _tests("engine", "drafting")),
     "drafts": Group(
         _in("engine", "compared drafts signals tolerance"),
-        [*_tests("engine", "layout drafts signals speculative tolerance"), "unit/api/test_reruns"],
+        [*_tests("engine", "layout drafts drafts_there signals speculative tolerance"), "unit/api/test_reruns"],
         warm=True,
     ),
     "sizes": Group(_in("engine", "images sizes"), _tests("engine", "images sizes")),
@@ -45,6 +45,7 @@ GROUPS = {
         [*_in("engine", "device graphs layout told"), "model/places"],
         [
             *_tests("engine", "layout graphs graphs_with_drafts graphs_with_adapters kv_int8 sampler_there adapters"),
+            *_tests("engine", "drafts_there"),
             *_tests("model", "places"),
             "flows/test_devices",
         ],
@@ -56,7 +57,7 @@ GROUPS = {
     "running": Group(_in("engine", "holding plan running"), _tests("engine", "holding plan running")),
     "cost": Group(_in("model", "cache cost reach"), _tests("model", "cache cost")),
     "sampler": Group(
-        ["engine/sampler", "engine/filters"],
+        _in("engine", "filters penalties sampler"),
         _tests("engine", "filters sampler penalties guided sampler_there tolerance"),
         warm=True,
     ),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shoal import Engine, Model, Request, Sampling
+from shoal.engine.drafts import Rounds
 from shoal.engine.graphs import Graphs, Kind
 from shoal.engine.plan import Outcome, Plan
 from shoal.engine.runner import Runner
@@ -38,11 +39,11 @@ def adapters(made: Model) -> list[Adapter]:
     return found
 
 
-def asked(drafts: list[int], names: list[str], gaps: bool = False, tokens: int = 3) -> list[Request]:
+def asked(drafts: list[int], names: list[str], gaps: bool = False, tokens: int = 3, **more: Any) -> list[Request]:
     return [
         Request(
             [40 + i, *range(50, 57 + 5 * i)],
-            Sampling(temperature=0, max_tokens=tokens, ignore_eos=True, speculative=count),
+            Sampling(**{"temperature": 0, "max_tokens": tokens, "ignore_eos": True, "speculative": count, **more}),
             depth="full" if count or not i else "shallow",
             adapter=name,
             gaps=gaps,
@@ -98,6 +99,7 @@ class Thrice:
         return mine[0]
 
 
+@pytest.mark.parametrize("unread", [False, True])
 @pytest.mark.parametrize(
     ("drafts", "names", "gaps", "seen"),
     [
@@ -112,9 +114,14 @@ def test_a_replay_gives_what_the_kernels_give_bit_for_bit(
     names: list[str],
     gaps: bool,
     seen: set[Any],
+    unread: bool,
     taped: None,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And the answers of an engine without graphs. No operator in it waits for a value."""
+    """And the answers of an engine without graphs whose drafts are read one by one; those of the others are, or stay on the
+    device (`unread`). No operator in a graph waits for a value."""
+    if unread and not any(drafts):
+        pytest.skip("no drafts")
     made, counts = model("H"), Again()
     most = len(drafts)
 
@@ -125,6 +132,9 @@ def test_a_replay_gives_what_the_kernels_give_bit_for_bit(
         return engine
 
     want = [answer.tokens for answer in engine_of().generate(asked(drafts, names, gaps))]
+    if unread:
+        of = Rounds.of
+        monkeypatch.setattr(Rounds, "of", lambda works, device: of(works, torch.device("cuda")))
     engine = engine_of()
     engine.runner.graphs = Graphs(made.net, engine.runner.cache, most, Tape(counts))
     thrice = Thrice(engine.runner, made.net)
@@ -134,20 +144,27 @@ def test_a_replay_gives_what_the_kernels_give_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    ("drafts", "name", "gaps", "waits", "calls"),
-    [(2, "", False, 3, 3 * 2 + 6), (0, "adapter 0", False, 1, 6), (0, "", True, 2, 6)],
+    ("drafts", "name", "gaps", "more", "waits", "calls"),
+    [
+        (2, "", False, {}, 1, 3 * 2 + 6),
+        (2, "", False, {"frequency_penalty": 0.5}, 3, 3 * 2 + 6),
+        (0, "adapter 0", False, {}, 1, 6),
+        (0, "", True, {}, 2, 6),
+    ],
 )
-def test_on_a_gpu_a_step_waits_for_each_draft_and_for_its_tokens_and_launches_of_a_layer_are_counted(
+def test_on_a_gpu_a_step_waits_for_its_tokens_and_launches_of_a_layer_are_counted(
     drafts: int,
     name: str,
     gaps: bool,
+    more: dict[str, Any],
     waits: int,
     calls: int,
     kernels_there: None,  # noqa: F811
 ) -> None:
     """Of a layer one more where drafts are verified, its summaries; eight more, two beside each linear, where somebody has an
-    adapter; what exits lose is one more wait. A draft is three calls, and what is left six more. And no memory of the host is
-    filled while it may still be copied: between two fillings of the same there is a wait."""
+    adapter; what exits lose is one more wait, and so is each draft that the next one's penalties need. A draft is three calls,
+    and what is left six more. And no memory of the host is filled while it may still be copied: between two fillings of the
+    same there is a wait."""
     layers: dict[tuple[int, Kind], list[str]] = {}
     steps, played, filled = list[tuple[list[str], int]](), list[Any](), list[tuple[int, int]]()
     with pretended() as gpu:
@@ -182,12 +199,12 @@ def test_on_a_gpu_a_step_waits_for_each_draft_and_for_its_tokens_and_launches_of
 
         engine.runner.run, kept._group, kept._told.fill = counted, layers_of, filling  # type: ignore[method-assign]
         kept._play = lambda key, run: (played.append(key), play(key, run))[1]  # type: ignore[method-assign]
-        engine.generate(asked([drafts], [name], gaps, tokens=6))
+        engine.generate(asked([drafts], [name], gaps, tokens=6, **more))
     assert (["tolist"] * waits, calls) in steps and len(steps) > 1, steps
-    more = ["_summarise"] * (drafts > 0) + ["_thin", "_wide"] * 4 * bool(name)
+    others = ["_summarise"] * (drafts > 0) + ["_thin", "_wide"] * 4 * bool(name)
     layer = layers[1, Kind(drafts=drafts > 0, adapted=bool(name))]
     kernels = [each for each in layer if each[0] == "_" and each != "_to_copy"]  # which is torch's, of the rotation
-    assert Counter(kernels) == Counter([*KERNELS, *more]), "a group is one layer"
+    assert Counter(kernels) == Counter([*KERNELS, *others]), "a group is one layer"
     assert layer.count("index_select") == (drafts > 0)
     for index, (host, waited) in enumerate(filled):
         assert all(waited > past for other, past in filled[:index] if other == host), filled

@@ -40,6 +40,25 @@ def fetched(*tensors: Tensor) -> list[list[float]]:
     return found
 
 
+class Unread:
+    """Tensors on a device whose numbers the host needs, though not yet: they come with the next copy that it waits for anyway
+    (`Sampler.sample`), or in one of their own."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self._numbers: list[list[float]] | None = None
+
+    def came(self, numbers: list[list[float]]) -> None:
+        """Those of `tensors`, in their order."""
+        self._numbers = numbers
+
+    def read(self) -> list[list[float]]:
+        """The numbers of each of `tensors`, of which there is one at least."""
+        if self._numbers is None:
+            self._numbers = fetched(*self.tensors)
+        return self._numbers
+
+
 def viewed(x: Tensor) -> np.ndarray | None:
     """`x` on a CPU in fp32 or fp64 as numpy has it, the same memory; None for others. To find the largest of a row, or to fill
     a part of it, takes numpy a tenth of torch's time, which is a few per cent of a small model's step."""

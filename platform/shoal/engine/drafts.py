@@ -4,6 +4,10 @@ What these rows are is not known before, but where they stand is. So on a CPU al
 (`fused.Stretch`), and a draft costs its layers and the head, and little more. Where the compiled loops cannot be used, or a
 request has an adapter, the runner drafts by steps of its own instead.
 
+On a device a draft is embedded, and verified, where it was drawn: the host starts all of a step's launches and reads drafts and
+tokens in one copy (`Rounds`). It must know each draft before the next where that is drawn by which tokens there are: grammars,
+penalties, banned runs; and where a tolerance needs the very law of a top-p.
+
 None of these rows is a patch of an image: a prompt ends with none, and no answer holds any.
 
 Letters: R requests, K rows of the one that drafts most, M pages of the longest, D width, V vocabulary.
@@ -11,13 +15,16 @@ Letters: R requests, K rows of the one that drafts most, M pages of the longest,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from shoal.engine.device import Unread
+from shoal.engine.penalties import by_length
 from shoal.engine.plan import Work
 from shoal.engine.running import Running
 from shoal.engine.sampler import Sampler
@@ -59,11 +66,12 @@ class Drafter:
         """Is a token drafted after the row that runs through group 1 next?"""
         return len(self.ahead.holding.states) < self.work.drafts
 
-    def take(self, token: int, drawn: bool, logits: Tensor) -> None:
-        """The next draft, from `logits` [V]; unless `drawn` there is none."""
+    def take(self, token: int, drawn: bool, law: Tensor | None) -> None:
+        """The next draft, from the logits `law` [V], None where nobody keeps them; unless `drawn` there is none."""
         if drawn and self.drafted is not None:
+            assert law is not None
             self.drafted.tokens.append(token)
-            self.drafted.exits.append(logits)
+            self.drafted.exits.append(law)
         if drawn and not self.ahead.ends(token):
             self.ahead.tokens.append(token)
         else:
@@ -74,6 +82,63 @@ class Drafter:
         if self.work.drafts:
             return verification(self.work, self.ahead)
         return replace(self.work, running=self.ahead, first=1)
+
+
+# of drafters [N], how many of them draft on, and their tokens [N] where the host knows none: states after group 1 [N, D] of the
+# newest row of each, and logits [more, V] at the first exit of the first ones, None of none
+First = Callable[[Sequence[Drafter], int, Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+class Rounds:
+    """Drafts of a step that the host has not read yet, one of each request that drafts on in each round. It goes on as if none
+    of them ended an answer: rows behind one that does are verified for nothing."""
+
+    UNKNOWN = 0  # stands for a token of a request until it is read
+
+    def __init__(self) -> None:
+        self.unread = Unread()  # tokens [R] and largest logits [R, 1] of each round
+        self._rounds: list[tuple[list[Drafter], list[Tensor | None]]] = []  # who drafted, and the logits that are kept
+
+    @classmethod
+    def of(cls, works: Sequence[Work], device: torch.device) -> Rounds | None:
+        """For what `works` draft; None where the host must know each draft before the next."""
+        if device.type == "cpu":
+            return None
+        return cls() if all(_unseen(work.running) for work in works if work.drafts) else None
+
+    @property
+    def newest(self) -> Tensor | None:
+        """Tokens [R] of the last round, in the order of its drafters; None before the first."""
+        return self.unread.tensors[-2] if self.unread.tensors else None
+
+    def add(self, drafters: list[Drafter], logits: Tensor, tokens: Tensor, highest: Tensor) -> None:
+        """A round: `tokens` [R] of `drafters` [R], drawn from `logits` [R, V], in whose memory the next round's may lie, and
+        the `highest` of these [R, 1]."""
+        laws = [None if each.drafted is None else logits[row].clone() for row, each in enumerate(drafters)]
+        self._rounds.append((drafters, laws))
+        self.unread.tensors += [tokens, highest]
+        for each in drafters:
+            each.ahead.tokens.append(self.UNKNOWN)
+
+    def read(self) -> None:
+        """Give all who drafted their drafts, each up to one that ends its answer or could not be drawn."""
+        if not self._rounds:
+            return
+        rounds, self._rounds, numbers = self._rounds, [], self.unread.read()
+        for each in rounds[0][0]:  # whoever drafts does so in the first
+            del each.ahead.tokens[each.work.start + 1 :]
+        for (drafters, laws), tokens, highest in zip(rounds, numbers[::2], numbers[1::2], strict=True):
+            for row, each in enumerate(drafters):
+                if not each.over:
+                    each.take(int(tokens[row]), math.isfinite(highest[row]), laws[row])
+
+
+def _unseen(running: Running) -> bool:
+    """May the next draft of `running` be drawn before the host knows the last?"""
+    s = running.sampling
+    # its price is that of the law that it was drawn from, and a top-p that many tokens share takes a second look
+    exact = bool(running.tolerance) and s.temperature > 0 and s.top_p < 1
+    return by_length(running) and not exact
 
 
 @torch.inference_mode()
@@ -109,6 +174,30 @@ def draft(net: Net, cache: GroupCache, sampler: Sampler, drafters: Sequence[Draf
     for each, found in zip(order, states, strict=True):
         each.ahead.holding.states = [torch.from_numpy(np.concatenate(found))]
     return True
+
+
+def by_steps(first: First, sampler: Sampler, going: list[Drafter], rounds: Rounds | None) -> None:
+    """As `draft`, wherever that cannot be used: by a step of group 1 for each draft. The host waits for each, or keeps all in
+    `rounds` to be read."""
+    while going:
+        # those that draft on come first, and in `rounds` in the order in which their tokens lie there
+        going.sort(key=lambda each: not each.more if rounds is None else -each.work.drafts)
+        more = sum(each.more for each in going)
+        x, logits = first(going, more, None if rounds is None else rounds.newest)
+        for at, each in enumerate(going):
+            each.ahead.holding.states.append(x[at : at + 1])
+        if logits is None:
+            return
+        going = going[:more]
+        if rounds is not None:
+            rounds.add(going, logits, *sampler.propose(logits, [each.ahead for each in going]))
+            continue
+        samples = sampler.sample(logits, [each.ahead for each in going])
+        for row, (each, sampled) in enumerate(zip(going, samples, strict=True)):
+            # what is kept is a copy: in the memory of a graph the next draft's will lie there
+            law = None if each.drafted is None else logits[row].clone()
+            each.take(sampled.token, sampled.error is None, law)
+        going = [each for each in going if not each.over]
 
 
 def _stretch(net: Net, cache: GroupCache, order: Sequence[Drafter]) -> Stretch | None:

@@ -125,13 +125,18 @@ class Graphs:
         )  # fmt: skip
 
     def first(
-        self, planned: Sequence[Work], works: Sequence[Work], requests: Sequence[int], going: int
+        self,
+        planned: Sequence[Work],
+        works: Sequence[Work],
+        requests: Sequence[int],
+        going: int,
+        newest: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None] | None:
         """Of a step of `planned` that drafts: states after group 1 [N, D] of `works`, one row each of the requests numbered
-        `requests` there, and logits [going, V] of the first `going` at the first exit, None of none. Logits stay until the
-        next call. None and errors: as of `run`."""
+        `requests` there, whose tokens are `newest` [N] [those that the host knows]; and logits [going, V] of the first `going`
+        at the first exit, None of none. Logits stay until the next call. None and errors: as of `run`."""
         kind = Kind.of(planned, drafts=True)
-        return self._tried(kind, len(works), lambda: self._first(planned, works, requests, going, kind))
+        return self._tried(kind, len(works), lambda: self._first(planned, works, requests, going, newest, kind))
 
     def run(self, works: Sequence[Work]) -> Tensor | None:
         """Logits [N, V] of all rows of `works`, a planned step which `takes` allows, or what became of its drafts: then the
@@ -167,10 +172,18 @@ class Graphs:
             return None
 
     def _first(
-        self, planned: Sequence[Work], works: Sequence[Work], requests: Sequence[int], going: int, kind: Kind
+        self,
+        planned: Sequence[Work],
+        works: Sequence[Work],
+        requests: Sequence[int],
+        going: int,
+        newest: Tensor | None,
+        kind: Kind,
     ) -> tuple[Tensor, Tensor | None]:
         (width, places), count = self._begin(planned), len(works)
         self._told.fill(works, requests, [places[request] for request in requests])
+        if newest is not None:
+            self._told.rows[IDS, :count].copy_(newest)
         self._play_group(0, self._bucket(kind, count), width, kind)
         states = self._states[0, :count].clone()  # they wait for the deeper groups, and the next row comes here
         if not going:

@@ -26,12 +26,13 @@ from shoal.config import GROUPS
 from shoal.engine import drafts, graphs, speculative
 from shoal.engine.compared import Audited, Compared
 from shoal.engine.device import sent
-from shoal.engine.drafts import Drafted, Drafter
+from shoal.engine.drafts import Drafted, Drafter, Rounds
 from shoal.engine.events import Sampling, Signals, TokenLogprob
 from shoal.engine.graphs import Graphs
 from shoal.engine.layout import StepLayout
+from shoal.engine.penalties import Draw
 from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work
-from shoal.engine.sampler import Draw, Sampler
+from shoal.engine.sampler import Sampler
 from shoal.engine.tolerance import Chain
 from shoal.errors import first_line
 from shoal.model.adapters import Adapter, Bank, Beside, nothing
@@ -116,8 +117,8 @@ class Runner:
         """Run one step: write its K/V, decide depths, sample tokens. Nothing here outlives a failure but K/V slots that
         no request counts as computed."""
         whole = self.graphs is not None and self.graphs.takes(plan.works)
-        works, drafted = self._draft(plan.works, whole)
-        if whole and (samples := self._replayed(works, drafted)) is not None:
+        works, drafted, rounds = self._draft(plan.works, whole)
+        if whole and (samples := self._replayed(works, drafted, rounds)) is not None:
             return Outcome(samples)
         layout = StepLayout(works, self.config, self.device, self._beside)
         fresh = [work for work in works if work.first == 0]
@@ -131,12 +132,14 @@ class Runner:
         compared = Compared.of(works, layout.starts, self.config) if self.config.exits[:-1] else None
         audited = Audited.of(works, layout.starts, self.config)
         logits = self._deeper(works, x, layout, scores, compared, audited)
-        samples = self._sample(works, logits, drafted, compared) if logits is not None else []
+        samples = self._sample(works, logits, drafted, compared, rounds) if logits is not None else []
         lost = audited.lost(self.net, SCORED_ROWS) if audited is not None else ()
         decisions = [self._decide(work) for work in plan.decisions]
         return Outcome(samples, decisions, [scores[work] for work in plan.scores], lost)
 
-    def _replayed(self, works: Sequence[Work], drafted: Mapping[Work, Drafted]) -> list[Sampled] | None:
+    def _replayed(
+        self, works: Sequence[Work], drafted: Mapping[Work, Drafted], rounds: Rounds | None
+    ) -> list[Sampled] | None:
         """What `works` give by graphs, which take them; None where that cannot be, and the step is to be run without."""
         logits = self._replay(lambda graphs: graphs.run(works))
         starts = [0, *accumulate(work.count for work in works)]
@@ -146,14 +149,14 @@ class Runner:
             if exits is None:
                 return None
             compared.exits = exits
-        return None if logits is None else self._sample(works, logits, drafted, compared)
+        return None if logits is None else self._sample(works, logits, drafted, compared, rounds)
 
-    def _draft(self, works: Sequence[Work], whole: bool) -> tuple[list[Work], dict[Work, Drafted]]:
-        """`works`, with those that may draft replaced by the verification of what they drafted; and what those with a tolerance
-        drafted. The requests themselves do not change: their drafts stand in copies (`speculative.py`). `whole`: graphs take
-        them, and where somebody drafts, the first group of all others runs beside."""
+    def _draft(self, works: Sequence[Work], whole: bool) -> tuple[list[Work], dict[Work, Drafted], Rounds | None]:
+        """`works`, with those that may draft replaced by the verification of what they drafted; what those with a tolerance
+        drafted; and what of all is to be read. The requests themselves do not change: their drafts stand in copies
+        (`speculative.py`). `whole`: graphs take them, and where somebody drafts, the first group of all others runs beside."""
         if not any(work.drafts for work in works):
-            return list(works), {}
+            return list(works), {}, None
         drafting = [
             Drafter(work, speculative.ahead_of(work.running, list(work.running.tokens)), i)
             for i, work in enumerate(works)
@@ -161,47 +164,40 @@ class Runner:
         ]
         for each in drafting:
             each.drafted = Drafted() if each.work.drafts and each.work.running.tolerance else None
-        if whole or not drafts.draft(self.net, self.cache, self.sampler, drafting):
-            self._draft_by_steps(drafting, works if whole else [])
+        rounds = Rounds.of(works, self.device)
+        if whole or rounds is not None or not drafts.draft(self.net, self.cache, self.sampler, drafting):
+            planned = works if whole else []
+            drafts.by_steps(lambda *given: self._first(planned, *given), self.sampler, drafting, rounds)
         found = list(works)
         for each in drafting:
             found[each.place] = each.rest()
-        return found, {found[each.place]: each.drafted for each in drafting if each.drafted is not None}
+        return found, {found[each.place]: each.drafted for each in drafting if each.drafted is not None}, rounds
 
-    def _draft_by_steps(self, going: list[Drafter], planned: Sequence[Work]) -> None:
-        """As `drafts.draft`, wherever that cannot be used; by graphs where these take a whole step `planned`."""
-        while going:
-            going.sort(key=lambda each: not each.more)
-            more = sum(each.more for each in going)
-            x, logits = self._first(going, more, planned)
-            for at, each in enumerate(going):
-                each.ahead.holding.states.append(x[at : at + 1])
-            if logits is None:
-                return
-            going = going[:more]
-            samples = self.sampler.sample(logits, [each.ahead for each in going])
-            for row, (each, sampled) in enumerate(zip(going, samples, strict=True)):
-                # what is kept is a copy: in the memory of a graph the next draft's will lie there
-                law = logits[row] if each.drafted is None else logits[row].clone()
-                each.take(sampled.token, sampled.error is None, law)
-            going = [each for each in going if not each.over]
-
-    def _first(self, going: list[Drafter], more: int, planned: Sequence[Work]) -> tuple[Tensor, Tensor | None]:
-        """States after group 1 [N, D] of the newest row of each of `going` [N], and logits [more, V] of the first `more` at the
-        first exit; None of none."""
+    def _first(
+        self, planned: Sequence[Work], going: Sequence[Drafter], more: int, newest: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`drafts.First` of a step; by graphs where these take the whole one, `planned`."""
         rows = [Work(each.ahead, len(each.ahead.tokens) - 1, 1, 0, 1) for each in going]
         if planned:
             requests = [each.place for each in going]
-            found = self._replay(lambda graphs: graphs.first(planned, rows, requests, more))
+            found = self._replay(lambda graphs: graphs.first(planned, rows, requests, more, newest))
             if found is not None:
                 return found
-        x = self._group(0, self._embed(rows), StepLayout(rows, self.config, self.device, self._beside))
+        x = self._embed(rows) if newest is None else self.net.embed_inputs(newest)
+        x = self._group(0, x, StepLayout(rows, self.config, self.device, self._beside))
         return x, self.net.head(x[:more], self.config.exits[0]) if more else None
 
     def _sample(
-        self, works: Sequence[Work], logits: Tensor, drafted: Mapping[Work, Drafted], compared: Compared | None
+        self,
+        works: Sequence[Work],
+        logits: Tensor,
+        drafted: Mapping[Work, Drafted],
+        compared: Compared | None,
+        rounds: Rounds | None,
     ) -> list[Sampled]:
         """What each sampled work of `works` gives, for logits [S, V] of their sampled rows."""
+        if rounds is not None and drafted:
+            rounds.read()  # the host settles what drafts may cost
         gaps = {} if compared is None else compared.gaps(logits, self.net)  # before anything is closed in the logits
         draws: list[Draw] = []
         chains: list[Chain] = []
@@ -212,7 +208,10 @@ class Runner:
                 draws += [speculative.Place.of(work.running, work.start + 1 + i) for i in range(work.count)]
             elif work.sample:
                 draws.append(work.running)
-        found, samples = iter(self.sampler.sample(logits, draws, chains)), list[Sampled]()
+        unread = None if rounds is None else rounds.unread
+        found, samples = iter(self.sampler.sample(logits, draws, chains, unread)), list[Sampled]()
+        if rounds is not None:
+            rounds.read()
         for work in works:
             if work.verify:
                 proposed = work.running.tokens[work.start + 1 :]

@@ -16,18 +16,19 @@ Letters: R rows (requests), V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from shoal.engine import filters
-from shoal.engine.device import fetched, picked, sent, viewed
-from shoal.engine.events import Sampling, TokenLogprob
-from shoal.engine.guided import Grammar, GrammarError, StrayError
+from shoal.engine.device import Unread, fetched, picked, sent, viewed
+from shoal.engine.events import TokenLogprob
+from shoal.engine.guided import GrammarError, StrayError
+from shoal.engine.penalties import Draw, adjust, banned, too_early
 from shoal.engine.plan import Sampled
 from shoal.engine.signals import Logits, looked_at
 from shoal.engine.tolerance import Chain, greedy_price, sampled_price, settle
@@ -36,21 +37,6 @@ from shoal.inputs.tokenizer import END_ID
 from shoal.model.cpu import fused
 
 STUCK = "a grammar that cannot be followed any further"
-
-
-class Draw(Protocol):
-    """What the sampler needs to know of a request (`engine.running.Running` is one)."""
-
-    tokens: list[int]  # the prompt, then the answer
-    prompt_len: int
-    seed: int
-    watched: bool
-
-    @property
-    def sampling(self) -> Sampling: ...
-
-    @property
-    def grammar(self) -> Grammar | None: ...
 
 
 class Sampler:
@@ -64,16 +50,19 @@ class Sampler:
         # int32 [V]: equal ids start their noise alike in every row
         self._ids = _scramble(torch.arange(len(forbidden), dtype=torch.int32, device=forbidden.device))
 
-    def sample(self, logits: Tensor, draws: Sequence[Draw], chains: Sequence[Chain] = ()) -> list[Sampled]:
+    def sample(
+        self, logits: Tensor, draws: Sequence[Draw], chains: Sequence[Chain] = (), unread: Unread | None = None
+    ) -> list[Sampled]:
         """One token for each row of `logits` [R, V], which become those that it is drawn from. Where `chains` have drafts in
-        some rows and a tolerance, such a draft may be the token."""
+        some rows and a tolerance, such a draft may be the token. On a device what is `unread` comes in the same copy, unless
+        there are such chains."""
         self._close(logits)
         if logits.device.type != "cpu" and not chains:
-            return self._there(logits, draws)
+            return self._there(logits, draws, unread or Unread())
         watched = Logits.of(logits, draws)
         reported = {r: logits[r].clone() for r, draw in enumerate(draws) if draw.sampling.logprobs is not None}
         masks, stuck = _follow_grammars(logits, draws)
-        _adjust(logits, draws, self._ends)
+        adjust(logits, draws, self._ends)
         choice = _argmax(logits)
         best = picked(logits, choice)  # NaN wins a max: one look here finds every bad row
         random = [r for r, draw in enumerate(draws) if draw.sampling.temperature > 0]
@@ -92,16 +81,25 @@ class Sampler:
             for r, token in enumerate(tokens)
         ]
 
-    def _there(self, logits: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
+    def propose(self, logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+        """As `sample`, for drafts that stay on their device: a token [R] and the largest logit [R, 1] of each row of `logits`
+        [R, V], which the host does not wait for. Only for those whose tokens need not be known (`by_length`). Where the
+        likeliest `filters.CANDIDATES_THERE` are not enough for a top-p the draft is one of these, and may be another one than
+        `sample` draws: it is verified."""
+        self._close(logits)
+        adjust(logits, draws, self._ends)
+        return self._choice(logits, draws, filters.CANDIDATES_THERE)[:2]
+
+    def _there(self, logits: Tensor, draws: Sequence[Draw], unread: Unread) -> list[Sampled]:
         """As `sample`, on a device: what the host must know comes in one copy. A second is taken where some row's top-p keeps
         more than `filters.CANDIDATES_THERE` tokens."""
         at = [r for r, draw in enumerate(draws) if draw.sampling.logprobs is not None or looked_at(draw)]
         given = logits[sent(at, logits.device)].double() if at else None
         masks, stuck = _follow_grammars(logits, draws)
-        _adjust(logits, draws, self._ends)
-        told = self._told(logits, draws, at, given, filters.CANDIDATES_THERE)
+        adjust(logits, draws, self._ends)
+        told = self._told(logits, draws, at, given, filters.CANDIDATES_THERE, unread)
         if not all(told[2]):
-            told = self._told(logits, draws, at, given, logits.shape[-1])
+            told = self._told(logits, draws, at, given, logits.shape[-1], unread)
         numbers, best, _, chosen, values, ids = told
         tokens = [int(token) if math.isfinite(highest) else -1 for token, highest in zip(numbers, best, strict=True)]
         most, found = len(ids) // max(1, len(at)), list[Sampled]()
@@ -121,24 +119,39 @@ class Sampler:
         return found
 
     def _told(
-        self, logits: Tensor, draws: Sequence[Draw], at: list[int], given: Tensor | None, candidates: int
+        self,
+        logits: Tensor,
+        draws: Sequence[Draw],
+        at: list[int],
+        given: Tensor | None,
+        candidates: int,
+        unread: Unread,
     ) -> list[list[float]]:
         """What `_there` asks, in one copy: tokens [R], the largest logits [R], whether `candidates` were enough for the filters
         of each row; and of the rows `at` [A], whose logits are `given` [A, V], the token's logprob [A], the best [A, most] and
-        which tokens have these."""
+        which tokens have these. What is `unread` is read with them."""
+        choice, best, enough = self._choice(logits, draws, candidates)
+        none = best.new_zeros(0)
+        asked = [choice, best, enough, none, none, none]
+        if given is not None:
+            logprobs = torch.log_softmax(given, -1)
+            top = logprobs.topk(max([1, *(draws[r].sampling.logprobs or 0 for r in at)]), dim=-1)
+            chosen = logprobs.gather(-1, choice[sent(at, logits.device)][:, None])
+            asked[3:] = chosen, top.values, top.indices
+        found = fetched(*asked, *unread.tensors)
+        unread.came(found[len(asked) :])
+        return found[: len(asked)]
+
+    def _choice(self, logits: Tensor, draws: Sequence[Draw], candidates: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [R] of `logits` [R, V], the largest logits [R, 1], and of each row that has filters whether `candidates` were
+        enough for these."""
         choice = logits.argmax(-1)
         best, enough = logits.gather(-1, choice[:, None]), choice.new_ones(1)
         if random := [r for r, draw in enumerate(draws) if draw.sampling.temperature > 0]:
             rows, drawn = sent(random, logits.device), [draws[r] for r in random]
             z, enough = self._kept(logits[rows], drawn, candidates)
             choice = choice.index_copy(0, rows, self._first(z, drawn))
-        none = best.new_zeros(0)
-        if given is None:
-            return fetched(choice, best, enough, none, none, none)
-        logprobs = torch.log_softmax(given, -1)
-        chosen = logprobs.gather(-1, choice[sent(at, logits.device)][:, None])
-        top = logprobs.topk(max([1, *(draws[r].sampling.logprobs or 0 for r in at)]), dim=-1)
-        return fetched(choice, best, enough, chosen, top.values, top.indices)
+        return choice, best, enough
 
     def score(self, logits: Tensor, targets: Sequence[int], count: int) -> list[TokenLogprob]:
         """Logprob of each of `targets` [R] under its row of `logits` [R, V] (changed in place), with the `count` best. A
@@ -222,13 +235,13 @@ class Sampler:
                 open_[start:end] = False
             if mask is not None:
                 open_ &= mask
-            open_[_too_early(draw, self._ends)[0]] = False
+            open_[too_early(draw, self._ends)[0]] = False
             if not open_.any():
                 name = "guided" if mask is not None else "min_tokens"
                 got = f"none, after {len(draw.tokens) - draw.prompt_len} of the answer"
                 do = "ask for a grammar that goes on with text" if mask is not None else "ask for fewer"
                 return RequestError("tokens that may come next", param=name, got=got, do=do)
-            open_[_banned(draw)[0]] = False
+            open_[banned(draw)[0]] = False
             if not open_.any():
                 return RequestError("tokens that may come next", param="banned", got="none", do="ban fewer")
         return GenerationError("the model gave logits that are not finite", do="try again")
@@ -295,81 +308,6 @@ def _follow_grammars(logits: Tensor, draws: Sequence[Draw]) -> tuple[dict[int, n
         at, closed = sent(list(masks), logits.device), sent(~np.stack(list(masks.values())), logits.device)
         logits[at] = logits[at].masked_fill(closed, -math.inf)
     return masks, stuck
-
-
-def _adjust(logits: Tensor, draws: Sequence[Draw], ends: list[int]) -> None:
-    """Bias, least length and penalties, in place, each as one sparse update of the whole batch."""
-    if all(_plain(draw.sampling) for draw in draws):
-        return
-    _update(logits, draws, _bias, lambda old, value: old + value)
-    _update(logits, draws, lambda draw: _too_early(draw, ends), lambda old, value: value)
-    _update(logits, draws, _repeated, lambda old, value: torch.where(old > 0, old / value, old * value))
-    _update(logits, draws, _used, lambda old, value: old - value)
-    _update(logits, draws, _banned, lambda old, value: value)
-
-
-def _plain(s: Sampling) -> bool:
-    penalties = s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0
-    return not (penalties or s.logit_bias or s.min_tokens or s.banned)
-
-
-def _update(
-    logits: Tensor,
-    draws: Sequence[Draw],
-    entries: Callable[[Draw], tuple[Sequence[int], Sequence[float]]],
-    change: Callable[[Tensor, Tensor], Tensor],
-) -> None:
-    rows: list[int] = []
-    tokens: list[int] = []
-    values: list[float] = []
-    for r, draw in enumerate(draws):
-        ids, amounts = entries(draw)
-        rows += [r] * len(ids)
-        tokens += ids
-        values += amounts
-    if rows:
-        where = sent([rows, tokens], logits.device)
-        value = sent(values, logits.device, logits.dtype)
-        logits[where[0], where[1]] = change(logits[where[0], where[1]], value)
-
-
-def _bias(draw: Draw) -> tuple[list[int], list[float]]:
-    bias = draw.sampling.logit_bias
-    return list(bias), list(bias.values())
-
-
-def _too_early(draw: Draw, ends: list[int]) -> tuple[list[int], list[float]]:
-    """What would end the answer, while it is shorter than min_tokens."""
-    s = draw.sampling
-    if len(draw.tokens) - draw.prompt_len >= s.min_tokens:
-        return [], []
-    closed = [*ends, *s.stop_token_ids]
-    return closed, [-math.inf] * len(closed)
-
-
-def _repeated(draw: Draw) -> tuple[list[int], list[float]]:
-    """Every token of the prompt and the answer, with the repetition penalty."""
-    penalty = draw.sampling.repetition_penalty
-    if penalty == 1:
-        return [], []
-    seen = list(set(draw.tokens))
-    return seen, [penalty] * len(seen)
-
-
-def _used(draw: Draw) -> tuple[list[int], list[float]]:
-    """Every token of the answer, with its presence and frequency penalties."""
-    s = draw.sampling
-    if (s.presence_penalty == 0 and s.frequency_penalty == 0) or len(draw.tokens) == draw.prompt_len:
-        return [], []
-    tokens, counts = np.unique(draw.tokens[draw.prompt_len :], return_counts=True)
-    return tokens.tolist(), (s.presence_penalty + s.frequency_penalty * counts).tolist()
-
-
-def _banned(draw: Draw) -> tuple[list[int], list[float]]:
-    """What would complete a banned run of tokens within the answer."""
-    answer = draw.tokens[draw.prompt_len :] if draw.sampling.banned else []
-    ends = [run[-1] for run in draw.sampling.banned if tuple(answer[len(answer) - len(run) + 1 :]) == run[:-1]]
-    return ends, [-math.inf] * len(ends)
 
 
 def _logprobs(reported: dict[int, Tensor], draws: Sequence[Draw], tokens: Sequence[int]) -> dict[int, TokenLogprob]:

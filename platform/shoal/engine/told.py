@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shoal.config import GROUPS, ModelConfig
 from shoal.engine.device import sent
+from shoal.engine.events import MAX_DRAFTS
 from shoal.engine.plan import Work
 
 IDS, POSITIONS, REQUESTS, ADAPTERS, SLOTS = range(5)  # from SLOTS on those of each group
@@ -32,8 +33,9 @@ class Told:
     def __init__(self, config: ModelConfig, requests: int, rows: int, device: torch.device) -> None:
         self._page, pages = config.page, -(-config.context // config.page)
         pinned, size = device.type == "cuda" and torch.cuda.is_available(), GROUPS + len(_NOBODY) * rows
-        # filled in turn: of two steps that follow each other the host waits for one, and a copy of the other may be going on
-        self._hosts = [torch.zeros(size, dtype=torch.long, pin_memory=pinned) for _ in range(2)]
+        # filled in turn: the host waits once a step, and until then the copies of its drafts' rows, of those of the last draft
+        # and of the verification may be going on
+        self._hosts = [torch.zeros(size, dtype=torch.long, pin_memory=pinned) for _ in range(MAX_DRAFTS + 2)]
         self._numbers = torch.zeros(size, dtype=torch.long, device=device)
         self.going, self.rows = self._parts(self._numbers)
         for host in self._hosts:
@@ -61,7 +63,7 @@ class Told:
     def fill(self, works: Sequence[Work], requests: Sequence[int], adapters: Sequence[int]) -> list[int]:
         """The rows of `works`, in their order, whose tables are those of `requests` and whose adapters are at the places
         `adapters`. Returns how many rows go through each group."""
-        self._hosts.reverse()
+        self._hosts.insert(0, self._hosts.pop())
         host = self._hosts[0]
         going, rows = (part.numpy() for part in self._parts(host))
         counts = np.array([work.count for work in works])

@@ -1,0 +1,271 @@
+"""Drafts that stay on a device until a step's one copy, beside those that the host reads one by one: on a pretended GPU, whose
+values are real, and by graphs on a CPU."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shoal import Engine, Request, Sampling
+from shoal.engine import filters, graphs
+from shoal.engine.drafts import Rounds
+from shoal.engine.events import MAX_DRAFTS, Guide
+from shoal.engine.graphs import Graphs
+from shoal.engine.plan import Outcome, Plan, Sampled
+from shoal.engine.told import Told
+from shoal.model.cpu import fused
+from tests import pretend_gpu
+from tests.pretend_gpu import pretended
+from tests.recorded import Again
+from tests.unit.engine.lively import lively
+
+MODEL = lively()
+CUDA = torch.device("cuda")
+FREE: list[dict[str, Any]] = [
+    {"temperature": 0}, {"temperature": 0.8, "top_k": 9, "min_p": 0.01}, {"temperature": 1.0, "top_p": 0.9, "logprobs": 2},
+    {"temperature": 0, "logit_bias": {70: 2.0}, "min_tokens": 4, "ignore_eos": False, "stop_token_ids": (*range(20, 60),)},
+    {"temperature": 0.7, "stop_token_ids": (*range(20, 90),)},
+]  # fmt: skip
+KNOWN: list[dict[str, Any]] = [
+    {"guided": Guide("regex", "[a-f]{2,9}"), "ignore_eos": False}, {"repetition_penalty": 1.3}, {"presence_penalty": 0.5},
+    {"frequency_penalty": 0.5}, {"banned": ((70,), (71, 72))},
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled loops of a CPU are no part of it."""
+    monkeypatch.setattr(fused, "usable", lambda x: False)
+    monkeypatch.setattr(fused, "few", lambda rows: False)
+    monkeypatch.setattr(graphs, "LEAST_TOKENS", 16)
+
+
+def asked(seed: int, count: int, kinds: list[dict[str, Any]], tolerances: tuple[float | None, ...]) -> list[Request]:
+    rng = random.Random(seed)
+    made = []
+    for i in range(count):
+        kind, drafts = rng.choice(kinds), rng.choice((0, 1, 3, 5))
+        told = {"temperature": rng.choice((0.0, 0.7)), "ignore_eos": True, "seed": i, **kind, "speculative": drafts}
+        prompt = [rng.randrange(20, 260) for _ in range(rng.randrange(1, 30))]
+        sampling = Sampling(max_tokens=rng.randrange(4, 16), **told)
+        depth = rng.choice(("full", "full", "middle", "shallow"))
+        tolerance = rng.choice(tolerances) if depth == "full" else None
+        made.append(Request(prompt, sampling, depth=depth, quality_tolerance=tolerance, id=str(i), signals=i % 2 == 0))
+    return made
+
+
+def said(sampled: Sampled) -> Any:
+    return sampled.token, sampled.drafted, [*map(said, sampled.after)]
+
+
+class Twice:
+    """In place of the `run` of an engine's runner: each step that drafts is taken by drafts which the host does not read in
+    between, and from the same memory by those that it reads one by one. Both must give the same to the bit: logits of all rows
+    that are read, samples with what they spent, keys, values and summaries."""
+
+    def __init__(self, engine: Engine, device: torch.device) -> None:
+        self.runner, self.run, self.device = engine.runner, engine.runner.run, device
+        self.steps = self.cut = 0
+        self.runner.run = self  # type: ignore[assignment, method-assign]
+
+    def __call__(self, plan: Plan) -> Outcome:
+        if not any(work.drafts for work in plan.works) or Rounds.of(plan.works, CUDA) is None:
+            return self.run(plan)
+        cache = self.runner.cache
+        before = [cache.kv.clone(), cache.summaries.clone()]
+        mine = self._left(plan, before, stay=True)
+        other = self._left(plan, before, stay=False)
+        assert [*map(said, mine[0].samples)] == [*map(said, other[0].samples)]
+        self.steps += 1
+        counts = [[work.count for work in works] for works, _ in (mine[1], other[1])]
+        if counts[0] != counts[1]:  # a draft ended an answer, or was none: what follows it is nobody's
+            self.cut += 1
+            assert all(a >= b for a, b in zip(*counts, strict=True))
+            rows = [torch.split(logits, count) for (_, logits), count in zip((mine[1], other[1]), counts, strict=True)]
+            for a, b in zip(*rows, strict=True):
+                assert torch.allclose(a[: len(b)], b, rtol=0, atol=1e-9)
+        else:
+            assert mine[0] == other[0] and torch.equal(mine[1][1], other[1][1])
+            assert torch.equal(mine[2][0], other[2][0]) and torch.equal(mine[2][1], other[2][1])
+        return mine[0]
+
+    def _left(self, plan: Plan, before: list[Tensor], stay: bool) -> tuple[Outcome, Any, list[Tensor]]:
+        cache, given, sample = self.runner.cache, list[Any](), self.runner._sample
+        cache.kv.copy_(before[0])
+        cache.summaries.copy_(before[1])
+
+        def seen(works: Any, logits: Tensor, *rest: Any) -> Any:
+            sampled = [work for work in works if work.sample]
+            if all(work.count == 1 or work.verify for work in works):
+                given[:] = sampled, logits.clone()
+            else:
+                given[:] = [], logits[:0].clone()  # beside a prompt: its rows are not those of the logits
+            return sample(works, logits, *rest)
+
+        real = Rounds.of
+        self.runner._sample = seen  # type: ignore[method-assign]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Rounds, "of", lambda works, _: real(works, self.device) if stay else None)
+            try:
+                outcome = self.run(plan)
+            finally:
+                self.runner._sample = sample  # type: ignore[method-assign]
+        return outcome, given, [cache.kv[:, 1:].clone(), cache.summaries[:, 1:].clone()]
+
+
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 5), recorded=st.booleans())
+def test_a_step_gives_what_it_gives_where_the_host_reads_each_draft(seed: int, count: int, recorded: bool) -> None:
+    """By graphs and without; and the answers are those of an engine that drafts as a CPU does."""
+    limits: dict[str, Any] = {"units": 200, "max_batch": 5, "max_batch_tokens": 64, "speculative_max_batch": 5}
+    engine, other = Engine(MODEL, **limits), Engine(MODEL, **limits)
+    if recorded:
+        engine.runner.graphs = Graphs(MODEL.net, engine.runner.cache, 5, Again())
+    twice = Twice(engine, CUDA)
+    requests = asked(seed, count, FREE, (None, 0.05, 2.0))
+    got, want = engine.generate(requests), other.generate(requests)
+    for a, b in zip(got, want, strict=True):
+        assert (a.tokens, a.finish_reason, a.depth) == (b.tokens, b.finish_reason, b.depth)
+        assert a.finished is not None and b.finished is not None
+        assert a.finished.spent == pytest.approx(b.finished.spent, abs=1e-9)
+    for name in ("drafts", "drafts_accepted"):
+        assert getattr(engine.scheduler.metrics, name) == getattr(other.scheduler.metrics, name)
+    engine.scheduler.check_integrity()
+    event(f"steps {twice.steps > 0}, cut {twice.cut > 0}, graphs {recorded}")
+
+
+def test_drafts_that_end_an_answer_are_among_those_that_are_compared() -> None:
+    engine = Engine(MODEL, units=200, max_batch=5, max_batch_tokens=64, speculative_max_batch=5)
+    twice = Twice(engine, CUDA)
+    for seed in range(4):
+        engine.generate(asked(seed, 5, FREE[3:], (None, 2.0)))
+    assert twice.cut > 2 and twice.steps > twice.cut + 5
+
+
+def steps_on_a_gpu(requests: list[Request], recorded: bool) -> tuple[list[tuple[int, list[str]]], list[Any]]:
+    """Of each step that drafts how many drafts the longest has, and what the host waited for; and the answers."""
+    steps = list[tuple[int, list[str]]]()
+    with pretended() as gpu:
+        made = lively()
+        made.net.float()
+        engine = Engine(made.to(gpu), units=200, max_batch=4, max_batch_tokens=128, speculative_max_batch=4)
+        if recorded:
+            engine.runner.graphs = Graphs(made.net, engine.runner.cache, 4, lambda run: run)
+        run = engine.runner.run
+
+        def counted(plan: Plan) -> Outcome:
+            pretend_gpu.waited.clear()
+            found = run(plan)
+            if most := max(work.drafts for work in plan.works):
+                # without kernels operators of torch wait to know how many rows end a block
+                steps.append((most, [each for each in pretend_gpu.waited if "nonzero" not in each]))
+            return found
+
+        engine.runner.run = counted  # type: ignore[method-assign]
+        answers = [(answer.tokens, answer.finish_reason) for answer in engine.generate(requests)]
+    return steps, answers
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_step_with_drafts_waits_for_one_copy(recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And gives what it gives where the host reads each draft."""
+    requests = asked(3, 4, FREE, (None,))
+    steps, answers = steps_on_a_gpu(requests, recorded)
+    assert len(steps) > 3 and all(waits == ["tolist"] for _, waits in steps), steps
+    monkeypatch.setattr(Rounds, "of", lambda works, device: None)
+    others, want = steps_on_a_gpu(requests, recorded)
+    assert answers == want and len(others) == len(steps)
+    assert all(len(waits) > 1 for _, waits in others)
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_where_a_draft_must_be_known_before_the_next_the_host_reads_each(kind: dict[str, Any]) -> None:
+    drafts = {"temperature": 0, "ignore_eos": True, "max_tokens": 8, "speculative": 2}
+    steps, _ = steps_on_a_gpu([Request([40, 50, 60], Sampling(**{**drafts, **kind}), depth="full")], recorded=True)
+    assert steps and {len(waits) for most, waits in steps if most == 2} <= {2, 3}, steps
+    assert all(len(waits) > 1 for _, waits in steps)
+
+
+def test_within_a_tolerance_a_top_p_is_drawn_by_the_hosts_word_and_all_else_is_not() -> None:
+    engine = Engine(MODEL, units=200, speculative_max_batch=8)
+    seen = list[tuple[Any, bool]]()
+    run = engine.runner.run
+
+    def look(plan: Plan) -> Outcome:
+        for work in plan.works:
+            if work.drafts:
+                key = work.running.sampling.temperature, work.running.sampling.top_p, work.running.tolerance
+                seen.append((key, Rounds.of([work], CUDA) is not None))
+                assert Rounds.of([work], torch.device("cpu")) is None
+        return run(plan)
+
+    engine.runner.run = look  # type: ignore[method-assign]
+    requests = [
+        Request([40 + i] * 4, Sampling(temperature=t, top_p=p, speculative=2, max_tokens=8, ignore_eos=True), depth="full",
+                quality_tolerance=tolerance)
+        for i, (t, p, tolerance) in enumerate(
+            (t, p, tolerance) for t in (0.0, 0.8) for p in (0.9, 1.0) for tolerance in (None, 0.2)
+        )
+    ]  # fmt: skip
+    engine.generate(requests)
+    assert len({key for key, _ in seen}) == 8
+    assert {stays for key, stays in seen if key == (0.8, 0.9, 0.2)} == {False}
+    assert {stays for key, stays in seen if key != (0.8, 0.9, 0.2)} == {True}
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_top_p_of_many_tokens_changes_no_answer(recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its drafts are drawn from the likeliest alone, as if these were enough."""
+    sampling = Sampling(temperature=2.0, top_p=0.95, seed=5, max_tokens=12, ignore_eos=True, speculative=3)
+    requests = [Request([40, 50, 60], sampling, depth="full")]
+    _, want = steps_on_a_gpu(requests, recorded)
+    monkeypatch.setattr(filters, "CANDIDATES_THERE", 4)
+    steps, answers = steps_on_a_gpu(requests, recorded)
+    assert answers == want and {len(waits) for _, waits in steps} == {2}, "the verification looks twice"
+
+
+def test_a_model_that_gives_no_numbers_ends_its_requests_as_before() -> None:
+    found = list[list[Any]]()
+    for stay in (True, False):
+        model = lively()
+        model.net.exit_norms[str(model.config.exits[0])].weight.fill_(torch.nan)  # type: ignore[union-attr, operator]
+        engine = Engine(model, units=200, speculative_max_batch=4)
+        with pytest.MonkeyPatch.context() as patch:
+            real = Rounds.of
+            patch.setattr(Rounds, "of", lambda works, _, real=real, stay=stay: real(works, CUDA) if stay else None)
+            sampling = Sampling(temperature=0, max_tokens=6, ignore_eos=True, speculative=3)
+            answers = engine.generate([Request([40, 50, 60], sampling, depth="full")])
+        found.append([(each.tokens, each.finish_reason) for each in answers])
+        assert engine.scheduler.metrics.drafts == 0, "no draft could be drawn, and full depth says what it says"
+    assert found[0] == found[1] and found[0][0][1] == "length"
+
+
+def test_between_two_fillings_of_a_memory_of_the_host_there_is_a_wait() -> None:
+    """A step fills some for each draft, for the row of the last one, and for the verification; until it waits all may still be
+    copied from."""
+    sampling = Sampling(temperature=0, max_tokens=40, ignore_eos=True, speculative=MAX_DRAFTS)
+    requests = [Request([40, 50, 60], sampling, depth="full")]
+    filled, waits, fill = list[tuple[int, int]](), list[None](), Told.fill
+
+    def filling(told: Told, *given: Any) -> Any:
+        filled.append((id(told._hosts[-1]), len(waits) + len(pretend_gpu.waited)))
+        return fill(told, *given)
+
+    class Waited(list[str]):
+        def clear(self) -> None:
+            waits.extend([None] * len(self))
+            super().clear()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Told, "fill", filling)
+        patch.setattr(pretend_gpu, "waited", Waited())
+        steps, _ = steps_on_a_gpu(requests, recorded=True)
+    assert max(most for most, _ in steps) == MAX_DRAFTS
+    for index, (host, when) in enumerate(filled):
+        assert all(when > past for other, past in filled[:index] if other == host)
