@@ -246,6 +246,28 @@ def test_a_model_that_gives_no_numbers_ends_its_requests_as_before() -> None:
     assert found[0] == found[1] and found[0][0][1] == "length"
 
 
+@pytest.mark.parametrize("at", [1, 3, 6, 9])
+def test_a_device_that_refuses_in_the_middle_of_drafts_goes_on_without_graphs(
+    at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what was drafted by then, which nobody has read yet."""
+    record, of = Again(), Rounds.of
+
+    def refuse(run: graphs.Run) -> graphs.Run:
+        if record.made == at:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return record(run)
+
+    limits: dict[str, Any] = {"units": 200, "max_batch": 4, "max_batch_tokens": 64, "speculative_max_batch": 4}
+    requests = asked(1, 4, FREE, (None, 2.0))
+    want = [answer.tokens for answer in Engine(MODEL, **limits).generate(requests)]
+    monkeypatch.setattr(Rounds, "of", lambda works, _: of(works, CUDA))
+    engine = Engine(MODEL, **limits)
+    engine.runner.graphs = Graphs(MODEL.net, engine.runner.cache, 4, refuse)
+    assert [answer.tokens for answer in engine.generate(requests)] == want
+    assert engine.runner.graphs is None
+
+
 def test_between_two_fillings_of_a_memory_of_the_host_there_is_a_wait() -> None:
     """A step fills some for each draft, for the row of the last one, and for the verification; until it waits all may still be
     copied from."""
