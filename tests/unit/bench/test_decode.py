@@ -12,10 +12,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from shoal import Model, presets
-from shoal.bench import decode as decoding
+from shoal import Engine, Model, presets
 from shoal.bench import peers
-from shoal.bench.decode import decode
+from shoal.bench.decode import SHAPES, decode
 from shoal.bench.drafts import QUESTIONS, drafts_of
 from shoal.bench.speed import Bench, prefill
 from shoal.errors import UsageError
@@ -60,17 +59,17 @@ def test_drafts_that_do_not_pay_are_forced_and_left_by_the_switch_in_one_run(
 ) -> None:
     """The switch's answers are longer, and each is of an engine that knew nothing."""
     small = {"layers": 4, "width": 48, "heads": 3, "kv_heads": 3, "head_dim": 16, "ffn": 88, "vocab": 300}
-    monkeypatch.setitem(decoding.SHAPES, "small", small)
-    monkeypatch.setattr(decoding, "_tokenizer", lambda _: Tokenizer.bytes_only())
-    monkeypatch.setattr(decoding, "SWITCHED", 120)
+    monkeypatch.setitem(SHAPES, "small", small)
+    monkeypatch.setattr("shoal.bench.decode._tokenizer", lambda _: Tokenizer.bytes_only())
+    monkeypatch.setattr("shoal.bench.decode.SWITCHED", 120)
     made = []
 
-    class Counted(decoding.Engine):  # type: ignore[misc,name-defined]
+    class Counted(Engine):
         def __init__(self, model: Model, **given: Any) -> None:
             super().__init__(model, **given)
             made.append((given["speculative"], given["speculative_max_batch"]))
 
-    monkeypatch.setattr(decoding, "Engine", Counted)
+    monkeypatch.setattr("shoal.bench.decode.Engine", Counted)
     decode(Console(width=200), shape="small", batches=(1,), tokens=24, rounds=2, parts=("drafts",), peer={})
     said = capsys.readouterr().out
     rows = {row["drafts"]: row for row in json.loads(said.splitlines()[-1])["drafts"]}
