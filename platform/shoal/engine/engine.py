@@ -99,13 +99,13 @@ class Engine:
         config, device = model.config, model.device
         kv_dtype = stored_as(kv_cache_dtype, model.net.dtype)
         trial.of_steps(model.net, kv_dtype)
-        max_batch_tokens = max_batch_tokens or default_rows(config, device, model.net.dtype, gpu_share)
+        max_batch_tokens = max_batch_tokens or default_rows(config, device, model.net.dtype, gpu_share, kv_dtype)
         _check_limits(model, max_batch_tokens, max_batch, max_queue, compute_budget)
         if not 0 <= speculative <= MAX_DRAFTS:
             raise ConfigError("speculative", got=speculative, allowed=f"0 to {MAX_DRAFTS}")
         self._unit_bytes = kv_bytes_stored(config, 1, config.group_layers, model.net.dtype, kv_dtype)
         if units is None:
-            needs = Needs.of(model.net, config, max_batch_tokens, device, model.net.dtype)
+            needs = Needs.of(model.net, config, max_batch_tokens, device, model.net.dtype, kv_dtype)
             units = default_units(config, max_batch, self._unit_bytes, device, gpu_share, needs)
         if units < 2:
             raise ConfigError("units", got=units, allowed="2 or more (the null unit and one that holds tokens)")

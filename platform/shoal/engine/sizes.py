@@ -12,6 +12,7 @@ from torch import nn
 from shoal.config import GROUPS, ModelConfig
 from shoal.engine.device import give_back
 from shoal.errors import ResourceError
+from shoal.model import slots
 from shoal.model.gpu import launch
 
 log = logging.getLogger(__name__)
@@ -22,14 +23,21 @@ CPU_ROWS, GPU_ROWS = 512, 8192  # of a step; a GPU needs thousands to be busy wi
 STEP_SHARE = REST_SHARE = 1 / 16
 
 
-def default_rows(config: ModelConfig, device: torch.device, dtype: torch.dtype, gpu_share: float = 0.9) -> int:
+def default_rows(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    gpu_share: float = 0.9,
+    kv_dtype: torch.dtype | None = None,
+) -> int:
     """Rows of a step: `CPU_ROWS`; on a GPU `GPU_ROWS`, or as many as `STEP_SHARE` of `gpu_share` of its memory holds
-    (`row_bytes`), if these are fewer, but never less than on a CPU."""
+    (`row_bytes`) beside `prompt_bytes`, if these are fewer, but never less than on a CPU."""
     if device.type != "cuda":
         return CPU_ROWS
     _, total = torch.cuda.mem_get_info(device)
-    room = int(STEP_SHARE * gpu_share * total)
-    return max(CPU_ROWS, min(GPU_ROWS, room // row_bytes(config, dtype.itemsize, launch.able(device))))
+    kernels = launch.able(device)
+    room = int(STEP_SHARE * gpu_share * total) - prompt_bytes(config, dtype, kv_dtype or dtype, kernels)
+    return max(CPU_ROWS, min(GPU_ROWS, room // row_bytes(config, dtype.itemsize, kernels)))
 
 
 def row_bytes(config: ModelConfig, each: int, kernels: bool) -> int:
@@ -40,11 +48,25 @@ def row_bytes(config: ModelConfig, each: int, kernels: bool) -> int:
     c = config
     heads = (c.heads + 2 * c.kv_heads) * c.head_dim
     beside = each * (4 * c.width + 2 * heads + 3 * c.ffn) + 2 * 4 * c.heads * (c.head_dim + 2)
+    return beside + c.heads // c.kv_heads * _keys(c, kernels) * (1 + each)
+
+
+def prompt_bytes(config: ModelConfig, dtype: torch.dtype, kv_dtype: torch.dtype, kernels: bool) -> int:
+    """Bytes of the keys and values of one prompt, out of their pages, as torch's attention reads them, a request at a time and
+    a layer at a time: as they are stored in `kv_dtype`; of int8 also as numbers of `dtype`, before and after their scales."""
+    c = config
+    slot = slots.width(c.head_dim, kv_dtype) * kv_dtype.itemsize
+    read = 4 * c.head_dim * dtype.itemsize * (kv_dtype == torch.int8)
+    return _keys(c, kernels) * c.kv_heads * (slot + read)
+
+
+def _keys(c: ModelConfig, kernels: bool) -> int:
+    """How many keys of a prompt torch's attention reads at most."""
     kinds = {c.attention_kind(layer) for layer in range(c.layers)}
-    keys = min(c.context, max(c.window, c.dense_length * ("S" in kinds)))
-    if "D" in kinds or not kernels:
-        keys = c.context
-    return beside + c.heads // c.kv_heads * keys * (1 + each)
+    many = -(-c.context // c.page) * c.page // c.block > launch.MOST_BLOCKS
+    if not kernels or "D" in kinds or (many and kinds & {"H", "S"}):
+        return c.context
+    return min(c.context, max(c.window, c.dense_length * ("S" in kinds)))
 
 
 @dataclass(frozen=True)
@@ -55,10 +77,19 @@ class Needs:
     step: int = 0  # that its largest step will need in a layer
 
     @classmethod
-    def of(cls, net: nn.Module, config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype) -> Needs:
-        """Of an engine with the weights of `net`, whose steps have at most `rows` rows."""
-        held = sum(each.nbytes for each in (*net.parameters(), *net.buffers()))
-        return cls(held, rows * row_bytes(config, dtype.itemsize, launch.able(device)))
+    def of(
+        cls,
+        net: nn.Module,
+        config: ModelConfig,
+        rows: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype | None = None,
+    ) -> Needs:
+        """Of an engine with the weights of `net`, whose steps have at most `rows` rows, among them a prompt."""
+        held, kernels = sum(each.nbytes for each in (*net.parameters(), *net.buffers())), launch.able(device)
+        prompt = prompt_bytes(config, dtype, kv_dtype or dtype, kernels)
+        return cls(held, rows * row_bytes(config, dtype.itemsize, kernels) + prompt)
 
 
 def default_units(

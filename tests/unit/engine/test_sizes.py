@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,7 +15,7 @@ import torch
 from shoal import presets
 from shoal.config import GROUPS, ModelConfig
 from shoal.engine.device import give_back
-from shoal.engine.sizes import Needs, default_rows, default_units, row_bytes
+from shoal.engine.sizes import Needs, default_rows, default_units, prompt_bytes, row_bytes
 from shoal.errors import ResourceError
 from shoal.model.gpu import launch
 
@@ -34,30 +35,44 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
         (True, {"attn_pattern": "HS", "dense_length": 16}, 32),
         (True, {"attn_pattern": "HS", "dense_length": 4096}, 1024),
         (True, {"attn_pattern": "HL", "dense_length": 64}, 32),
+        (True, {"max_length": 65_536}, 32),
+        (True, {"max_length": 65_537}, 65_537),
+        (True, {"max_length": 65_537, "attn_pattern": "L"}, 32),
     ],
 )
 def test_a_row_of_a_prompt_takes_what_a_layer_makes_of_it_and_a_mask_over_its_keys(
     kernels: bool, change: dict[str, Any], keys: int
 ) -> None:
+    c = dataclasses.replace(TINY, **change)
     for each in (2, 4):
         numbers = 4 * 96 + 2 * (4 + 2 + 2) * 24 + 3 * 256
         sums = 2 * 4 * (24 + 2) * 4  # of two branches, four heads, in fp32
         mask = 2 * keys * (1 + each)  # two heads share a KV head; a bool, and the number that it becomes
-        assert row_bytes(dataclasses.replace(TINY, **change), each, kernels) == each * numbers + sums + mask
+        assert row_bytes(c, each, kernels) == each * numbers + sums + mask
+    read = 2 * 2 * 24 * keys  # keys and values of two heads
+    assert prompt_bytes(c, torch.bfloat16, torch.bfloat16, kernels) == 2 * read
+    assert prompt_bytes(c, torch.float32, torch.float32, kernels) == 4 * read
+    scales = 2 * 4 * keys
+    assert prompt_bytes(c, torch.bfloat16, torch.int8, kernels) == read + scales + 2 * 2 * read, "and as numbers, twice"
 
 
 def test_a_step_on_a_gpu_has_the_rows_that_a_sixteenth_of_its_share_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At least as many as on a CPU, and 8,192 at most."""
+    """At least as many as on a CPU, and 8,192 at most; beside the keys and values of one prompt."""
     total = [0]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, total[0]))
     for kernels in (True, False):
         monkeypatch.setattr(launch, "able", lambda device, kernels=kernels: kernels)
-        for rows, wanted in ((3000, 3000), (512, 512), (511, 512), (8192, 8192), (8193, 8192)):
-            total[0] = 32 * rows * row_bytes(TINY, 2, kernels)
-            assert default_rows(TINY, GPU, torch.bfloat16, 0.5) == wanted
+        for kv, (rows, wanted) in itertools.product(
+            (torch.bfloat16, torch.int8), ((3000, 3000), (512, 512), (511, 512), (8192, 8192), (8193, 8192))
+        ):
+            total[0] = 32 * (rows * row_bytes(TINY, 2, kernels) + prompt_bytes(TINY, torch.bfloat16, kv, kernels))
+            assert default_rows(TINY, GPU, torch.bfloat16, 0.5, kv) == wanted
+            total[0] -= 32
+            assert default_rows(TINY, GPU, torch.bfloat16, 0.5, kv) == max(512, min(8192, rows - 1))
             assert default_rows(TINY, CPU, torch.bfloat16, 0.5) == 512
-    total[0] = 16 * 3000 * row_bytes(TINY, 4, False)
-    assert default_rows(TINY, GPU, torch.float32) == default_rows(TINY, GPU, torch.float32, 0.9) in (2699, 2700)
+    needed = 3000 * row_bytes(TINY, 4, False) + prompt_bytes(TINY, torch.float32, torch.float32, False)
+    total[0] = round(16 * needed / 0.9)
+    assert default_rows(TINY, GPU, torch.float32) == default_rows(TINY, GPU, torch.float32, 0.9) in (2999, 3000)
 
 
 def test_a_page_that_a_context_does_not_fill_counts_as_a_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +160,8 @@ def test_on_a_gpu_an_engine_takes_its_share_and_no_more(config: ModelConfig, mon
     most = int(0.9 * card.total)
     rows = default_rows(config, GPU, torch.bfloat16, 0.9)
     taken = card.loaded(0.9)
-    assert rows * row_bytes(config, 2, True) + most // 16 + card.weights + taken <= most
+    prompt = prompt_bytes(config, torch.bfloat16, torch.bfloat16, True)
+    assert rows * row_bytes(config, 2, True) + prompt + most // 16 + card.weights + taken <= most
     assert taken >= most * 7 // 8 - card.weights - card.unit
 
 
