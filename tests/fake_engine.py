@@ -5,7 +5,8 @@ noted, and whose numbers are made up. Kernels of ours note what they are given, 
 
     python -m tests.fake_engine LIBRARY CASE...
 
-prints a line of JSON: of each case what was found, or the error that ended it. A case is PRESET, or PRESET:FAULT.
+prints a line of JSON: of each case what was found, or the error that ended it. A case is PRESET, PRESET:int8, PRESET:KIND (D or
+S, of all layers), or PRESET:FAULT.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ KERNELS = {
     "pointwise": ("_norm", "_swiglu"), "store": ("_store", "_summarise"), "attention": ("_attend",),
     "integers": ("_levels", "_product"), "thin": ("_thin", "_wide"),
 }  # fmt: skip
+DENSE = 4096  # tokens up to which layers of the kind S read all
+PAGES = 10**9  # bytes that only a layer's memory of keys and values has
 TOKEN = 65.0  # every number that is read: a token, and all else that is finite, true, and no reason for an early exit
 
 
@@ -71,6 +74,8 @@ def _served(preset: str, fault: str) -> dict[str, Any]:
     c = presets.get(preset).model
     if fault == "int8":
         c = dataclasses.replace(c, quantization="w8a8")
+    if fault in ("D", "S"):
+        c = dataclasses.replace(c, attn_pattern=fault, dense_length=DENSE * (fault == "S"))
     watch = Watch()
     with there(watch, fault):
         model = Model(c, Net(c), Tokenizer.bytes_only(), router=Router(c).requires_grad_(False))
@@ -81,10 +86,14 @@ def _served(preset: str, fault: str) -> dict[str, Any]:
 
         def counted(plan: Any) -> Any:
             watch.waits.clear()
+            watch.gathers.clear()
             outcome = run(plan)
             one = takes(engine.runner.graphs, plan.works)  # type: ignore[arg-type]
             kind = "decode" if one else "route" if plan.decisions else "prompt"
             watch.steps.append((kind, [*watch.waits]))
+            counts = [work.count for work in plan.works]
+            ends = [work.end for work in plan.works]
+            watch.sizes.append((counts, ends, max(watch.gathers, default=0)))
             return outcome
 
         engine.runner.run = counted  # type: ignore[method-assign]
@@ -97,7 +106,7 @@ def _served(preset: str, fault: str) -> dict[str, Any]:
         memory = [engine.runner.cache.kv, engine.runner.cache.summaries]
         router = sorted({str(p.dtype) for p in model.router.parameters()})  # type: ignore[union-attr]
         return {
-            "steps": watch.steps, "kinds": watch.kinds, "kernels": watch.kernels, "answers": len(answers),
+            "steps": watch.steps, "sizes": watch.sizes, "kinds": watch.kinds, "kernels": watch.kernels, "answers": len(answers),
             "devices": sorted({str(each.device) for each in (*parts, *memory)}), "rows": engine.scheduler.max_batch_tokens,
             "memory": sum(each.nbytes for each in memory), "router": router,
         }  # fmt: skip
@@ -165,11 +174,16 @@ class Watch:
     def __init__(self) -> None:
         self.waits: list[str] = []  # of the host, in the step that runs
         self.steps: list[tuple[str, list[str]]] = []  # what kind of a step, and its waits
+        self.gathers: list[int] = []  # bytes of what was gathered from a memory of pages, in the step that runs
+        self.sizes: list[
+            tuple[list[int], list[int], int]
+        ] = []  # rows and lengths of a step's requests; the largest gather
         self.kinds: dict[str, list[str]] = {}  # of an operator: dtypes that it was given first, and gave
         self.kernels: dict[str, list[list[str]]] = {}  # of a kernel: dtypes of its tensors
 
     def clear(self) -> None:
         self.steps.clear()
+        self.sizes.clear()
         self.kinds.clear()
         self.kernels.clear()
 
@@ -197,6 +211,8 @@ class Watch:
                 self.waits.append("from the host")
         elif any(x.dim() and x.device.type == "cpu" for x in given) and "cuda" in to:
             self.waits.append(f"{name} from the host")
+        if name in ("index", "index_select", "gather") and given[0].nbytes > PAGES:
+            self.gathers.append(made[0].nbytes)
         if "cuda" in to:
             pair = f"{_name(given[0].dtype) if given else ''} -> {_name(made[0].dtype)}"
             seen = self.kinds.setdefault(name, [])

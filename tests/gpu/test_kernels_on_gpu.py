@@ -10,7 +10,7 @@ import torch
 from shoal.model import int8, paged
 from shoal.model.gpu import launch
 from shoal.model.reach import ALL, Reach
-from tests.triton import test_thin
+from tests.triton import mixed, test_thin
 from tests.triton.stored import Stored, store
 
 DEVICE = "cuda"
@@ -102,6 +102,20 @@ def test_each_row_gets_what_its_adapter_adds(
     inputs: int, outputs: int, ranks: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     test_thin.compare(inputs, outputs, ranks, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("kind", mixed.REACHES)
+@torch.no_grad()
+def test_prompts_beside_others_are_those_of_the_cpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches begin at any row, so that nothing by row that they are given begins at a multiple of 16 bytes."""
+    monkeypatch.setattr(launch, "LONG", mixed.LONG)
+    case, reach = mixed.mixed(), mixed.REACHES[kind]
+    there = on_gpu(case)  # before a step has made anything on the CPU
+    want = paged.paged_attention(case.q, case.kv, case.summaries, case.step, reach)
+    gamma, bias = (None if each is None else each.to(DEVICE) for each in (reach.gamma, reach.bias))
+    moved = dataclasses.replace(reach, gamma=gamma, bias=bias)
+    got = paged.paged_attention(there.q, there.kv, there.summaries, there.step, moved)
+    torch.testing.assert_close(got.cpu(), want, atol=1e-12, rtol=0)
 
 
 def test_the_device_is_one_for_the_kernels() -> None:

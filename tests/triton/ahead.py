@@ -57,7 +57,8 @@ def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> No
     one = {name: 1 for name in told if type(given[name]) is int and given[name] == 1}
     constants = one | {p.name: given[p.name] for p in self.params if p.is_constexpr}
     signature = {name: "constexpr" if name in constants else kind(given[name]) for name in self.arg_names}
-    sixteens = [name for name in told if name not in constants and sixteen(given[name])]
+    anywhere = [p.name for p in self.params if p.do_not_specialize_on_alignment]
+    sixteens = [name for name in told if name not in (*constants, *anywhere) and sixteen(given[name])]
     attributes = {(self.arg_names.index(name),): [["tt.divisibility", 16]] for name in sixteens}
     options = {"num_warps": named.get("num_warps", 4)}
     made = triton.compile(ASTSource(self, signature, constants, attributes), target=target, options=options)

@@ -275,5 +275,5 @@ def test_long_prompts_in_dense_layers_share_their_keys() -> None:
     """A row that reads all of the context by itself would read it as often as there are rows."""
     case = store(7, [60], [launch.LONG + 1])
     dense, local = Reach(ALL, 0, 0, None, dense=ALL), Reach(9, 0, 0, None)
-    assert not launch.attends(case.step, dense) and launch.attends(case.step, local)
-    assert launch.attends(store(7, [60], [launch.LONG]).step, dense)
+    assert launch.shared(case.step, dense) == [(0, launch.LONG + 1)] and not launch.shared(case.step, local)
+    assert not launch.shared(store(7, [60], [launch.LONG]).step, dense)

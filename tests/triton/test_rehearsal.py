@@ -24,6 +24,7 @@ KERNELS: list[tuple[Callable[..., None], dict[str, Any]]] = [
     (test_kernels_on_gpu.test_the_last_to_arrive_reads_what_all_have_stored, {"times": 1, "few": 0}),
     (test_kernels_on_gpu.test_each_row_gets_what_its_adapter_adds,
      {"inputs": 48, "outputs": 130, "ranks": (3, 0, 17), "dtype": torch.bfloat16}),
+    (test_kernels_on_gpu.test_prompts_beside_others_are_those_of_the_cpu, {"kind": "S"}),
     (test_kernels_on_gpu.test_the_device_is_one_for_the_kernels, {}),
     (test_kernels_on_gpu.test_int8_passes_its_self_test, {}),
     (test_model_on_gpu.test_forward_and_backward_equal_the_reference, {"dtype": torch.bfloat16, "summary": "mean"}),

@@ -81,12 +81,16 @@ class Rows:
     ) -> None:
         self.positions, self.starts, self.page, self.block, self._whole = positions, starts, page, block, whole
         self._ends = ends
-        counts = [end - start for start, end in pairwise(starts)]
+        counts = self._counts = [end - start for start, end in pairwise(starts)]
         self.singles = [r for r, count in enumerate(counts) if count == 1]  # they decode together
         self.chunks = [r for r, count in enumerate(counts) if count > 1]  # prefill, verification: each for itself
         self.longest = max(counts, default=0)  # rows of one request
         self.apart = apart
         self._made: dict[Hashable, Any] = {}
+
+    def of_at_least(self, least: int) -> list[tuple[int, int]]:
+        """The requests with so many rows, and how many each has."""
+        return [(r, count) for r, count in enumerate(self._counts) if count >= least]
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gave when `key` was first asked for."""
@@ -136,17 +140,18 @@ class Rows:
         early, late = ((at, Rows(self.positions[at], list(range(len(at) + 1)), self.page, self.block)) for at in places)
         return early, late
 
-    def of(self, request: int) -> Rows:
-        """One of `chunks` alone."""
-        start, end = self.starts[request], self.starts[request + 1]
-        positions, ends = self.positions[start:end], self._ends and self._ends[request : request + 1]
-        return self.once(request, lambda: Rows(positions, [0, end - start], self.page, self.block, ends=ends))
+    def of(self, request: int, count: int | None = None) -> Rows:
+        """One of `chunks` alone, or its first `count` rows."""
+        start, many = self.starts[request], self._counts[request]
+        count = many if count is None else count
+        positions, ends = self.positions[start : start + count], self._ends and [self._ends[request] + count - many]
+        return self.once((request, count), lambda: Rows(positions, [0, count], self.page, self.block, ends=ends))
 
     def end(self, request: int) -> int:
         """Position of the last row of a request. A device is waited for where nobody has said it."""
         if self._ends is not None:
             return self._ends[request]
-        return self.once(("end", request), lambda: int(self.last[request]))
+        return self.once(("end", request), lambda: int(self.positions[self.starts[request + 1] - 1]))
 
 
 @dataclass

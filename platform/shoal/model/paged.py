@@ -11,6 +11,7 @@ E rows that complete a block, Y tokens that a branch reads, W numbers in a slot 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -49,9 +50,10 @@ def paged_attention(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, r
     if fused.usable(q):
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         fused.attend(q, kv, summaries, step, reach, out)
-        return _chunks(q, kv, summaries, step, reach, out, least=fused.SHORT + 1)
+        return _chunks(q, kv, summaries, step, reach, out, rows.of_at_least(fused.SHORT + 1))
     if launch.usable(q) and launch.attends(step, reach):
-        return launch.attend(q, kv, summaries, step, reach)
+        out = launch.attend(q, kv, summaries, step, reach)
+        return _chunks(q, kv, summaries, step, reach, out, launch.shared(step, reach))
     reads = step.read(kv.shape[1])
     if not rows.chunks:
         return _alone(q, kv, summaries, reads, rows, reach)
@@ -59,7 +61,7 @@ def paged_attention(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, r
     if rows.singles:
         at = rows.single_rows
         out[at] = _alone(q[at], kv, summaries, reads[rows.singles], rows.single, reach)
-    return _chunks(q, kv, summaries, step, reach, out, least=2)
+    return _chunks(q, kv, summaries, step, reach, out, rows.of_at_least(2))
 
 
 def _alone(q: Tensor, kv: Tensor, summaries: Tensor, reads: Tensor, rows: Rows, reach: Reach) -> Tensor:
@@ -75,14 +77,20 @@ def _alone(q: Tensor, kv: Tensor, summaries: Tensor, reads: Tensor, rows: Rows, 
     return out
 
 
-def _chunks(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Reach, out: Tensor, least: int) -> Tensor:
-    """`out` [N, H, d] with the rows of requests of at least `least` new tokens filled in, a request at a time."""
-    for r in step.rows.chunks:
-        span = slice(step.starts[r], step.starts[r + 1])
-        if span.stop - span.start < least:
-            continue
-        chunk = step.rows.of(r)
-        reads = step.read(kv.shape[1])[r : r + 1, :, : chunk.end(0) // step.page + 1]
+def _chunks(
+    q: Tensor,
+    kv: Tensor,
+    summaries: Tensor,
+    step: PagedStep,
+    reach: Reach,
+    out: Tensor,
+    chunks: Sequence[tuple[int, int]],
+) -> Tensor:
+    """`out` [N, H, d] with the rows of `chunks` filled in, a request at a time: which, and how many of its first rows."""
+    for r, count in chunks:
+        chunk, span = step.rows.of(r, count), slice(step.starts[r], step.starts[r] + count)
+        end = step.rows.end(r) + span.stop - step.starts[r + 1]
+        reads = step.read(kv.shape[1])[r : r + 1, :, : end // step.page + 1]
         out[span] = _attend(q[span][None], kv, summaries, reads, chunk, reach)[0]
     return out
 

@@ -16,6 +16,7 @@ import torch
 
 from shoal.engine.sizes import GPU_ROWS
 from tests import fake_gpu
+from tests.fake_engine import DENSE
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which("g++"), reason="streams of a GPU that is not there take a C++ compiler"),
@@ -27,7 +28,7 @@ FAULTS = {
     "read": "DataDependentOutputException",
     "kernel": "_norm: a tensor of the host",
 }
-CASES = ["350m", "350m:int8", "test:copy", "test:drift", *(f"test:{fault}" for fault in FAULTS)]
+CASES = ["350m", "350m:int8", "350m:D", "350m:S", "test:copy", "test:drift", *(f"test:{fault}" for fault in FAULTS)]
 LOW, EXACT, WHOLE = "bfloat16", "float32", "int64"
 KERNELS = {  # dtypes of what each is given, in its order
     "_norm": [LOW] * 5,  # what is normed, what is added, weight, sum, result
@@ -74,12 +75,27 @@ def test_a_decoding_step_waits_for_one_copy(found: dict[str, Any]) -> None:
 
 def test_prompts_and_the_router_ask_the_device_for_one_thing(found: dict[str, Any]) -> None:
     """The depth, or a token, in one copy; what goes there goes at the beginning of a step."""
-    for waits in steps(found["350m"], "prompt"):
-        assert set(waits) <= {"from the host", "tolist"} and waits.count("tolist") == 1 and waits[-1] == "tolist"
+    for case in ("350m", "350m:D", "350m:S"):
+        for waits in steps(found[case], "prompt"):
+            assert set(waits) <= {"from the host", "tolist"} and waits.count("tolist") == 1 and waits[-1] == "tolist"
     (routed,) = steps(found["350m"], "route")
     assert set(routed) <= {"from the host", "tolist"} and routed.count("tolist") == 4, (
         "two prompts, and two ways to draw"
     )
+
+
+@pytest.mark.parametrize(("case", "dense"), [("350m:D", 2**20), ("350m:S", DENSE)])
+def test_where_layers_read_all_a_prompt_is_gathered_alone_and_waits_for_no_more(
+    found: dict[str, Any], case: str, dense: int
+) -> None:
+    """Its keys and values up to the last row that reads all before it, where more than 16 do; those of no request beside it."""
+    one, beside = found[case], 0
+    assert one["steps"] == found["350m"]["steps"] and one["rows"] == GPU_ROWS
+    for counts, ends, largest in one["sizes"]:
+        lasts = [min(end, dense) for count, end in zip(counts, ends, strict=True) if min(end, dense) - end + count > 16]
+        assert largest == 1024 * 32 * -(-max(lasts, default=0) // 32), "4 heads of 64 numbers, keys and values, in bf16"
+        beside += max(counts, default=0) > 8000 and counts.count(1) > 1
+    assert beside, "two at least decode beside a long prompt"
 
 
 def test_weights_and_activations_are_bf16_and_what_decides_is_fp32(found: dict[str, Any]) -> None:

@@ -82,15 +82,16 @@ def step_of(counts: list[int], pages: int, page: int = 8, block: int = 4) -> Pag
     return PagedStep(rows, rows, torch.zeros(len(counts), pages, dtype=torch.long), starts, page, block)
 
 
-def test_who_reads_all_of_a_context_for_many_new_tokens_is_left_to_torch() -> None:
+def test_requests_whose_many_new_tokens_read_all_before_them_are_left_to_torch_and_no_others() -> None:
+    """Not even beside such a one: what decodes would be gathered with all others, each padded to the longest."""
     gamma = torch.zeros(2)
     far, local, dense = Reach(8, 2, 1, gamma), Reach(8, 0, 0, None), Reach(1, 0, 0, None, dense=ALL)
     for reach in (far, local, dense):
-        assert launch.attends(step_of([1, 16], 40), reach), "no more than 16 tokens of one request"
-        assert not launch.attends(step_of([1, 17], 1), reach), "8 keys: the window and two blocks are all of them"
-    assert launch.attends(step_of([17], 40), far) and launch.attends(step_of([17], 40), local)
-    assert not launch.attends(step_of([17], 40), dense)
-    assert not launch.attends(step_of([17], 40), Reach(8, 2, 1, gamma, dense=64)), "a sparse layer reads all at first"
+        assert launch.attends(step_of([1, 17], 40), reach)
+        assert launch.shared(step_of([1, 16], 40), reach) == [], "no more than 16 tokens of one request"
+        assert launch.shared(step_of([1, 17, 5, 20], 1), reach) == [(1, 17), (3, 20)], "8 keys: a window is all of them"
+    assert launch.shared(step_of([17], 40), far) == launch.shared(step_of([17], 40), local) == []
+    assert launch.shared(step_of([17], 40), dense) == [(0, 17)]
     most = launch.MOST_BLOCKS
     assert launch.attends(step_of([1], most, 8, 8), far) and not launch.attends(step_of([1], most + 1, 8, 8), far)
     assert launch.attends(step_of([1], most + 1, 8, 8), local), "nothing is chosen"

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from shoal.model import paged, quant
+from shoal.model.cache import PagedStep, Rows
 from shoal.model.cpu import fused
 from shoal.model.gpu import launch
 from shoal.model.reach import ALL, Reach
+from tests.triton import mixed
 from tests.triton.stored import Stored, store
 from tests.unit.model.test_launch import Kernel, step_of
 
@@ -173,6 +175,82 @@ def test_one_softmax_over_both(dense: int, cut: None) -> None:
 def test_the_window_alone_and_all_of_the_context(window: int, dense: int, cut: None) -> None:
     case = store(4, [50, 9], [1, 4])
     same(case, Reach(window, 0, 0, None, dense=dense))
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without values, and those of the CPU, take the way of a GPU's."""
+    monkeypatch.setattr(launch, "ON", {"cpu", "meta"})
+    monkeypatch.setattr(launch, "able", lambda device: True)
+
+
+@pytest.fixture
+def gathered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Requests and pages of each gather of keys and values."""
+    found, gather = list[tuple[int, int]](), paged._all
+    monkeypatch.setattr(
+        paged, "_all", lambda kv, reads, *given: (found.append(reads.shape[::2]), gather(kv, reads, *given))[1]
+    )
+    return found
+
+
+@pytest.mark.parametrize("kind", mixed.REACHES)
+@torch.no_grad()
+def test_beside_prompts_all_others_are_attended_by_themselves(
+    kind: str, cut: None, on: None, gathered: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "LONG", mixed.LONG)
+    case, reach = mixed.mixed(), mixed.REACHES[kind]
+    got = paged.paged_attention(case.q, case.kv, case.summaries, case.step, reach)
+    lasts = [mixed.LENGTHS[r] - mixed.NEW[r] + count - 1 for r, count in mixed.SHARED[kind]]
+    assert gathered == [(1, last // 8 + 1) for last in lasts]
+    monkeypatch.setattr(launch, "ON", set())
+    want = paged.paged_attention(case.q, case.kv, case.summaries, case.step, reach)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("reach", "pages"),
+    [
+        (Reach(ALL, 0, 0, None, dense=ALL), 1024),
+        (Reach(512, 64, 1, None, torch.zeros(32), dense=32256), 1008),
+        (Reach(512, 64, 1, None, torch.zeros(32), dense=4096), None),
+        (Reach(512, 64, 1, torch.zeros(32)), None),
+    ],
+)
+@torch.inference_mode()
+def test_beside_a_prompt_of_32k_nothing_is_gathered_for_who_decodes(
+    reach: Reach, pages: int | None, on: None, gathered: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """63 rows of 1 to 2k tokens, sizes of a model of 8 billion. Tensors on meta have no values, so no place is waited for."""
+    monkeypatch.setattr(sys.modules["shoal.model.gpu.attention"], "_attend", Kernel(lambda *given, **shape: None))
+    ends, starts = [*range(1000, 1063), 32767], [*range(64), 63 + 1024]
+    rows = Rows(torch.zeros(starts[-1], dtype=torch.long, device="meta"), starts, 32, 32, ends=ends)
+    tables = torch.zeros(64, 1024, dtype=torch.long, device="meta")
+    step = PagedStep(rows.positions, rows.positions, tables, starts, 32, 32, shared=rows)
+    kv = torch.zeros(70000, 8, 32, 256, dtype=torch.bfloat16, device="meta")
+    q = torch.zeros(starts[-1], 32, 128, dtype=torch.bfloat16, device="meta")
+    assert paged.paged_attention(q, kv, kv[:, :, :1, :128].float(), step, reach).shape == q.shape
+    assert gathered == ([(1, pages)] if pages else []), "of 64 requests at 32k it would be 8.6 GB"
+
+
+def test_of_a_prompt_in_a_sparse_layer_the_rows_before_its_dense_length_are_left_to_torch() -> None:
+    """Where these are more than 16. The host knows where requests end, and no place is read: on meta that raises."""
+    step, counts = step_of([1, 30, 30, 17, 20], 40), [0, 1, 31, 61, 78, 98]
+    step.shared = Rows(step.positions.to("meta"), counts, 8, 4, ends=[300, 76, 80, 79, 19])
+    first = [(1, 17), (4, 20)]  # from 47 on 17 of 64; from 51 on 13, from 63 on one
+    for _ in range(2):
+        assert launch.shared(step, Reach(8, 2, 1, None, torch.zeros(2), dense=64)) == first
+    assert launch.shared(step, Reach(8, 2, 1, None, torch.zeros(2), dense=24)) == first[1:]
+    assert launch.shared(step, Reach(8, 2, 1, None, torch.zeros(2), dense=320)) == [(1, 30), (2, 30), (3, 17), (4, 20)]
+
+
+def test_runs_between_spans_are_all_other_rows() -> None:
+    for spans, wanted in (
+        ([], [(0, 9)]), ([(0, 9)], []), ([(0, 2), (2, 3)], [(5, 9)]), ([(1, 2), (4, 5)], [(0, 1), (3, 4)]),
+    ):  # fmt: skip
+        assert [*launch._between(spans, 9)] == wanted
+    assert [*launch._between([], 0)] == []
 
 
 def test_programs_of_two_forwards_count_apart_and_those_of_a_forward_in_one_place(

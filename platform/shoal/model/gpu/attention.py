@@ -287,7 +287,11 @@ def _join(
 
 
 # long: one launch, of which half is what it is given
-@triton.jit(do_not_specialize=["nears", "pieces", "crew"])
+@triton.jit(
+    do_not_specialize=["nears", "pieces", "crew"],
+    # they begin at any row of a step, and are read a number at a time
+    do_not_specialize_on_alignment=["positions", "requests"],
+)
 def _attend(
     q, kv, summaries, tables, positions, requests, z, chosen, bias, gamma, part, stats, arrived, out,
     table_step, unit_step, head_step, slot_step, to_unit, to_head, to_block, window, dense, count, nears, pieces, crew,

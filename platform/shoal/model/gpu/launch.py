@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -43,7 +44,7 @@ SCORED = 2**24  # scores that exist at once (fp32: 64 MB)
 THIN = 4, 16, 512, 128  # of adapters: ranks of a program and of a step; inputs of a step, outputs of a program
 MOST_BLOCKS = 2**14  # that one program chooses among
 MOST_LAST = 2**31 - 1
-LONG = 16  # new tokens of a request beyond which reading all of the context is left to torch, where queries share keys
+LONG = 16  # rows of a request beyond which those that read all before them are left to torch, where queries share keys
 
 
 def usable(x: Tensor) -> bool:
@@ -186,25 +187,46 @@ def project_and_store(
 
 
 def attends(step: PagedStep, reach: Reach) -> bool:
-    """Is `attend` for all rows of `step`? Not for a request of many new tokens that read all of the context, nor for more
-    blocks than one program chooses among."""
-    keys = step.tables.shape[1] * step.page
-    if reach.chooses and keys // step.block > MOST_BLOCKS:
-        return False
-    return step.rows.longest <= LONG or (not reach.dense and reach.way(keys, step.block) != "whole")
+    """Is `attend` for the rows of `step` that are not `shared`? Not where one program would choose among too many blocks."""
+    return not reach.chooses or step.tables.shape[1] * step.page // step.block <= MOST_BLOCKS
+
+
+def shared(step: PagedStep, reach: Reach) -> list[tuple[int, int]]:
+    """Requests of `step`, in order, of which more than `LONG` rows read all before them, and how many those are, its first:
+    they are left to torch, where the queries of a request share its keys."""
+    rows, keys = step.rows, step.tables.shape[1] * step.page
+    before = keys if reach.way(keys, step.block) == "whole" else reach.dense  # where a row does
+    if rows.longest <= LONG or not before:
+        return []
+
+    def found() -> list[tuple[int, int]]:
+        early = ((r, min(count, before + count - 1 - rows.end(r))) for r, count in rows.of_at_least(LONG + 1))
+        return [(r, count) for r, count in early if count > LONG]
+
+    return rows.once(("shared", before), found)
 
 
 def attend(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Reach) -> Tensor:
     """[N, H, d] for q [N, H, d] over pages, as `paged.paged_attention`, each row by its own position: kv [U, Hk, P, W],
-    summaries [U, Hk, P/S, m]."""
+    summaries [U, Hk, P/S, m]. Rows that are `shared` are not filled in."""
     q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
     requests = step.rows.once("requests", lambda: _requests(step.starts, q.device))
     blocks = step.tables.shape[1] * step.page // step.block
     most = max(1, SCORED // (q.shape[1] * max(1, blocks))) if reach.chooses else max(1, len(q))
-    for first in range(0, len(q), most):
-        some = slice(first, first + most)
-        _attend(q[some], kv, summaries, step, reach, step.positions[some], requests[some], out[some])
+    for begin, end in _between([(step.starts[r], count) for r, count in shared(step, reach)], len(q)):
+        for first in range(begin, end, most):
+            some = slice(first, min(end, first + most))
+            _attend(q[some], kv, summaries, step, reach, step.positions[some], requests[some], out[some])
     return out
+
+
+def _between(spans: Sequence[tuple[int, int]], rows: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of each run of rows of none of `spans`, which are in order: the first row of each, and how many it has."""
+    at = 0
+    for first, count in (*spans, (rows, 0)):
+        if at < first:
+            yield at, first
+        at = first + count
 
 
 def _attend(
@@ -335,7 +357,8 @@ def _requests(starts: list[int], device: torch.device) -> Tensor:
     if starts[-1] == len(starts) - 1:  # one row a request: nothing is copied to the device
         return torch.arange(starts[-1], dtype=torch.int32, device=device)
     counts = torch.tensor(starts).diff()
-    return torch.repeat_interleave(torch.arange(len(counts)), counts).to(torch.int32).to(device)
+    owners = torch.repeat_interleave(torch.arange(len(counts)), counts).to(torch.int32)
+    return owners.to(device, non_blocking=True)  # CUDA has read them when this returns: they are not in pinned memory
 
 
 def _tile(q: Tensor) -> int:
