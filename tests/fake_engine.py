@@ -175,9 +175,8 @@ class Watch:
         self.waits: list[str] = []  # of the host, in the step that runs
         self.steps: list[tuple[str, list[str]]] = []  # what kind of a step, and its waits
         self.gathers: list[int] = []  # bytes of what was gathered from a memory of pages, in the step that runs
-        self.sizes: list[
-            tuple[list[int], list[int], int]
-        ] = []  # rows and lengths of a step's requests; the largest gather
+        # rows and lengths of a step's requests; the largest gather
+        self.sizes: list[tuple[list[int], list[int], int]] = []
         self.kinds: dict[str, list[str]] = {}  # of an operator: dtypes that it was given first, and gave
         self.kernels: dict[str, list[list[str]]] = {}  # of a kernel: dtypes of its tensors
 

@@ -42,10 +42,12 @@ class Watch:
         """From now on: what comes to the engine's sampler, and each token's event at the moment that it is made."""
         sample, make = engine.runner.sampler.sample, Token.__init__
 
-        def sampled(logits: torch.Tensor, draws: Sequence[Any], chains: Sequence[Chain] = ()) -> list[Sampled]:
+        def sampled(
+            logits: torch.Tensor, draws: Sequence[Any], chains: Sequence[Chain] = (), unread: Any = None
+        ) -> list[Sampled]:
             texts = [tuple(draw.tokens) for draw in draws]
             looked = [self._is_verified(text, law) for text, law in zip(texts, logits, strict=True)]
-            found = sample(logits, draws, chains)
+            found = sample(logits, draws, chains, unread)
             self.verified |= {text: one.token for text, one, is_ in zip(texts, found, looked, strict=True) if is_}
             return found
 
