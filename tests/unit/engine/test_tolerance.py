@@ -61,8 +61,8 @@ def told(e: Engine, requests: list[Request]) -> dict[str, list[Token | Finished]
 
 
 def prices(model: Model, request: Request, tokens: list[int]) -> list[float]:
-    """What each of `tokens` costs, as answer to `request`: from forward passes of the whole text, at its depth and at the first
-    exit, and the definition in `tolerance.py`. Depth "auto" is full depth where it is measured."""
+    """What each of `tokens` costs, as answer to `request`: from forward passes of the whole text, one at its depth and one at
+    the first exit, and the definition in `tolerance.py`. Depth "auto" is full depth where it is measured."""
     depth = "full" if request.depth == "auto" else request.depth
     sampling, grammars = request.sampling, naive.Grammars(model.tokenizer, model.config.vocab)
     running = Running(
@@ -71,10 +71,11 @@ def prices(model: Model, request: Request, tokens: list[int]) -> list[float]:
         grammar=None if sampling.guided is None else grammars.compile(sampling.guided),
     )  # fmt: skip
     sampler, found = Sampler(model.forbidden(), model.tokenizer.ends), list[float]()
-    for token in tokens:
-        full = model.logits(running.tokens, depth)[-1:].clone()
+    whole = [*running.tokens, *tokens]
+    by_full, by_exit = (model.logits(whole, at) for at in (depth, model.config.exits[0]))
+    for place, token in enumerate(tokens, len(running.tokens) - 1):
+        full, exit_ = by_full[place : place + 1].clone(), by_exit[place : place + 1].clone()
         (drawn,) = sampler.sample(full, [running])
-        exit_ = model.logits(running.tokens, model.config.exits[0])[-1:].clone()
         sampler.sample(exit_, [running])
         if token == drawn.token:
             found.append(0.0)
