@@ -118,7 +118,7 @@ threads = [threading.Thread(target=compress, args=(seed,)) for seed in range(4)]
 for thread in threads:
     thread.start()
 try:
-    wrong = sum(got != want for _ in range(30) for got, want in zip(answers(), quiet))
+    wrong = sum(got != want for _ in range(10) for got, want in zip(answers(), quiet))
 finally:
     stop.set()
     for thread in threads:
@@ -128,6 +128,6 @@ print(wrong)
 
 
 def test_answers_beside_busy_threads_are_those_of_a_quiet_machine():
-    """480 greedy answers in INT8 beside four threads that compress, all in two arenas: 11 % were wrong while tiles read memory
-    that had been given back."""
+    """160 greedy answers in INT8 beside four threads that compress, all in two arenas: 11 % were wrong while tiles read memory
+    that had been given back, so that all of them are right once in 100 million runs."""
     assert child("-c", BESIDE, MALLOC_ARENA_MAX="2").split() == ["0"]
