@@ -87,6 +87,8 @@ class Twice:
         if counts[0] != counts[1]:  # a draft ended an answer, or was none: what follows it is nobody's
             self.cut += 1
             assert all(a >= b for a, b in zip(*counts, strict=True))
+            if not len(mine[1][1]):
+                return mine[0]
             rows = [torch.split(logits, count) for (_, logits), count in zip((mine[1], other[1]), counts, strict=True)]
             for a, b in zip(*rows, strict=True):
                 assert torch.allclose(a[: len(b)], b, rtol=0, atol=1e-9)
@@ -101,11 +103,9 @@ class Twice:
         cache.summaries.copy_(before[1])
 
         def seen(works: Any, logits: Tensor, *rest: Any) -> Any:
-            sampled = [work for work in works if work.sample]
-            if all(work.count == 1 or work.verify for work in works):
-                given[:] = sampled, logits.clone()
-            else:
-                given[:] = [], logits[:0].clone()  # beside a prompt: its rows are not those of the logits
+            alone = all(work.count == 1 or work.verify for work in works)
+            # beside a prompt rows are not those of the logits
+            given[:] = [work for work in works if work.sample], logits.clone() if alone else logits[:0].clone()
             return sample(works, logits, *rest)
 
         real = Rounds.of
