@@ -122,7 +122,7 @@ def shard_(
     for group in groups:
         for block in group.blocks:  # type: ignore[union-attr]
             if recompute or compiled:
-                block.forward = again(block, recompute, model.net.config.width, compiler=compiler)
+                block.forward = again(block.forward, recompute, model.net.config.width, compiler=compiler)
     if ranks.world == 1:
         return
     shape, names = ((ranks.world,), ("shard",))

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from shoal.config import ModelConfig
@@ -38,16 +38,17 @@ ATTENTION = frozenset(
 )
 
 
-def again(layer: nn.Module, how: Recompute, width: int, *, compiler: Compiler | None = None) -> Callable[..., Tensor]:
-    """`forward` of a `layer` of a model of this `width`, as `how` says, and compiled where there is a `compiler`."""
-    forward: Callable[..., Tensor] = layer.forward
+def again(
+    forward: Callable[..., Tensor], how: Recompute, width: int, *, compiler: Compiler | None = None
+) -> Callable[..., Tensor]:
+    """`forward` of a layer of a model of this `width`, as `how` says, and compiled where there is a `compiler`."""
     if how == "selective":
         forward = _selective(forward, width)  # inside: what is compiled has no operators to choose from
-    quick = forward if compiler is None else compiler.graph(forward)
+    ways = [forward] if compiler is None else [compiler.graph(forward), forward]
     if how and how != "selective":  # around: inside, nothing would be compiled
-        quick, forward = (partial(checkpoint, way, use_reentrant=False) for way in (quick, forward))
+        ways = [partial(checkpoint, way, use_reentrant=False) for way in ways]
     # around both: what runs again in backward takes the way that it took
-    return forward if compiler is None else compiler.either(quick, forward, layer.parameters)
+    return ways[0] if compiler is None else compiler.either(*ways)
 
 
 def _selective(forward: Callable[..., Tensor], width: int) -> Callable[..., Tensor]:

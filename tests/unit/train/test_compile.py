@@ -139,99 +139,6 @@ def test_a_layer_that_is_not_compiled_runs_as_it_is_and_the_log_says_so_once(
 
 
 @pytest.mark.parametrize("recompute", [False, True, "selective"])
-def test_a_layer_whose_graph_is_apart_has_the_same_gradients_to_the_bit(
-    recompute: Recompute, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where what is compiled runs as it is."""
-    monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
-    want, found = (gradients(compiled=compiled, recompute=recompute) for compiled in (False, True))
-    assert found.keys() == want.keys() and all(torch.equal(found[name], want[name]) for name in want)
-
-
-def breaking(at: int) -> Callable[..., Any]:
-    """torch.compile whose backward fails the time `at` that one of any layer runs."""
-    ran = [0]
-
-    def runs(graph: Any, inputs: Any) -> Any:
-        return make_boxed_func(graph.forward)
-
-    def fails(graph: Any, inputs: Any) -> Any:
-        def run(*given: Any) -> Any:
-            ran[0] += 1
-            if ran[0] == at:
-                raise RuntimeError("no such launch on this card\nand more of it")
-            return graph.forward(*given)
-
-        return make_boxed_func(run)
-
-    return partial(COMPILE, backend=aot_autograd(fw_compiler=runs, bw_compiler=fails))
-
-
-@pytest.mark.parametrize("recompute", [False, True, "selective"])
-@pytest.mark.parametrize("at", [1, 3, 6])
-def test_a_backward_that_fails_when_it_runs_is_done_again_and_nothing_of_it_counts(
-    at: int, recompute: Recompute, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The first, one between others, and one of the second micro-batch, whose gradients are added to those of the first."""
-    want = gradients(compiled=False, recompute=recompute)
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", breaking(at))
-    with caplog.at_level(logging.WARNING, logger=compiled.__name__):
-        found = gradients(compiled=True, recompute=recompute)
-    said = "layers go on without torch.compile: RuntimeError: no such launch on this card"
-    assert [line.getMessage() for line in caplog.records if line.name == compiled.__name__] == [said]
-    assert found.keys() == want.keys()
-    for name in want:
-        torch.testing.assert_close(found[name], want[name], rtol=1e-4, atol=1e-5)
-
-
-class Breaks(torch.autograd.Function):
-    """x, whose backward raises `error`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, error: Exception) -> Tensor:
-        ctx.error = error
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, of: Tensor) -> Any:
-        raise ctx.error
-
-
-@pytest.mark.parametrize(("of_x", "of_weight"), [(True, True), (True, False), (False, True)])
-@pytest.mark.parametrize("breaks", [False, True])
-def test_whatever_is_trained_of_a_layer_has_its_gradient(breaks: bool, of_x: bool, of_weight: bool) -> None:
-    """And no more; added to what is there, and computed as autocast had it."""
-    kinds = list[torch.dtype]()
-    weight, other = (torch.randn(3, 3, generator=torch.Generator().manual_seed(i)) for i in range(2))
-    weight.requires_grad_(of_weight)
-    other.requires_grad_()  # which the layer does not read
-
-    def plain(x: Tensor) -> Tensor:
-        y = x @ weight
-        kinds.append(y.dtype)
-        return y
-
-    def quick(x: Tensor) -> Tensor:
-        y = plain(x)
-        return Breaks.apply(y, ValueError("of the compiler")) if breaks else y  # type: ignore[no-any-return]
-
-    compiler, x = Compiler(), torch.randn(2, 3, generator=torch.Generator().manual_seed(2)).requires_grad_(of_x)
-    layer, found = compiler.either(quick, plain, lambda: (weight, other)), list[list[Tensor | None]]()
-    for _ in range(2):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = layer(x)
-        y.float().square().sum().backward()
-        found.append([None if each.grad is None else each.grad.clone() for each in (x, weight, other)])
-    assert set(kinds) == {torch.bfloat16} and compiler.failed == breaks
-    for read, once, twice in zip((of_x, of_weight, False), *found, strict=True):
-        assert (once is not None) == (twice is not None) == read
-        assert once is None or twice is None or torch.equal(2 * once, twice)
-    with torch.no_grad():
-        assert not layer(x).requires_grad
-
-
-@pytest.mark.parametrize("recompute", [False, True, "selective"])
 def test_layers_of_a_kind_are_one_graph_whatever_they_keep(
     recompute: Recompute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,13 +169,7 @@ def test_what_is_no_fault_of_the_compiler_is_raised_and_gives_up_nothing() -> No
     for quick, slow, kind in ((wrong, wrong, ValueError), (full, plain, torch.OutOfMemoryError)):
         with pytest.raises(kind):
             compiler.either(quick, slow)(torch.zeros(1))
-    x = torch.zeros(1, requires_grad=True)
-    for error, second in ((ValueError("of both"), True), (torch.OutOfMemoryError("full"), False)):
-        ways = [lambda x, e=error: Breaks.apply(x, e), lambda x, e=error, s=second: Breaks.apply(x, e) if s else x]
-        found = compiler.either(*ways)(x)
-        with pytest.raises(type(error)):
-            found.backward()
-    assert not compiler.failed and x.grad is None
+    assert not compiler.failed
     assert compiler.either(wrong, plain)(torch.zeros(1)) == 1 and compiler.failed
     assert compiler.either(full, plain)(torch.zeros(1)) == 1, "and not even tried again"
 
@@ -322,8 +223,7 @@ def test_a_rehearsal_leaves_all_as_it_was(shards: Path, alone: Ranks) -> None:
 def test_a_run_that_compiles_is_the_run_that_does_not(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rehearsed, to be rounded or not; where what is compiled runs as it is. What an exit gives to a layer's input is added to
-    what all of the layer does, not in between: later updates may round otherwise."""
+    """Rehearsed, to be rounded or not; where what is compiled runs as it is."""
     asked = list[object]()
     monkeypatch.setattr(torch, "compile", lambda forward, **how: asked.append(forward) or forward)
     losses = []
@@ -333,7 +233,7 @@ def test_a_run_that_compiles_is_the_run_that_does_not(
         fit(dataclasses.replace(plan, quantize=True))
         assert len(asked) == how * plan.model.layers
         losses.append([record["loss"] for record in log.read(plan.run) if record["kind"] == "step"])
-    assert losses[0][0] == losses[1][0] and losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 2
+    assert losses[0] == losses[1] and len(losses[0]) == 2
 
 
 def test_a_run_that_has_ended_compiles_nothing(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

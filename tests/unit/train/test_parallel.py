@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -55,7 +54,6 @@ WORLD_OF_RUN = {
     "uneven": (3, 0, {"parts": 4, "accumulate": 2}),
     "int8": (2, 0, INT8),
 }
-BROKEN = {"broken-each-use": 0, "broken-once": 2**28}  # name: STAYS_GATHERED
 
 LORA = {"lora_rank": 4}
 # name, world, fields
@@ -128,8 +126,6 @@ def play(rank: int, who: str, root: Path, shards: Path, chats: Path, model: Path
     for world, replicas in ((3, 1), (4, 2)):
         scene(f"fresh-{world}", world, lambda r=replicas: fresh_weights_are_those_of_one_process(r))  # type: ignore[misc]
     scene("full-model", 2, lambda: the_disk_is_full_for_the_model(shards, root))
-    for name, gathered in BROKEN.items():
-        scene(name, 2, lambda n=name, g=gathered: one_rank_gives_its_compiler_up(shards, root / n, rank, g))  # type: ignore[misc]
     scene("depth", 2, lambda: ranks_differ_in_depth(shards, rank))
     scene("alone-in-error", 2, lambda: an_error_of_one_rank_is_every_ranks(shards, root, rank))
     scene("full-disk", 2, lambda: fit(plan(shards, root / "full-disk", 2, eval_every=0), fill_the_disk()))
@@ -246,37 +242,6 @@ def as_much_is_exchanged_as_is_said(shards: Path, rank: int) -> None:
         assert scale.exchanged(todo, 2, low=4) == pytest.approx(seen.total, rel=0.2), gathered
 
 
-class Breaks(torch.autograd.Function):
-    """In place of what a compiler makes: itself, whose backward is told to `ran`, which may raise."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ran: Callable[[], None]) -> Tensor:
-        ctx.ran = ran
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, of: Tensor) -> tuple[Tensor, None]:
-        ctx.ran()
-        return of, None
-
-
-def one_rank_gives_its_compiler_up(shards: Path, run: Path, rank: int, gathered: int) -> None:
-    """Rank 1 in the second update, between two exchanges of a backward; rank 0 goes on with its own, and waits for nothing."""
-    parallel.STAYS_GATHERED, backwards, layers = gathered, list[int](), presets.get("test").model.layers
-
-    def ran() -> None:
-        backwards.append(1)
-        if rank == 1 and len(backwards) == 3 * layers + 3:  # a rehearsal, and two micro-batches of the first update
-            raise RuntimeError("no such launch on this card")
-
-    kept, torch.compile = torch.compile, lambda forward, **_: lambda *given: Breaks.apply(forward(*given), ran)  # type: ignore[assignment]
-    try:
-        fit(plan(shards, run, 2, compile=True, eval_every=0))
-    finally:
-        torch.compile = kept
-    assert len(backwards) == layers * (4 if rank else 1 + 4 * 2)
-
-
 def ranks_differ_in_depth(shards: Path, rank: int) -> None:
     """Cannot happen, since depth follows from seed and step; if it did, FSDP would hang to its timeout."""
     todo, model, optimizer, batches, ranks = prepared(shards, rank)
@@ -368,12 +333,6 @@ def trained_as_one(mine: Path, alone: Path) -> None:
 )
 def test_ranks_train_as_one(two: Path, run: str, alone: str) -> None:
     trained_as_one(two / run, two / alone)
-
-
-@pytest.mark.parametrize("run", BROKEN)
-def test_a_rank_that_gives_its_compiler_up_trains_as_the_others(two: Path, run: str) -> None:
-    found, want = (history(two / each, "step", "loss") for each in (run, "alone"))
-    assert found == pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.drill

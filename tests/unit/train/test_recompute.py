@@ -105,7 +105,7 @@ def test_compiled_layers_compute_again_as_they_do_alone(int8: bool) -> None:
         fake_quantize_(model.net, int8)
         for group in model.net.groups:
             for block in group.blocks:  # type: ignore[union-attr]
-                block.forward = again(block, how, TEST.width)
+                block.forward = again(block.forward, how, TEST.width)
                 if compiled:
                     block.forward = torch.compile(block.forward, backend="aot_eager_decomp_partition")
         seen: dict[int, int] = {}
