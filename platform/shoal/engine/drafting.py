@@ -149,27 +149,28 @@ class Drafting:
             if alone:
                 self.prices.at(len(plan.works)).learn_plain(seconds)
             return
+        # one that would end the answer, or could not be drawn, is none of `drafted`, and was a draft all the same
         drafted = [
-            (work.running, sampled)
+            (work.running, sampled, max(1, sampled.drafted))
             for work, sampled in zip(plan.samples, outcome.samples, strict=True)
-            if sampled.drafted
+            if work.drafts
         ]
         most, rows = 0, 0
-        for _, sampled in drafted:
-            most, rows = max(most, sampled.drafted), rows + sampled.drafted
+        for _, _, count in drafted:
+            most, rows = max(most, count), rows + count
         batch = sum(work.sample and work.count == 1 for work in plan.works)
         price = self.prices.at(batch)
         if alone and rows:
             price.learn(most, rows, seconds)
-        elif alone and not any(work.drafts for work in plan.works):  # drafts that came to nothing ran all the same
+        elif alone and not drafted:  # all were left out for want of units
             price.learn_plain(seconds)
         extra = price.extra(most, rows) if price.plain and rows else 0.0
-        for running, sampled in drafted:
+        for running, sampled, count in drafted:
             good = len(sampled.after)
             assert running.acceptance is not None
-            running.acceptance.add(good, min(good + 1, sampled.drafted))
+            running.acceptance.add(good, min(good + 1, count))
             # each pays its share of the step by its rows, and gains its tokens' share of one without
-            gained = good / batch - extra * sampled.drafted / rows
+            gained = good / batch - extra * count / rows
             self._left += running.acceptance.earn(gained, self._now)
 
     def _chosen(self, rooms: Sequence[tuple[Running, int]], batch: int) -> dict[Running, int]:
