@@ -175,9 +175,6 @@ def put(folder: Path, uri: str, service: S3 | None = None) -> None:
     before = bucket.tagged(MANIFEST)
     replaced = {} if before is None else _entries(bucket, before[0])
     if files == _listed(replaced):
-        # who put it may have been killed before the one of before went; what is newer is of a command that takes its place
-        ours = {entry.at for entry in replaced.values()}
-        bucket.remove([name for name in bucket.older(MANIFEST) if VERSION.fullmatch(name) and name not in ours])
         return
     for name in files:
         bucket.put(folder / name, f"{version}/{name}")

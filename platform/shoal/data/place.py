@@ -103,19 +103,11 @@ class Bucket:
 
     def listed(self, begins: str = "") -> Iterator[tuple[str, int, str]]:
         """Name, bytes and tag of the objects whose names begin so."""
-        for item in self._items(begins):
-            yield item["Key"][len(self._prefix) :], item["Size"], str(item["ETag"])
-
-    def older(self, name: str) -> list[str]:
-        """The objects that were put in an earlier second than the object `name` was."""
-        put = {item["Key"][len(self._prefix) :]: item["LastModified"].replace(microsecond=0) for item in self._items()}
-        return [other for other, when in put.items() if name in put and when < put[name]]
-
-    def _items(self, begins: str = "") -> Iterator[dict[str, Any]]:
         with told(self.uri):
             pages = self._client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + begins):
-                yield from page.get("Contents", ())
+                for item in page.get("Contents", ()):
+                    yield item["Key"][len(self._prefix) :], item["Size"], str(item["ETag"])
 
     def tag(self, name: str) -> str | None:
         """What changes with the bytes of an object; None where there is none."""

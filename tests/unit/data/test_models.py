@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import random
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -200,29 +199,6 @@ def test_who_has_just_put_a_model_removes_nothing_of_who_takes_its_place(
     models.put(mine, URI)
     there = {name for name, _ in Bucket(URI, s3.inside).sizes()}
     assert first and set(first) <= there
-
-
-def test_what_a_killed_command_left_of_the_model_of_before_goes_when_it_is_put_again(
-    s3: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed after its manifest was there, as a worker is that is lost, and tried again."""
-    models.put(directory(tmp_path / "before", 1), URI)
-    before, made = set(names(s3)), directory(tmp_path / "made", 2)
-    time.sleep(1.01 - time.time() % 1)  # S3 knows the second in which an object was put
-
-    def killed(bucket: Bucket, names: list[str]) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Bucket, "remove", killed)
-        models.put(made, URI)
-    assert before < set(names(s3)), "it is all there still"
-    begun = f"{'a' * 16}/config.json"  # of another command, which takes its place
-    Bucket(URI, s3.inside).put(made / "config.json", begun)
-    models.put(made, URI)
-    left = set(names(s3)) - before
-    assert begun in left and set(names(s3)) & before == {"manifest.json"}
-    assert files(models.here(URI)) == files(made)
 
 
 def test_an_answer_that_was_lost_and_the_same_model_again_change_nothing(
