@@ -174,7 +174,8 @@ def put(folder: Path, uri: str, service: S3 | None = None) -> None:
     version = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
     before = bucket.tagged(MANIFEST)
     replaced = {} if before is None else _entries(bucket, before[0])
-    if files == _listed(replaced):
+    there = {name for name, _ in bucket.sizes()}
+    if files == _listed(replaced) and {entry.at for entry in replaced.values()} <= there:  # else some went: all is put again
         return
     for name in files:
         bucket.put(folder / name, f"{version}/{name}")

@@ -218,6 +218,16 @@ def test_an_answer_that_was_lost_and_the_same_model_again_change_nothing(
     assert Bucket(URI, s3.inside).tag("manifest.json") == tag and files(models.here(URI)) == files(made)
 
 
+def test_a_model_some_of_whose_files_are_gone_is_put_again(s3: Service, tmp_path: Path) -> None:
+    """By the manifest alone it would be there, and no command could mend it."""
+    made = directory(tmp_path / "made", 1)
+    models.put(made, URI)
+    bucket = Bucket(URI, s3.inside)
+    bucket.remove([name for name, _ in bucket.sizes() if name.endswith("config.json")])
+    models.put(made, URI)
+    assert files(models.here(URI)) == files(made)
+
+
 def test_what_is_written_is_there_when_the_block_ends_and_not_when_it_fails(s3: Service, tmp_path: Path) -> None:
     with pytest.raises(ValueError), models.written(URI) as folder:
         directory(folder, 1)
