@@ -168,7 +168,8 @@ class Drafting:
         for running, sampled, count in drafted:
             good = len(sampled.after)
             assert running.acceptance is not None
-            running.acceptance.add(good, min(good + 1, count))
+            if sampled.drafted:  # an end says nothing of the drafts before it
+                running.acceptance.add(good, min(good + 1, count))
             # each pays its share of the step by its rows, and gains its tokens' share of one without
             gained = good / batch - extra * count / rows
             self._left += running.acceptance.earn(gained, self._now)
