@@ -174,8 +174,8 @@ def put(folder: Path, uri: str, service: S3 | None = None) -> None:
     version = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
     before = bucket.tagged(MANIFEST)
     replaced = {} if before is None else _entries(bucket, before[0])
-    there = {name for name, _ in bucket.sizes()}
-    if files == _listed(replaced) and {entry.at for entry in replaced.values()} <= there:  # else some went: all is put again
+    listed, there = {entry.at for entry in replaced.values()}, {name for name, _ in bucket.sizes()}
+    if files == _listed(replaced) and listed <= there:  # where some are gone all are put again
         return
     for name in files:
         bucket.put(folder / name, f"{version}/{name}")
