@@ -6,6 +6,7 @@ Ray's own schema closes only some of its objects, EC2 is asked much later, and K
 import copy
 import json
 import re
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import botocore.validate
 import jsonschema
 import pytest
 import yaml
+from ray.autoscaler._private import resource_demand_scheduler as demand
+from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
 
 from shoal.on_ray.serve_config import check_serve_config
 
@@ -121,6 +124,24 @@ def test_the_aws_cluster_is_careful() -> None:
     (rule,) = cluster["provider"]["security_group"]["IpPermissions"]
     assert (rule["FromPort"], rule["ToPort"]) == (22, 22)
     assert all(r["CidrIp"].endswith("/32") for r in rule["IpRanges"])
+
+
+@pytest.mark.parametrize("tasks", [1, 16, 100])
+def test_work_without_a_gpu_starts_no_gpu_on_aws(tasks: int) -> None:
+    """By what Ray itself asks before it starts a node, given what EC2 says that the types have."""
+    has = {"head": {"CPU": 0}, "cpu": {"CPU": 16, "memory": 64e9}, "gpu": {"CPU": 4, "GPU": 1, "memory": 16e9}}
+    cluster = aws()
+    types = {name: {**node, "resources": has[name]} for name, node in cluster["available_node_types"].items()}
+
+    def asked(*kinds: str) -> list[dict[str, Any]]:
+        return [dict.fromkeys(kinds, 1)]
+
+    starts = partial(demand.get_nodes_for, types, {"head": 1}, "head", cluster["max_workers"])
+    scorer = partial(demand._default_utilization_scorer, node_availability_summary=NodeAvailabilitySummary({}))
+    found, unmet = starts(asked("CPU") * tasks, scorer)
+    assert found == {"cpu": -(-tasks // 16)} and not unmet
+    found, unmet = starts(asked("CPU", "GPU") * 4, scorer)
+    assert found == {"gpu": 4} and not unmet
 
 
 def test_the_disks_of_the_aws_cluster_hold_what_is_kept_on_them() -> None:
