@@ -37,7 +37,10 @@ GROUPS = {
     "drafting": Group(_in("engine", "acceptance drafting price"), _tests("engine", "drafting")),
     "drafts": Group(
         _in("engine", "compared drafts signals tolerance"),
-        [*_tests("engine", "layout drafts drafts_there signals speculative tolerance"), "unit/api/test_reruns"],
+        [
+            *_tests("engine", "layout drafts drafts_there never_above signals speculative tolerance"),
+            "unit/api/test_reruns",
+        ],
         warm=True,
     ),
     "sizes": Group(_in("engine", "images sizes"), _tests("engine", "images sizes")),

@@ -20,7 +20,8 @@ from shoal.engine.events import Event, Finished, Token
 from shoal.engine.plan import Sampled
 from shoal.engine.tolerance import Chain
 from tests.unit.engine.lively import lively, with_router
-from tests.unit.engine.test_tolerance import KINDS, ask
+from tests.unit.engine.priced import KINDS
+from tests.unit.engine.test_tolerance import ask
 
 ROUTED = with_router(lively())  # a router that says this or that
 TOLERANCES = (0.0, 0.05, 0.3, 2.0)

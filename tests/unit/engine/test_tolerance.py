@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import random
 from collections.abc import Iterator
 from itertools import product
 from types import SimpleNamespace
@@ -17,28 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from shoal import Engine, Model, Request, Sampling
 from shoal.engine import naive
-from shoal.engine.events import Finished, Guide, Token
-from shoal.engine.running import Running
 from shoal.engine.sampler import Sampler
-from shoal.engine.text import TextStream
 from shoal.engine.tolerance import Allowance, Chain, greedy_price, sampled_price, settle
 from shoal.errors import RequestError
 from tests.unit.engine.lively import lively, with_router
+from tests.unit.engine.priced import KINDS, Told, check
 from tests.unit.engine.test_speculative import EAGER, PLAIN, prompt
 
 LIVELY = lively()
 MODELS = {"eager": EAGER, "plain": PLAIN, "lively": LIVELY}
-KINDS: dict[str, dict[str, Any]] = {
-    "greedy": {"temperature": 0, "frequency_penalty": 0.5},
-    "drawn": {"temperature": 1.0},
-    "filtered": {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.1, "logprobs": 2},
-    "guided": {"temperature": 0.9, "guided": Guide("regex", "[a-f]{3,40}"), "ignore_eos": False},
-}
 
 
 def ask(seed: int, tolerance: float, *, kind: str = "greedy", **more: Any) -> Request:
@@ -50,74 +39,14 @@ def engine(model: Model, **more: Any) -> Engine:
     return Engine(model, **({"units": 400, "speculative_max_batch": 8} | more))
 
 
-def told(e: Engine, requests: list[Request]) -> dict[str, list[Token | Finished]]:
+def told(e: Engine, requests: list[Request]) -> dict[str, Told]:
     """The events of each of `requests`, run together."""
-    found: dict[str, list[Token | Finished]] = {e.submit(request): [] for request in requests}
+    found: dict[str, Told] = {e.submit(request): [] for request in requests}
     while not e.idle:
         for event in e.step():
             found[event.request].append(event)
         e.scheduler.check_integrity()
     return found
-
-
-def prices(model: Model, request: Request, tokens: list[int]) -> list[float]:
-    """What each of `tokens` costs, as answer to `request`: from forward passes of the whole text, one at its depth and one at
-    the first exit, and the definition in `tolerance.py`. Depth "auto" is full depth where it is measured."""
-    depth = "full" if request.depth == "auto" else request.depth
-    sampling, grammars = request.sampling, naive.Grammars(model.tokenizer, model.config.vocab)
-    running = Running(
-        request=request, tokens=list(request.prompt), prompt_len=len(request.prompt), page=model.config.page,  # type: ignore[arg-type]
-        text=TextStream(model.tokenizer, ()), seed=sampling.seed or 0, order=(0, 0, 0), arrival=0.0,
-        grammar=None if sampling.guided is None else grammars.compile(sampling.guided),
-    )  # fmt: skip
-    sampler, found = Sampler(model.forbidden(), model.tokenizer.ends), list[float]()
-    whole = [*running.tokens, *tokens]
-    by_full, by_exit = (model.logits(whole, at) for at in (depth, model.config.exits[0]))
-    for place, token in enumerate(tokens, len(running.tokens) - 1):
-        full, exit_ = by_full[place : place + 1].clone(), by_exit[place : place + 1].clone()
-        (drawn,) = sampler.sample(full, [running])
-        sampler.sample(exit_, [running])
-        if token == drawn.token:
-            found.append(0.0)
-        elif sampling.temperature == 0:
-            found.append(float(full.max() - full[0, token]))
-        else:
-            p, q = (law(row[0], sampling) for row in (full, exit_))
-            with np.errstate(divide="ignore", invalid="ignore"):
-                divergence = np.where(p > 0, p * np.log(p / q), 0).sum()
-            found.append(divergence / (0.5 * np.abs(p - q).sum()))
-        running.tokens.append(token)
-    return found
-
-
-def law(logits: torch.Tensor, sampling: Sampling) -> np.ndarray:
-    """What a token is drawn from, where `logits` [V] are penalised and masked: temperature, top-k, top-p as defined."""
-    z = logits.numpy() / sampling.temperature
-    p = np.exp(z - z.max())
-    order = np.argsort(-p, kind="stable")
-    if sampling.top_k:
-        p[p < p[order[sampling.top_k - 1]]] = 0
-    if sampling.top_p < 1:
-        mass = np.cumsum(p[order]) / p.sum()
-        last = order[int(np.searchsorted(mass, sampling.top_p))]
-        p[p < p[last]] = 0
-    whole: np.ndarray = p / p.sum()
-    return whole
-
-
-def check(model: Model, request: Request, events: list[Token | Finished]) -> float:
-    """The answer spent what it says, and at every token at most its tolerance. Returns nats a token."""
-    *tokens, end = events
-    assert isinstance(end, Finished) and end.reason in ("length", "stop"), end
-    spent, wanted = 0.0, prices(model, request, [event.token for event in tokens if isinstance(event, Token)])
-    for count, (event, price) in enumerate(zip(tokens, wanted, strict=True), 1):
-        assert isinstance(event, Token) and event.spent is not None
-        assert event.spent - spent == pytest.approx(price, abs=1e-8)
-        spent = event.spent
-        assert spent <= request.quality_tolerance * (count - 1)  # type: ignore[operator]
-    assert end.spent is not None and end.spent >= spent  # what ends an answer may have cost something, too
-    assert end.spent <= request.quality_tolerance * len(tokens)  # type: ignore[operator]
-    return end.spent / max(1, len(tokens))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -127,7 +56,7 @@ def test_an_answer_spends_what_full_depth_makes_of_it_and_no_more(name: str, kin
     for tolerance in (0.02, 0.3, 5.0):
         requests = [ask(seed, tolerance, kind=kind) for seed in range(3)]
         found = told(engine(model), requests)
-        spent[tolerance] = sum(check(model, request, found[request.id]) for request in requests)
+        spent[tolerance] = sum(check(model, request, found[request.id]) or 0.0 for request in requests)
     assert spent[5.0] > 0 or kind in ("filtered", "guided")
 
 
@@ -213,64 +142,6 @@ def test_a_logprob_is_that_of_the_token_that_stands() -> None:
     whole = torch.log_softmax(logits.double(), -1)
     for place, entry in enumerate(answer.logprobs, len(request.prompt) - 1):
         assert entry.logprob == pytest.approx(float(whole[place, entry.token]), abs=1e-9)
-
-
-def going_on(request: Request, events: list[Token | Finished]) -> Request:
-    """`request` as it is sent to another replica after `events`."""
-    sent = [event for event in events if isinstance(event, Token)]
-    return request.after([event.token for event in sent], sent[-1].depth, sent[-1].spent) if sent else request
-
-
-def run(e: Engine, found: dict[str, list[Token | Finished]], steps: int, rng: random.Random) -> None:
-    """At most so many `steps`; some preempt somebody."""
-    for _ in range(steps):
-        for event in e.step():
-            found[event.request].append(event)
-        e.scheduler.check_integrity()
-        if e.idle:
-            return
-        if e.scheduler.running and rng.random() < 0.1:
-            e.scheduler._preempt(rng.choice(e.scheduler.running))
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 10**6), st.integers(0, 2), st.booleans())
-def test_no_batch_chunk_preemption_prefix_or_move_to_other_engines_lets_an_answer_spend_more(
-    seed: int, moves: int, warm: bool
-) -> None:
-    """At any depth but the first, "auto" with it; over up to three engines, of which some know the prompts already, and some
-    draft nothing."""
-    rng, model = random.Random(seed), with_router(LIVELY)
-    requests = [
-        ask(
-            100 * seed % 9973 + i,
-            rng.choice((0.05, 0.2, 1.0)),
-            kind=rng.choice([*KINDS]),
-            speculative=rng.choice((None, 1, 4)),
-        )
-        for i in range(5)
-    ]
-    depths = ("full", "middle", "auto")
-    requests = [dataclasses.replace(request, id=str(i), depth=rng.choice(depths)) for i, request in enumerate(requests)]
-    tight: dict[str, Any] = rng.choice(({"units": 60}, {"max_batch_tokens": 24, "max_batch": 3}, {}))
-    engines = [engine(model, **tight)]
-    engines += [engine(model, speculative_max_batch=rng.choice((0, 8))) for _ in range(moves)]
-    found: dict[str, list[Token | Finished]] = {request.id: [] for request in requests}
-    for place, e in enumerate(engines):
-        if warm:
-            plain: dict[str, Any] = {"quality_tolerance": None, "depth": rng.choice(("shallow", "full"))}
-            told(e, [dataclasses.replace(request, id=f"before {request.id}", **plain) for request in requests[:3]])
-        for request in requests:
-            if not any(isinstance(event, Finished) for event in found[request.id]):
-                e.submit(going_on(request, found[request.id]))
-        run(e, found, rng.randint(1, 30) if place < moves else 10_000, rng)
-    for request in requests:
-        *_, end = found[request.id]
-        assert isinstance(end, Finished)
-        if end.spent is None:
-            assert request.depth == "auto" and moves, "where nobody drafts, nobody looks at what the router has chosen"
-        else:
-            check(LIVELY, request, found[request.id])
 
 
 # --- what is bounded --------------------------------------------------------------------------------------------------
