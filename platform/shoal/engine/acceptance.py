@@ -50,7 +50,7 @@ class Stood:
 class Kind(Stood):
     """Drafts of answers that are alike, the last `WINDOW` of them, and what they have gained."""
 
-    __slots__ = ("added", "after", "again", "left", "time")
+    __slots__ = ("added", "after", "again", "gained", "left", "step", "time")
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,12 +59,23 @@ class Kind(Stood):
         self.again = 0  # the step from which on a try may be made ...
         self.time = 0.0  # steps in which its answers could draft, by their share of all answers in each
         self.after = 0.0  # ... and from when on by `time`
+        self.step = -1  # the last in which its answers drafted ...
+        self.gained = 0.0  # ... and what all of them gained in it
 
     def add(self, good: int, tried: int) -> None:
         super().add(good, tried)
         self.added += 1
         if self.tried > WINDOW:
             self.good, self.tried = self.good * WINDOW / self.tried, WINDOW
+
+    def wait(self, steps: float, now: int) -> None:
+        """Take in that one of its answers gained the time of so many `steps` by its drafts in the step `now`, or lost it: the
+        next try waits for what all of them have lost there, in whatever order they are told."""
+        if now != self.step:
+            self.step, self.gained = now, 0.0
+        self.gained += steps
+        lost = max(0.0, -self.gained)
+        self.again, self.after = now + int(lost / TRIES), self.time + lost / OWN
 
     def due(self, now: int) -> bool:
         """May a try be made in the step `now`?"""
@@ -90,8 +101,8 @@ class Record:
     def earn(self, steps: float, now: int) -> float:
         """Take in that drafts of the step `now` gained the time of so many `steps`, or lost it. Returns what they lost beyond
         what had been gained: a number of steps, at most 0."""
-        all_, task, lost = self.kinds[0], self.task, max(0.0, -steps)
-        task.again, task.after = now + int(lost / TRIES), task.time + lost / OWN
+        all_, task = self.kinds[0], self.task
+        task.wait(steps, now)
         task.left += steps
         if task.left > CREDIT:
             all_.left = min(SHARED, all_.left + task.left - CREDIT)

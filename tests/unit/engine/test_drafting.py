@@ -383,6 +383,22 @@ def test_what_a_task_gains_it_may_lose_again_and_others_little_of_it() -> None:
     assert one.earn(-CREDIT, 13) == 0 and not one.credit and one.earn(-0.25, 14) == -0.25
 
 
+def test_a_try_waits_for_what_all_answers_of_its_task_lost_in_a_step() -> None:
+    """Told in any order: the last of them alone, which gained by chance, would let one be made at once."""
+    for gains in ((-0.5, -0.25, 0.125), (0.125, -0.5, -0.25), (-0.25, 0.125, -0.5)):
+        kinds = Kinds()
+        answers, other = [Record(6, kinds.of("way", [1] * 4)) for _ in gains], Record(6, kinds.of("way", [2] * 4))
+        answers[0].task.time = 3.0
+        for answer, steps in zip(answers, gains, strict=True):
+            answer.earn(steps, 20)
+            other.earn(-0.125, 20)  # waits for its own
+        task = answers[0].task
+        assert (task.again, task.after) == (20 + int(0.625 / TRIES), 3.0 + 0.625 / OWN)
+        assert other.task.again == 20 + int(0.375 / TRIES)
+        answers[0].earn(-0.125, 21)
+        assert task.again == 21 + int(0.125 / TRIES), "another step's loss is another"
+
+
 # --- over many steps -------------------------------------------------------------------------------------------------------
 
 
