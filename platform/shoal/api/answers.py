@@ -38,12 +38,13 @@ class Choice:
     told: int = 0  # of them, to a stream
     count: int = 0  # tokens
     depth: int | None = None  # layers, once an event has told them
-    spent: float | None = None  # nats of its tolerance, where that is measured
+    spent: float | None = None  # nats of its tolerance, where that is known
     finished: Finished | None = None
+    exact: int | None = None  # layers at which it loses nothing by itself: those asked for, or all
 
     def take(self, event: Event) -> list[Delta]:
         """What a stream sends of `event`."""
-        self.depth, self.spent = event.depth, event.spent
+        self.depth, self.spent = event.depth, self._lost(event)
         if isinstance(event, Finished):
             self.finished, self.count = event, event.completion_tokens
         else:
@@ -71,6 +72,14 @@ class Choice:
             return "length"
         return "tool_calls" if self.reader.calls and self.finished.reason == "stop" else self.finished.reason
 
+    def _lost(self, event: Event) -> float | None:
+        """Nats of its tolerance after `event`. Where the engine measured none, it is as before at a depth that loses nothing:
+        nothing, unless a shallower one began the answer, or another engine measured some."""
+        if event.spent is not None:
+            return event.spent
+        before = self.spent if self.count else 0.0
+        return before if event.depth == self.exact else None
+
     def _add(self, delta: Delta) -> None:
         self.content += delta.get("content", "")
         for call in delta.get("tool_calls", ()):
@@ -92,8 +101,11 @@ class Answer(ABC):
     stored = False
 
     def __init__(self, call: EngineCall, served: ServedModel) -> None:
-        every = range(len(call.requests))
-        self.choices = [Choice(call.read_by(each), call.silent, served.tokenizer.stream()) for each in every]
+        exact = served.config.asked(call.requests[0].depth) or served.config.layers
+        self.choices = [
+            Choice(call.read_by(each), call.silent, served.tokenizer.stream(), exact=exact)
+            for each in range(len(call.requests))
+        ]
         self._call, self._served = call, served
 
     @property
@@ -178,7 +190,7 @@ class Answer(ABC):
         return found
 
     def _spent(self) -> float | None:
-        """Nats a token that all choices lost so far; None where one of them is not measured."""
+        """Nats a token that all choices lost so far; None where that of one is not known."""
         spent = [choice.spent for choice in self.choices]
         if None in spent:
             return None

@@ -256,7 +256,8 @@ class GenerationRequest(Wire):
         allow_inf_nan=False,
         description="nats a token that the answer may lose against full depth, or the depth asked for. Where drafts pay, the "
         "first exit drafts it and usage.quality says what it lost, never more. Elsewhere a fixed depth loses nothing, and auto "
-        "runs to the smallest exit at which prompts like its calibration's lose at most that in the mean: spent is null",
+        "runs to the smallest exit at which prompts like its calibration's lose at most that in the mean: spent is 0 where "
+        "that is full depth, else null",
     )
     speculative: int | None = Field(
         None,

@@ -12,7 +12,9 @@ class PromptTokens(TypedDict):
 
 
 class Quality(TypedDict):
-    spent: float | None  # nats a token that the answer lost against full depth; null: full depth did not look at it
+    # nats a token that the answer lost against full depth, or the depth asked for; null: it ran less deep than full, by the
+    # router's choice, and full depth did not look at it
+    spent: float | None
     allowed: float  # nats a token: quality_tolerance
 
 

@@ -35,6 +35,29 @@ def test_a_choice_counts_what_came_and_has_no_reason_before_its_end(silent: bool
     assert [(entry.token, at) for entry, at in choice.logprobs] == list(zip(tokens, (0, 1, 1), strict=False))
 
 
+@pytest.mark.parametrize(
+    ("told", "spent"),
+    [
+        ([(4, None), (4, None)], [0.0, 0.0]),
+        ([(2, None), (4, None)], [None, None]),  # of the first nobody knows
+        ([(4, 0.25), (4, None)], [0.25, 0.25]),  # another engine goes on, which measures nothing
+        ([(4, None), (4, 0.5)], [0.0, 0.5]),
+        ([(0, None)], [None]),  # it never ran
+    ],
+)
+def test_what_was_lost_is_known_at_a_depth_that_loses_nothing(
+    told: list[tuple[int, float | None]], spent: list[float | None]
+) -> None:
+    for end in (False, True):
+        choice = Choice(Plain(), False, TOKENIZER.stream(), exact=4)
+        for number, ((depth, nats), known) in enumerate(zip(told, spent, strict=True), 1):
+            last = end and number == len(told)
+            choice.take(
+                Finished("x", "stop", depth=depth, spent=nats) if last else Token("x", 70, "", None, depth, nats)
+            )
+            assert choice.spent == known
+
+
 @pytest.mark.anyio
 async def test_the_requests_of_one_call_name_it_so_that_their_answers_stay_with_the_same_weights(
     http: httpx.AsyncClient, engine: Any

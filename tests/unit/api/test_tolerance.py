@@ -16,6 +16,8 @@ from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
 from shoal.engine.front import AsyncEngine
 from tests.unit.engine.lively import lively
+from tests.unit.engine.test_second_look import model as looked_at_again
+from tests.unit.engine.test_second_look import to
 
 pytestmark = pytest.mark.anyio
 
@@ -121,7 +123,41 @@ async def test_an_answer_without_a_word_took_its_layers_too(measured: httpx.Asyn
     assert (usage["completion_tokens"], usage["mean_depth"]) == (0, 4)
 
 
-async def test_what_nobody_looked_at_is_null(http: httpx.AsyncClient) -> None:
-    reply = await http.post("/v1/completions", json=body("/v1/completions"))
-    assert reply.json()["usage"]["quality"] == {"spent": None, "allowed": 2.0}
-    assert "mean_depth" not in reply.json()["usage"]
+# where the router decides and drafts nothing: the layers that it gives an answer, those after three tokens, and what is known
+DECIDED: list[tuple[int, int, str, float | None]] = [
+    (4, 4, "full", 0.0),
+    (2, 2, "middle", None),
+    (1, 4, "full", None),  # its first tokens were another exit's
+]
+
+
+@pytest.mark.parametrize(("first", "later", "depth", "spent"), DECIDED)
+@pytest.mark.parametrize("n", [1, 2])
+async def test_what_the_router_gives_full_depth_lost_nothing_and_of_earlier_exits_nobody_knows(
+    first: int, later: int, depth: str, spent: float | None, n: int
+) -> None:
+    model = looked_at_again(to(first), to(later), 3)
+    engine = AsyncEngine(Engine(model, units=400))
+    app = build_app([Hosted(ServedModel("fish", model.config, model.tokenizer), engine)])
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    try:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            asked = body("/v1/completions", ignore_eos=True, speculative=0, n=n, temperature=float(n > 1))
+            usage = (await client.post("/v1/completions", json=asked)).json()["usage"]
+            streamed = events(
+                await client.post("/v1/completions", json={**asked, "stream": True, "stream_options": options})
+            )
+    finally:
+        await engine.close()
+    assert (usage["depth"], usage["quality"]) == (depth, {"spent": spent, "allowed": 2.0})
+    assert streamed[-1]["usage"]["quality"] == usage["quality"]
+    assert {event["usage"]["quality"]["spent"] for event in streamed} <= {spent, None}
+
+
+async def test_engines_that_measure_nothing_lose_nothing_at_the_depth_asked_for_and_at_full(
+    http: httpx.AsyncClient,
+) -> None:
+    for depth in ("auto", "full"):
+        reply = await http.post("/v1/completions", json=body("/v1/completions", depth=depth))
+        assert reply.json()["usage"]["quality"] == {"spent": 0.0, "allowed": 2.0}
+        assert "mean_depth" not in reply.json()["usage"]
