@@ -84,7 +84,7 @@ GROUPS = {
     # tests of test_parallel are processes of their own
     "parallel": Group(["train/parallel"], _tests("train", "ranks")),
     "scheduler": Group(
-        _in("engine", "door scheduler"),
+        _in("engine", "door planning scheduler"),
         _tests("engine", "scheduler holding plan running shares pace resume"),
         warm=True,
     ),
