@@ -266,7 +266,8 @@ class Metrics:
 
     def ended(self, reason: str, units: int, queue: float, first: float | None, total: float, tokens: int) -> None:
         """Count the end of a request that owned `units` and gave `tokens`; the times are from its submission, in seconds
-        (`first`: of its first token, None without one). A request that ended badly has an end, and no latencies."""
+        (`first`: of the first of these, None without one). Where another engine began the answer they are counted from its
+        last token there. A request that ended badly has an end, and no latencies."""
         self.finished[reason] = self.finished.get(reason, 0) + 1
         if units:
             self.request_kv_units.observe(units)

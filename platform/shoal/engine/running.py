@@ -127,7 +127,7 @@ class Running:
             depth=self.layers if self.admitted_at is not None else 0,
             prompt_tokens=self.prompt_len,
             cached_tokens=self.cached_tokens,
-            completion_tokens=self.answered,
+            completion_tokens=self.answered + (self.told is not None),  # which is the answer's, taken in or not
             queue_seconds=total if self.admitted_at is None else self.admitted_at - self.arrival,
             first_token_seconds=0.0 if self.first_token_at is None else self.first_token_at - self.arrival,
             total_seconds=total,

@@ -290,7 +290,8 @@ class Scheduler(Planning):
         end = running.finished(reason, self.clock(), error)
         first = None if running.first_token_at is None else end.first_token_seconds
         units = sum(running.holding.owned)
-        self.metrics.ended(reason, units, end.queue_seconds, first, end.total_seconds, running.answered)
+        here = running.answered - max(0, len(running.request.answer) - 1)  # from the one on that `first` is the time of
+        self.metrics.ended(reason, units, end.queue_seconds, first, end.total_seconds, here)
         del self._live[running.id]
         self._paused -= running.paused
         place = self.running if running in self.running else self.waiting

@@ -120,3 +120,32 @@ def test_a_beginning_that_its_grammar_forbids_ends_in_an_error() -> None:
     request = Request("x", Sampling(max_tokens=9, guided=Guide("choice", ("yes",))), depth="full", answer=LETTERS[:2])
     (end,) = events(Engine(MODEL, units=400), request)
     assert isinstance(end, Finished) and end.reason == "error"
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+def test_an_answer_that_is_cancelled_where_it_goes_on_has_the_tokens_that_it_came_with(steps: int) -> None:
+    """Also before the last of them is taken in."""
+    request = Request("abc", Sampling(temperature=0, max_tokens=12, ignore_eos=True), depth="full", answer=LETTERS[:5])
+    engine, told = Engine(MODEL, units=400), list[Event]()
+    name = engine.submit(request)
+    for _ in range(steps):
+        told += engine.step()
+    engine.cancel(name)
+    *rest, end = told + engine.step()
+    assert isinstance(end, Finished) and end.reason == "cancelled"
+    assert end.completion_tokens == 5 + len(rest) and len(rest) == max(0, steps - 1)
+
+
+@pytest.mark.parametrize("begun", [0, 1, 5])
+def test_a_token_of_an_answer_that_goes_on_takes_what_those_took_that_were_made_here(begun: int) -> None:
+    """Each step takes a second; what another engine gave took none of them."""
+    now = 0.0
+    engine = Engine(MODEL, units=400, clock=lambda: now)
+    answer = LETTERS[:begun]
+    sampling = Sampling(temperature=0, max_tokens=begun + 4, ignore_eos=True)
+    engine.submit(Request("abc", sampling, depth="full", answer=answer))
+    while not engine.idle:
+        engine.step()
+        now += 1.0
+    each = engine.scheduler.metrics.request_time_per_output_token_seconds
+    assert (each.count, each.sum) == (1, 1.0)
