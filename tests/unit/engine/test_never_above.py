@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from shoal import Engine, Model, Request, Sampling
 from shoal.engine.events import Finished, Token
+from shoal.engine.plan import Outcome, Plan
 from shoal.inputs.chat import Encoded
+from shoal.inputs.tokenizer import END_ID
 from tests.unit.engine.priced import KINDS, Told, check
 from tests.unit.engine.test_adapters import KINDS as ADAPTERS
 from tests.unit.engine.test_adapters import adapter
@@ -25,6 +29,12 @@ from tests.unit.engine.test_oracle import MODEL, picture
 from tests.unit.engine.test_second_look import model as looked_at_again
 
 EXITS = MODEL.config.exits
+ENDS: list[dict[str, Any]] = [
+    {},
+    {"stop": ("a", "e"), "min_tokens": 3},
+    {"stop_token_ids": tuple(range(30, 200, 7))},
+    {"logit_bias": {END_ID: 3.0}, "ignore_eos": False},
+]
 LOOK = 5  # tokens of an answer after which its router looks again
 # either look sends a prompt to a depth that follows from its length: a third of them go deeper by the second
 ROUTED = looked_at_again(lambda length: EXITS[length % 3], lambda length: EXITS[(length // 2) % 3], LOOK)
@@ -34,6 +44,10 @@ def going_on(request: Request, events: Told) -> Request:
     """`request` as it is sent to another replica after `events`."""
     sent = [one for one in events if isinstance(one, Token)]
     return request.after([one.token for one in sent], sent[-1].depth, sent[-1].spent) if sent else request
+
+
+def ended(events: Told) -> bool:
+    return any(isinstance(one, Finished) for one in events)
 
 
 def run(e: Engine, found: dict[str, Told], steps: int, rng: random.Random) -> None:
@@ -64,7 +78,8 @@ def asked(rng: random.Random, count: int) -> list[tuple[Request, Model]]:
     for number in range(count):
         with_, judge = adapter(rng.choice([*ADAPTERS])) if rng.random() < 0.4 else (None, MODEL)
         given: dict[str, Any] = {"seed": rng.randrange(9999), "max_tokens": 16, "ignore_eos": True}
-        given |= {"speculative": rng.choice((None, 1, 4)), **KINDS[rng.choice([*KINDS])]}
+        given |= {"speculative": rng.choice((None, 1, 4))}
+        given |= {**rng.choice(ENDS), **KINDS[kind]} if (kind := rng.choice([*KINDS])) != "guided" else KINDS[kind]
         request = Request(
             prompt(rng),
             Sampling(**given),
@@ -78,9 +93,20 @@ def asked(rng: random.Random, count: int) -> list[tuple[Request, Model]]:
 
 
 def engine(**more: Any) -> Engine:
-    made = Engine(ROUTED, **({"units": 400, "speculative_max_batch": 8} | more))
+    """One with all adapters, which audits what it may, and by whose clock a draft costs a tenth of a step."""
+    now = 0.0
+    made = Engine(ROUTED, **({"units": 400, "clock": lambda: now} | more))
     for number in ADAPTERS:
         made.load_adapter(adapter(number)[0])
+    made.scheduler.judge._draws = SimpleNamespace(random=lambda: 0.0)  # type: ignore[assignment]
+    step = made.runner.run
+
+    def timed(plan: Plan) -> Outcome:
+        nonlocal now
+        now += 1.0 + 0.1 * sum(work.drafts for work in plan.works)
+        return step(plan)
+
+    made.runner.run = timed  # type: ignore[method-assign]
     return made
 
 
@@ -97,25 +123,31 @@ def warmed(e: Engine, requests: list[Request], depth: str) -> None:
         )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 2), st.booleans())
 def test_nothing_that_happens_lets_an_answer_spend_more(seed: int, moves: int, warm: bool) -> None:
     """At any depth but the first, "auto" with it; over up to three engines, of which some know the prompts already, some are
-    tight, and some draft nothing, so that the router decides there."""
+    tight, some draft as far as it pays, and some draft nothing, so that the router decides there."""
     rng = random.Random(seed)
     pairs = asked(rng, 6)
     tight: dict[str, Any] = rng.choice(({"units": 60}, {"max_batch_tokens": 24, "max_batch": 3}, {}))
-    engines = [engine(**tight, speculative_max_batch=rng.choice((0, 2, 8)))]
-    engines += [engine(speculative_max_batch=rng.choice((0, 8))) for _ in range(moves)]
+    engines = [engine(**tight, speculative_max_batch=rng.choice((None, 0, 2, 8)))]
+    engines += [engine(speculative_max_batch=rng.choice((None, 0, 8))) for _ in range(moves)]
     found: dict[str, Told] = {request.id: [] for request, _ in pairs}
     for place, e in enumerate(engines):
         if warm:
             warmed(e, [request for request, _ in pairs[:3]], rng.choice(("shallow", "full")))
-        for request, _ in pairs:
-            if not any(isinstance(one, Finished) for one in found[request.id]):
-                e.submit(going_on(request, found[request.id]))
+        sent = {
+            request.id: going_on(request, found[request.id]) for request, _ in pairs if not ended(found[request.id])
+        }
+        for request in sent.values():
+            e.submit(request)
         run(e, found, rng.randint(1, 30) if place < moves else 10_000, rng)
-        assert e.dead is None
+        assert e.dead is None and (e.idle or place < moves)
+        nats = sum(
+            (found[name][-1].spent or request.spent) - request.spent for name, request in sent.items() if found[name]
+        )
+        assert e.scheduler.metrics.spent == pytest.approx(nats, abs=1e-8), "an engine counts what was spent there, once"
     for request, judge in pairs:
         spent = check(judge, request, found[request.id])
         event("nobody looked" if spent is None else "spent" if spent > 0 else "spent nothing")
