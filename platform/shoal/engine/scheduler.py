@@ -250,7 +250,6 @@ class Scheduler(Planning):
             running.drawn += 1
             running.heard.token(sampled.nll)
             running.heard.compared(sampled.gaps)
-            self.metrics.measured += running.tolerance is not None
             self.metrics.spent += sampled.spent
         if running.ends(token):
             self._finish(running, "stop")
@@ -265,6 +264,7 @@ class Scheduler(Planning):
         text, stopped = running.text.push(token, may_stop=answered >= sampling.min_tokens)
         if told is None:
             self.metrics.generation_tokens += 1
+            self.metrics.measured += running.tolerance is not None
             spent = None if running.tolerance is None else running.spent
             self._events.append(Token(running.id, token, text, sampled.logprob, running.layers, spent))
         if stopped:
