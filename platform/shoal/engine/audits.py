@@ -32,6 +32,10 @@ from shoal.model.router import TOLERANCES, Calibration
 SHARE = 1 / 32  # of the answers that the router decides within a tolerance
 COST = 0.01  # of all other work of the engine, that audits may take
 WAITING = 8  # answers that wait to be looked at, at most
+# answers at full depth that are dropped after a look that was, until one comes to its end: else those that are looked at would
+# be dropped where units lack, and those that lose nothing learned of. After so many they are learned of all the same: where
+# all go to full depth, nothing else would ever say that a correction is too large
+LIKEWISE = 32
 TRIES = 3  # times that one may lose its units to others, and that steps with one may fail
 
 DOUBT = 0.05  # chance that a router which keeps its promise is ever corrected
@@ -97,6 +101,7 @@ class Audits:
         self._begun = False  # does it?
         self._found: list[float] = []  # what it lost so far
         self._tries = 0
+        self._likewise = 0  # answers at full depth that are still to be dropped, as a look was
         self._failed = 0  # steps with one
         self._owed = 0.0  # rows of a group that audits had beyond their share of the work
         # a head's work in rows of a group
@@ -118,8 +123,9 @@ class Audits:
             running.audited = self._draws.random() < SHARE and self._owed <= 0 and self._failed < TRIES
 
     def told(self, running: Running) -> None:
-        """An answer that was chosen has ended well. One of full depth waits as well, though nothing runs for it: learned of at
-        once while others are dropped, for units that lack, such would say that nothing is lost."""
+        """An answer that was chosen has ended well. One of full depth waits as well, though nothing runs for it, and is dropped
+        where the look before it was (`LIKEWISE`)."""
+        self._pass()
         if self._failed >= TRIES or self._most(running) > self._pages.total:
             self.dropped += 1
             return
@@ -177,6 +183,7 @@ class Audits:
         running = work.running
         if work.end == spans(running, self._config.layers)[-1][2]:
             lost = math.fsum(self._found) / running.drawn
+            self._likewise = 0
             self._leave()
             if math.isfinite(lost):
                 self._learn(running, lost)
@@ -196,6 +203,7 @@ class Audits:
     def drop(self) -> None:
         """Look no longer at the first that waits."""
         self.dropped += 1
+        self._likewise = LIKEWISE
         self._leave()
 
     def failed(self) -> None:
@@ -216,13 +224,18 @@ class Audits:
         return found
 
     def _can(self, beside: int) -> bool:
-        """Are there units for one that waits, with `beside` to spare? Of those at full depth before it is learned."""
-        while self._waiting and self._fits(beside):
-            if spans(self._waiting[0], self._config.layers):
-                return True
-            self._learn(self._waiting[0], 0.0)
+        """Are there units for one that waits, with `beside` to spare?"""
+        self._pass()
+        return bool(self._waiting) and self._fits(beside)
+
+    def _pass(self) -> None:
+        """Be done with the first that wait where nothing is to be looked at: each counts as far as the look before it did."""
+        while self._waiting and not spans(self._waiting[0], self._config.layers):
+            if self._likewise:
+                self._likewise, self.dropped = self._likewise - 1, self.dropped + 1
+            else:
+                self._learn(self._waiting[0], 0.0)
             self._leave()
-        return False
 
     def _fits(self, beside: int) -> bool:
         """Are there units for all of the first that waits, with `beside` to spare?"""
