@@ -119,6 +119,18 @@ def layer(config: ModelConfig, dtype: torch.dtype, eight: bool, rows: int = 1, p
     return [*launched]
 
 
+def stored(c: ModelConfig, dtype: torch.dtype) -> list[str]:
+    """What is launched for keys and values as vLLM gives them: of two requests that decode, and of one of three rows."""
+    launched.clear()
+    cache = GroupCache.zeros(c, 3, dtype)
+    for starts in ([0, 1, 2], [0, 3]):
+        at = torch.arange(starts[-1])
+        k, v = torch.zeros(len(at), 2 * c.kv_heads, c.head_dim, dtype=dtype).split(c.kv_heads, dim=1)
+        step = PagedStep(at, at, torch.ones(len(starts) - 1, 1, dtype=torch.long), starts, c.page, c.block)
+        launch.store(k, v, cache.kv[0], cache.summaries[0], step)
+    return [*launched]
+
+
 def layers(c: ModelConfig, dtype: torch.dtype, eight: bool) -> dict[str, list[str]]:
     """Of each kind of a layer, with what it reads cut into pieces or not, and few blocks to choose from or many, or as many as
     there may be; a window of 1, which is a constant, in the one that has nothing else."""
@@ -168,6 +180,7 @@ if __name__ == "__main__":
     asked, precision = config_of(sys.argv[1]), getattr(torch, sys.argv[2])
     told = layers(asked, precision, sys.argv[4:] == ["int8"])
     told |= trained(asked, precision)
+    told["stored alone"] = stored(asked, precision)
     launched.clear()
     for few_or_many in (2, 100):
         levels = torch.zeros(64, asked.width, dtype=torch.int8)

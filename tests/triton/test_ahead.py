@@ -18,6 +18,7 @@ LAYERS = {
     **{f"{kind} alone": [*BEFORE, "_attend", *AFTER] for kind in "HSLD"},
     **{f"{kind} trained": TRAINING for kind in "HS"},
     "one token": ["_near", "_near_to_q", "_near_to_kv"],
+    "stored alone": ["_store", "_store", "_summarise"],
     "int8": ["_levels", "_product"] * 2,
     "adapters": ["_thin", "_wide"] * 2,
 }

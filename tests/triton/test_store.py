@@ -121,6 +121,23 @@ def test_a_row_a_request_summarises_in_the_same_launch(kv: str, block: int, summ
     assert memories[0][1][unit, :, 7 // block].isfinite().all(), "of the block that is complete"
 
 
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+@pytest.mark.parametrize("summary", ["mean", "mean_var"])
+@pytest.mark.parametrize("new", [[11, 1], [1, 1]])
+def test_keys_that_are_normed_already_are_stored_to_the_bit(dtype: torch.dtype, summary: str, new: list[int]) -> None:
+    """As vLLM gives them to us, in parts of one tensor; of a row without a slot not even the null unit is written."""
+    case = store(1, [21, 8], new, dim=12, dtype=dtype, variance=summary == "mean_var")
+    case.step.slots[0] = -1
+    before, mine, want = [(case.kv.clone(), case.summaries.clone()) for _ in range(3)]
+    k, v = normal(3, len(case.q), 4, 12).to(dtype).split(2, dim=1)
+    launch.store(k, v, *mine, case.step)
+    write_kv(k, v, *want, case.step)
+    assert torch.equal(mine[0][1:].nan_to_num(7), want[0][1:].nan_to_num(7))
+    torch.testing.assert_close(mine[1][1:], want[1][1:], atol=1e-6, rtol=1e-6, equal_nan=True)
+    assert not torch.equal(mine[1].nan_to_num(7), before[1].nan_to_num(7)), "no block is completed"
+    assert mine[0][0].isnan().all() and not want[0][0].isnan().all()
+
+
 @settings(max_examples=8, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 70), st.sampled_from(list(BOUNDS)))
 def test_norm_sum_and_activation(seed: int, rows: int, width: int, dtype: torch.dtype) -> None:

@@ -186,6 +186,14 @@ def project_and_store(
     return q
 
 
+def store(k: Tensor, v: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep) -> None:
+    """As `paged.write_kv` for k and v [N, Hk, d], but that rows without a slot write nothing, and nobody waits for which rows
+    complete a block."""
+    both = torch.cat([k, v], dim=1).flatten(1)
+    none, rope = both.new_empty(0), both.new_empty(0, k.shape[-1])
+    project_and_store(both, none, none, none, Form(0.0, 0, after=False), (rope, rope), kv, summaries, step)
+
+
 def attends(step: PagedStep, reach: Reach) -> bool:
     """Is `attend` for the rows of `step` that are not `shared`? Not where one program would choose among too many blocks."""
     return not reach.chooses or step.tables.shape[1] * step.page // step.block <= MOST_BLOCKS
