@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 from vllm import AsyncEngineArgs
+from vllm.v1.worker.gpu.sample.logits_processor import build_custom_logits_processors_params_validator
 
 from shoal.errors import ConfigError
 from shoal.on_ray.serve_config import load_serve_config
 from shoal.vllm_plugin import options, register
+from shoal.vllm_plugin.depths import NAME
 
 FOLDER = Path(__file__).parents[2] / "serve_configs"
 
@@ -34,6 +36,25 @@ def test_what_a_shoal_model_cannot_be_served_with_is_named(directory: Path, give
     with pytest.raises(Exception, match=says) as caught:
         configured(directory, **given)
     assert "Shoal" in str(caught.value) or "depth" in str(caught.value)
+
+
+def test_depth_per_request_has_the_runner_that_tells_who_stands_where(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a GPU vLLM takes its second runner where nothing is said: that one refuses `Depths`. One depth has either."""
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
+    assert configured(directory).use_v2_model_runner
+    with pytest.raises(ValueError, match="Depths is not a subclass"):
+        build_custom_logits_processors_params_validator([NAME])
+    each = {"depth": "per-request", "salted": True}
+    assert not configured(directory, hf_overrides=each).use_v2_model_runner
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(
+        Exception, match=r"VLLM_USE_V2_MODEL_RUNNER with a Shoal model: allowed: 0 with depth per-request"
+    ):
+        configured(directory, hf_overrides=each)
 
 
 def test_a_model_s_shape_and_defaults_reach_vllm(directory: Path) -> None:

@@ -7,6 +7,7 @@ memory for those layers alone. ``"per-request"`` keeps all layers and lets every
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
@@ -91,11 +92,28 @@ def register() -> None:
 
 def check(vllm_config: VllmConfig) -> None:
     """Raises ConfigError for the first option, by vLLM's name of it, that a Shoal model cannot be served with; and for a depth
-    or a block size that does not fit the model."""
+    or a block size that does not fit the model. Sets what follows from a Shoal model."""
     c, hf = vllm_config, vllm_config.model_config.hf_config
-    parallel, cache = c.parallel_config, c.cache_config
+    _need_ours(hf)
+    for name, (bad, allowed) in _refused(c).items():
+        if bad:
+            raise ConfigError(f"vLLM's {name} with a Shoal model", allowed=allowed)
+    if hf.depth == PER_REQUEST:
+        from shoal.vllm_plugin.depths import NAME, Depths
+
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # of the processes that vLLM starts, too
+        Depths.shape = hf.shape  # requests are checked in this process
+        others = c.model_config.logits_processors or []
+        c.model_config.logits_processors = [*(other for other in others if other != NAME), NAME]
+
+
+def _refused(c: VllmConfig) -> dict[str, tuple[bool, str]]:
+    """By vLLM's name of an option: is it one that a Shoal model cannot be served with, and what is allowed."""
+    from vllm import envs
+
+    hf, parallel, cache = c.model_config.hf_config, c.parallel_config, c.cache_config
     per_request = hf.depth == PER_REQUEST
-    refused: dict[str, tuple[bool, str]] = {
+    return {
         "pipeline_parallel_size": (
             parallel.pipeline_parallel_size > 1,
             "1: a request leaves at its exit, and the later stages would wait for it",
@@ -125,6 +143,10 @@ def check(vllm_config: VllmConfig) -> None:
             per_request and _captures(c),
             "NONE with depth per-request (--enforce-eager): how many rows reach a layer differs from step to step",
         ),
+        "VLLM_USE_V2_MODEL_RUNNER": (
+            per_request and envs.VLLM_USE_V2_MODEL_RUNNER is True,
+            "0 with depth per-request, which it is set to: vLLM's second runner tells nobody who stands in which row",
+        ),
         "enable_prefix_caching": (
             per_request and cache.enable_prefix_caching and not getattr(hf, "salted", False),
             "false with depth per-request, or cache_salt in every request and {\"salted\": true} beside the depth:"
@@ -139,16 +161,6 @@ def check(vllm_config: VllmConfig) -> None:
             f"a divisor of the model's K/V heads ({hf.shape.kv_heads})",
         ),
     }  # fmt: skip
-    _need_ours(hf)
-    for name, (bad, allowed) in refused.items():
-        if bad:
-            raise ConfigError(f"vLLM's {name} with a Shoal model", allowed=allowed)
-    if per_request:
-        from shoal.vllm_plugin.depths import NAME, Depths
-
-        Depths.shape = hf.shape  # requests are checked in this process
-        others = c.model_config.logits_processors or []
-        c.model_config.logits_processors = [*(other for other in others if other != NAME), NAME]
 
 
 def _need_ours(hf: ShoalConfig) -> None:
