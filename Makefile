@@ -34,7 +34,7 @@ drills: $(READY)  ## set up, then kills, lost nodes, jobs and long browser runs,
 	$(SUITE) -n 2 --dist loadfile --timeout 600 $(BUDGET) -m "drill" tests/on_ray tests/browser tests/flows tests/contracts tests/unit/on_ray tests/unit/train
 
 test-vllm: $(VLLM_READY)  ## an environment with vLLM 0.32 on the CPU (4 GB), then the tests of it
-	$(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile --timeout 600 $(BUDGET) tests/vllm
+	TRITON_INTERPRET=1 $(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile --timeout 600 $(BUDGET) tests/vllm
 
 test-triton: $(READY)  ## set up, then the CUDA kernels in Triton's interpreter, on this CPU; skipped without the extra gpu (1 GB)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile --timeout 600 tests/triton

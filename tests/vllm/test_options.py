@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm import AsyncEngineArgs
+from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.sample.logits_processor import build_custom_logits_processors_params_validator
 
 from shoal.errors import ConfigError
 from shoal.on_ray.serve_config import load_serve_config
-from shoal.vllm_plugin import options, register
+from shoal.vllm_plugin import options, register, settings
 from shoal.vllm_plugin.depths import NAME
 
 FOLDER = Path(__file__).parents[2] / "serve_configs"
@@ -55,6 +57,20 @@ def test_depth_per_request_has_the_runner_that_tells_who_stands_where(
         Exception, match=r"VLLM_USE_V2_MODEL_RUNNER with a Shoal model: allowed: 0 with depth per-request"
     ):
         configured(directory, hf_overrides=each)
+
+
+def test_depth_per_request_needs_graphs_to_be_off_where_vllm_has_them(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(directory, hf_overrides={"depth": "per-request", "salted": True})
+    monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cpu=lambda: False))
+    settings.check(config)
+    config.model_config.enforce_eager = False
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    settings.check(config)
+    config.compilation_config.cudagraph_mode = None
+    with pytest.raises(ConfigError, match=r"cudagraph_mode with a Shoal model: .*--enforce-eager"):
+        settings.check(config)
 
 
 def test_a_model_s_shape_and_defaults_reach_vllm(directory: Path) -> None:

@@ -32,7 +32,7 @@ from shoal.open_weights.convert import export_model
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # name: script and what it is told
     "vllm": ("peer_vllm.py", {"eager": False}),  # its default: compiled, where a C++ compiler is
     "vllm-eager": ("peer_vllm.py", {"eager": True}),
-    "vllm-shoal": ("peer_vllm.py", {"eager": True, "shoal": True}),  # the very checkpoint, through `vllm_plugin`
+    "vllm-shoal": ("peer_vllm.py", {"eager": False, "shoal": True}),  # the very checkpoint, through `vllm_plugin`
     "transformers": ("peer_transformers.py", {}),
     "llama.cpp": ("peer_llama_cpp.py", {"weights": None}),  # a GGUF file as it comes
     "llama.cpp-q8_0": ("peer_llama_cpp.py", {"weights": "Q8_0"}),

@@ -3,6 +3,7 @@
     register        what vLLM calls in each of its processes (entry point ``vllm.general_plugins``)
     settings.py     the directory as a Hugging Face config, its tokenizer, and what vLLM can do that a Shoal model cannot
     attention.py    vLLM's attention backend over `model.paged`: the same operation that our engine runs
+    graphs.py       steps of one depth that vLLM replays as CUDA graphs
     network.py      the network of vLLM's layers
     images.py       patches through vLLM's multimodal registry
     depths.py       the depth of each request

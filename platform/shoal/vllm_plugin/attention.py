@@ -33,6 +33,7 @@ from shoal.model.cache import PagedStep
 from shoal.model.gpu import launch
 from shoal.model.paged import paged_attention, write_kv
 from shoal.model.reach import Reach
+from shoal.vllm_plugin import graphs
 
 
 class HybridBackend(AttentionBackend):  # type: ignore[misc]
@@ -67,7 +68,7 @@ class Step:
     """What one step of vLLM means to our layers. `paged` is changed where the step goes on with fewer requests."""
 
     paged: PagedStep
-    rows: int  # tokens of the step, padding left out
+    rows: int  # tokens of the step; without padding, where it is no step that vLLM may replay
 
 
 def current_step() -> Step | None:
@@ -78,7 +79,7 @@ def current_step() -> Step | None:
 
 
 class StepBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
-    _cudagraph_support = AttentionCGSupport.NEVER  # lengths are read on the host
+    """Tensors of each step anew; of one that vLLM may replay, in memory that stays (`graphs.Kept`)."""
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -86,11 +87,21 @@ class StepBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.page = kv_cache_spec.block_size
         self.block = vllm_config.model_config.hf_config.shape.block
+        self.kept = graphs.kept(vllm_config, self.page, device)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Of steps whose requests all decode, where `graphs.possible`."""
+        device = torch.empty(0, device=vllm_config.device_config.device).device  # with its number
+        can = graphs.possible(vllm_config, kv_cache_spec.block_size, device)
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if can else AttentionCGSupport.NEVER
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Step:
         c = common_attn_metadata
+        if self.kept is not None and self.kept.takes(c):
+            return Step(self.kept.fill(c), c.num_reqs)
         starts = c.query_start_loc_cpu[: c.num_reqs + 1].tolist()
         rows = starts[-1]
         pages = -(-c.max_seq_len // self.page)
@@ -142,14 +153,22 @@ class HybridImpl(AttentionImpl):  # type: ignore[misc]
         if attn_metadata is None:  # vLLM measures memory: nothing is stored yet
             return output.zero_()
         rows, step = attn_metadata.rows, attn_metadata.paged
-        summaries = self._beside(kv_cache)
-        write_kv(key[:rows], value[:rows], kv_cache, summaries, step)
+        given = query[:rows], key[:rows], value[:rows], kv_cache, self._beside(kv_cache), step
         try:
-            output[:rows] = paged_attention(query[:rows], kv_cache, summaries, step, self.reach())
+            output[:rows] = self._attend(*given)
         except Exception as error:
             launch.give_up(query.device, error)
-            output[:rows] = paged_attention(query[:rows], kv_cache, summaries, step, self.reach())
+            output[:rows] = self._attend(*given)
         return output
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep) -> Tensor:
+        """[N, H, d] for q [N, H, d], after k and v [N, Hk, d] were stored."""
+        if launch.usable(k):
+            launch.store(k, v, kv, summaries, step)
+        else:
+            graphs.need_kernels(k.device)
+            write_kv(k, v, kv, summaries, step)
+        return paged_attention(q, kv, summaries, step, self.reach())
 
     def _beside(self, kv: Tensor) -> Tensor:
         """The summaries of `kv`'s blocks, [blocks, Hk, N/S, m]."""

@@ -91,7 +91,8 @@ def engine_args(model: str, given: Mapping[str, Any], *, max_batch: int, threads
     }
     if shoal:
         options["hf_overrides"] = {**_SALTED, **options.get("hf_overrides", {})}
-        options.setdefault("enforce_eager", True)  # the network is not compiled, and depths differ within a step
+        # where depths differ within a step, it cannot be a graph (`graphs.py`)
+        options.setdefault("enforce_eager", options["hf_overrides"]["depth"] == PER_REQUEST)
         # as our own engine does; `torch.cuda` asks the driver, and starts nothing in this process
         options.setdefault("dtype", "bfloat16" if torch.cuda.is_available() else "float32")
     return AsyncEngineArgs(model=model, max_num_seqs=max_batch, **options)

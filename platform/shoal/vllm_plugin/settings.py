@@ -6,7 +6,6 @@ memory for those layers alone. ``"per-request"`` keeps all layers and lets every
 
 from __future__ import annotations
 
-import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -93,11 +92,16 @@ def register() -> None:
 def check(vllm_config: VllmConfig) -> None:
     """Raises ConfigError for the first option, by vLLM's name of it, that a Shoal model cannot be served with; and for a depth
     or a block size that does not fit the model. Sets what follows from a Shoal model."""
+    from vllm.config import CompilationMode
+
     c, hf = vllm_config, vllm_config.model_config.hf_config
     _need_ours(hf)
     for name, (bad, allowed) in _refused(c).items():
         if bad:
             raise ConfigError(f"vLLM's {name} with a Shoal model", allowed=allowed)
+    if c.compilation_config.mode is None:
+        # nothing of the network is compiled, and then vLLM has graphs of decoding steps alone
+        c.compilation_config.mode = CompilationMode.NONE
     if hf.depth == PER_REQUEST:
         from shoal.vllm_plugin.depths import NAME, Depths
 
@@ -174,8 +178,10 @@ def _need_ours(hf: ShoalConfig) -> None:
 
 
 def _captures(vllm_config: VllmConfig) -> bool:
+    """Is vLLM to make graphs, as it does where nothing is said?"""
+    from vllm.config import CUDAGraphMode
     from vllm.platforms import current_platform
 
-    with contextlib.suppress(AttributeError):
-        return not current_platform.is_cpu() and not vllm_config.model_config.enforce_eager
-    return False
+    if current_platform.is_cpu() or vllm_config.model_config.enforce_eager:
+        return False
+    return vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
