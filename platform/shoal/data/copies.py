@@ -95,7 +95,7 @@ def make_room(folder: Path, need: int, *, spared: float = 0.0) -> bool:
             shutil.rmtree(path, ignore_errors=True)
         with suppress(OSError):  # another process removes it
             if KEY.fullmatch(path.name) and path.is_dir():
-                _give_back(path)
+                _unreserve(path)
                 found.append((path.stat().st_mtime, size(path), path))
                 total += found[-1][1]
     if need + sum(bytes_ for _, bytes_, path in found if path == folder) > most:
@@ -114,7 +114,7 @@ def make_room(folder: Path, need: int, *, spared: float = 0.0) -> bool:
     return total <= most
 
 
-def _give_back(folder: Path) -> None:
+def _unreserve(folder: Path) -> None:
     """Free what was reserved for a copy whose process was killed while it fetched it; it is no newer for that."""
     if not (folder / RESERVED).exists():
         return

@@ -190,7 +190,7 @@ class Audits:
             else:
                 self.dropped += 1
 
-    def give_back(self, lack: int) -> bool:
+    def make_room(self, lack: int) -> bool:
         """Release its units for who lacks so many, if it holds as many; it begins anew later. Returns whether it did."""
         if not self._begun or sum(self._waiting[0].holding.owned) < lack:
             return False

@@ -152,9 +152,9 @@ class Holding:
             parent = self.keys[-1] if self.keys else None
             self.keys.append(pages.key(parent, self.tokens[start : start + self.page], runs, self.adapter))
 
-    # --- giving back --------------------------------------------------------------------------------------------------
+    # --- releasing ---------------------------------------------------------------------------------------------------
 
-    def give_back(self, pages: Pages, groups: int) -> None:
+    def trim(self, pages: Pages, groups: int) -> None:
         """Release what lies beyond the computed tokens: the units that wrong drafts were written to."""
         for j in range(groups):
             kept = self.pages_for(self.computed[j])

@@ -151,7 +151,7 @@ class Planning:
         there are none, `running` itself does, and False is returned."""
         lack = running.holding.lacking(work.reach, work.last)
         while lack > self.pages.available:
-            if self.judge.give_back(1):
+            if self.judge.make_room(1):
                 continue
             victim = self._paused_victim() or self.running[-1]
             self._preempt(victim)
@@ -196,7 +196,7 @@ class Planning:
     def _unaudited(self, running: Running) -> bool:
         """Take the units of what is audited for `running`, which waits for units alone, if it can then enter."""
         lack = self._needed(running) - self.pages.available
-        return len(self.running) < self.max_batch and self.judge.give_back(lack)
+        return len(self.running) < self.max_batch and self.judge.make_room(lack)
 
     def _paused_victim(self) -> Running | None:
         return next((running for running in reversed(self.running) if running.paused), None)

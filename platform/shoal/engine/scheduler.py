@@ -284,7 +284,7 @@ class Scheduler(Planning):
             running.holding.advance(self.pages, len(running.tokens), 0, running.groups or 0)
             self._append(running, following, now)
         if self._live.get(running.id) is running:
-            running.holding.give_back(self.pages, running.groups or 0)
+            running.holding.trim(self.pages, running.groups or 0)
 
     def _finish(self, running: Running, reason: FinishReason, error: RequestError | None = None) -> None:
         end = running.finished(reason, self.clock(), error)

@@ -128,7 +128,7 @@ def test_what_wrong_drafts_were_written_to_is_given_back_and_no_longer_in_its_ta
     assert one.owned == [5, 5, 0, 0]
     with pytest.raises(RuntimeError, match=r"request x owns \[5, 5, 0, 0\] units for pages \[3, 3, 0, 0\]"):
         one.check("x")
-    one.give_back(pages, 2)
+    one.trim(pages, 2)
     one.check("x")
     assert (one.owned, pages.available) == ([3, 3, 0, 0], before + 4)
     assert one.tables.tolist() == [[*taken[group][:3], *[0] * 7] for group in (0, 1)] + [[0] * 10] * 2
