@@ -177,13 +177,16 @@ class EngineReplica:
         if told == self._told:  # Serve also calls this when nothing of it changed
             return
         engine = await asyncio.to_thread(self._load, directory)
-        if await asyncio.to_thread(_identities, directory, self._gateways, self._args) != told:
-            await engine.close()
-            raise CheckpointError(
-                f"{directory} changed while it was loaded", do="write a model beside it, and rename it"
-            )
-        await self._adapters.load_known(engine)
-        how = [info["quantization"] for info in await engine.info()]  # in fp32, say, where INT8 cannot be trusted
+        try:
+            if await asyncio.to_thread(_identities, directory, self._gateways, self._args) != told:
+                raise CheckpointError(
+                    f"{directory} changed while it was loaded", do="write a model beside it, and rename it"
+                )
+            await self._adapters.load_known(engine)
+            how = [info["quantization"] for info in await engine.info()]  # in fp32, say, where INT8 cannot be trusted
+        except BaseException:
+            await engine.close()  # or its threads would hold its memory as long as this process lives
+            raise
         before, old = self._engine, self._weights
         self._engine, self._told, self._reads = engine, told, told[0]
         self._weights = "-".join([told[1], *how])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 import traceback
 import weakref
@@ -421,6 +422,40 @@ def test_a_change_that_fails_keeps_what_serves_and_is_told_until_it_is_mended(di
         assert (await replica.stats())["weights_update_refused"] == 0
 
     asyncio.run(work())
+
+
+@pytest.mark.parametrize("what", ["gone", "changed", "adapters", "info"])
+def test_an_engine_that_is_loaded_and_then_not_taken_is_closed(
+    what: str, directories: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its threads would hold its memory, of a GPU too, as long as the replica lives: and a release is tried again and again."""
+    place, made = tmp_path / "model", list[Engine]()
+    shutil.copytree(directories["two"], place)
+
+    class Late(Changing):
+        def _load(self, directory: str) -> Any:
+            engine = super()._load(directory)
+            if directory == str(place):
+                made.append(engine)
+                if what in ("gone", "changed"):
+                    shutil.rmtree(place)
+                if what == "changed":
+                    shutil.copytree(directories["broken"], place)
+                if what == "adapters":
+                    replica._adapters.load_known = AsyncMock(side_effect=EngineDeadError("no store"))  # type: ignore[method-assign]
+                if what == "info":
+                    engine.info = AsyncMock(side_effect=EngineDeadError("dead"))
+            return engine
+
+    async def work() -> None:
+        await changed(replica, directories["one"])
+        first = replica._weights
+        await changed(replica, str(place))
+        assert (replica._weights, (await replica.stats())["weights_update_refused"]) == (first, 1)
+
+    replica = Late(ServeArgs(model=directories["one"]), directories["one"])
+    asyncio.run(work())
+    assert [each.closed for each in made] == [True] and not cast(Engine, replica._serving).closed
 
 
 def test_what_an_engine_that_left_had_of_a_gpu_is_given_back(
