@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 import re
@@ -22,11 +23,13 @@ from shoal.engine.events import Guide
 from shoal.errors import ConfigError
 from shoal.inputs.chat import Encoded
 from shoal.inputs.media import to_patches
+from shoal.inputs.tokenizer import Tokenizer
 from shoal.model import int8
 from shoal.model.adapters import Adapter, kept, product
 from shoal.model.block import Attention
 from shoal.model.cpu import fused
 from shoal.model.gpu import launch, sparse, trial
+from shoal.model.net import Net
 from shoal.model.paged import paged_attention, write_kv
 from shoal.model.router import Router
 from tests.adapters import linears
@@ -163,14 +166,14 @@ def test_a_gpu_that_cannot_run_the_kernels_goes_on_without(
     monkeypatch.setattr(launch, "rms_norm", norm)
     monkeypatch.setattr(launch, "is_in_torch_dispatch_mode", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    launch.able.cache_clear()
+    launch._tried.cache_clear()
     try:
         with pretended() as gpu:
             engine = Engine(model_of("fp32").to(gpu), units=200, max_batch_tokens=48)
             asked = [Request([40 + i] * 20, Sampling(temperature=0, max_tokens=2)) for i in range(2)]
             assert all(answer.tokens for answer in engine.generate(asked))
     finally:
-        launch.able.cache_clear()
+        launch._tried.cache_clear()
     assert [record.getMessage().count(said) for record in caplog.records] == [1], "told once"
 
 
@@ -225,10 +228,10 @@ def some_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Exception]]:
     monkeypatch.setattr(launch, "add_thin", thin)
     monkeypatch.setattr(launch, "add_norm", lambda x, more, weight, eps: (x + more, norm(x + more, weight, eps)))
     monkeypatch.setattr(launch, "swiglu", lambda both: F.silu(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1])
-    launch.able.cache_clear()
+    launch._tried.cache_clear()
     yield faults
     launch.GIVEN_UP.clear()
-    launch.able.cache_clear()
+    launch._tried.cache_clear()
 
 
 @pytest.mark.parametrize("when", ["loading", "serving", "never"])
@@ -317,10 +320,61 @@ def test_whole_rows_go_on_without_a_kernel_that_does_not_fit(
         trial.of_training(config, 64, gpu, low=True, alone=False)
         assert gpu in launch.GIVEN_UP and not sparse.usable(torch.zeros(1, 64, device=gpu), config.block)
         launch.GIVEN_UP.clear()
-        launch.able.cache_clear()
+        launch._tried.cache_clear()
         got = model.logits(ids)
         assert gpu in launch.GIVEN_UP
     assert torch.allclose(got.held if isinstance(got, OnGpu) else got, want, atol=1e-5)
+
+
+def test_who_still_tries_a_gpu_does_not_bring_back_what_another_thread_gave_up(
+    some_kernels: list[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answer, that the small kernel runs, would be kept: each step would be refused, and be tried again with the kernels."""
+    norm = launch.rms_norm
+
+    def tried(x: Tensor, *given: Any) -> Tensor:
+        launch.give_up(x.device, refusal())
+        return norm(x, *given)
+
+    monkeypatch.setattr(launch, "rms_norm", tried)
+    with pretended() as gpu:
+        assert not launch.able(gpu) and not launch.able(gpu)
+
+
+def test_a_gpu_that_is_named_without_its_number_is_given_up_as_well(
+    some_kernels: list[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `shoal bench train` names it: tensors that lie there say cuda:0, and are asked for that."""
+
+    def attend(*_: Any) -> Tensor:
+        raise refusal()
+
+    monkeypatch.setattr(sparse, "attend", attend)
+    with pretended() as gpu:
+        trial.of_training(model_of("fp32").config, 64, torch.device("cuda"), low=True, alone=True)
+        assert launch.GIVEN_UP == {gpu} and not launch.able(gpu)
+
+
+def test_a_kernel_of_an_exit_that_does_not_fit_ends_no_loading(
+    some_kernels: list[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exit of its own width has the activation at a width that no layer has."""
+    config = dataclasses.replace(model_of("fp32").config, exit_ffn=80)
+    swiglu = launch.swiglu
+
+    def narrow(both: Tensor) -> Tensor:
+        if both.shape[-1] == 2 * config.exit_ffn:
+            raise refusal()
+        return swiglu(both)
+
+    model = Model(config, Net(config).init_(3), Tokenizer.bytes_only())
+    asked = [Request([40] * 20, Sampling(temperature=0, max_tokens=3), depth=1)]
+    want = [done.tokens for done in Engine(model, units=200).generate(asked)]
+    monkeypatch.setattr(launch, "swiglu", narrow)
+    with pretended() as gpu:
+        made = Engine(model.to(gpu), units=200, max_batch_tokens=48)
+        assert not launch.able(gpu), "before sizes follow from the kernels"
+        assert [done.tokens for done in made.generate(asked)] == want
 
 
 def test_an_int8_kernel_that_does_not_fit_a_shape_leaves_it_to_others(

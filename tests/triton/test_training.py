@@ -282,7 +282,7 @@ def test_what_training_launches_is_tried_before_it_begins(
         ]
     finally:
         launch.GIVEN_UP.clear()
-        launch.able.cache_clear()
+        launch._tried.cache_clear()
 
 
 def test_endless_rows_stay_under_masks() -> None:

@@ -60,13 +60,16 @@ def installed() -> bool:
     return find_spec("triton") is not None
 
 
-@cache
 def able(device: torch.device) -> bool:
     """Can the kernels run on `device`? Tried once with a small one, as Triton may be there and its C compiler not, or a device
     older than those that they are compiled for in tests: the log says what is lacking, and torch's operators are used. So it
-    is from then on where one that a model needs is refused (`give_up`)."""
-    if device in GIVEN_UP:
-        return False
+    is from then on where one that a model needs is refused (`give_up`); that is not kept with what was tried, as another
+    thread may give up while this one still tries."""
+    return _tried(device) and device not in GIVEN_UP
+
+
+@cache
+def _tried(device: torch.device) -> bool:
     if device.type != "cuda" or not installed():
         return installed()
     try:
@@ -93,7 +96,6 @@ def give_up(device: torch.device, error: Exception) -> None:
         raise error
     if device not in GIVEN_UP:
         GIVEN_UP.add(device)
-        able.cache_clear()
         _told(device, error)
 
 

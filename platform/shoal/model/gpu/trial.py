@@ -21,10 +21,10 @@ from shoal.model.reach import ALL, Reach
 
 @torch.inference_mode()
 def of_steps(net: Any, kv_dtype: torch.dtype | None = None) -> None:
-    """Each form of a step of `net` (a `Net` on its device), with keys and values in `kv_dtype`, through all of its layers: one
-    request, as many as make a device busy, and a prompt. Tables are as wide as they get: sizes of kernels follow from that;
-    and as wide as they are while each piece of a request, and each program of many, scores blocks for itself. And one request
-    with an adapter, whose kernels have the same sizes for any."""
+    """Each form of a step of `net` (a `Net` on its device), with keys and values in `kv_dtype`, through all of its layers and
+    exits: one request, as many as make a device busy, and a prompt. Tables are as wide as they get: sizes of kernels follow
+    from that; and as wide as they are while each piece of a request, and each program of many, scores blocks for itself. And
+    one request with an adapter, whose kernels have the same sizes for any."""
     c, device = net.config, net.device
     if device.type != "cuda" or not launch.able(device):
         return
@@ -52,6 +52,8 @@ def _step(net: Any, cache: GroupCache, starts: Sequence[int], pages: int, beside
     x = torch.zeros(rows, c.width, dtype=net.dtype, device=device)
     for group in net.groups:
         x = group.stepped(x, step, cache)
+    for layers in c.exits:
+        net.exit(x, layers)
 
 
 def of_training(config: ModelConfig, length: int, device: torch.device, *, low: bool, alone: bool) -> None:
@@ -59,8 +61,10 @@ def of_training(config: ModelConfig, length: int, device: torch.device, *, low: 
     the GPU trains `alone`, as `train.parallel.precision` has it."""
     c, dtype = config, torch.bfloat16 if low and not alone else torch.float32
     shape = (1, length, c.heads + 2 * c.kv_heads, c.head_dim)
-    if not sparse.usable(torch.empty(1, length, 0, dtype=dtype, device=device), c.block):
+    row = torch.empty(1, length, 0, dtype=dtype, device=device)
+    if not sparse.usable(row, c.block):
         return
+    device = row.device  # with its number, as all that lies there will say
     spans = sparse.Spans.packed(
         torch.zeros(1, length, dtype=torch.long, device=device), c.block, c.window, c.dense_length
     )
