@@ -329,7 +329,7 @@ def test_whole_rows_go_on_without_a_kernel_that_does_not_fit(
 def test_who_still_tries_a_gpu_does_not_bring_back_what_another_thread_gave_up(
     some_kernels: list[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its answer, that the small kernel runs, would be kept: each step would be refused, and be tried again with the kernels."""
+    """Its answer, that the small kernel runs, would be kept: each step would be refused, and tried again with them."""
     norm = launch.rms_norm
 
     def tried(x: Tensor, *given: Any) -> Tensor:
@@ -352,7 +352,7 @@ def test_a_gpu_that_is_named_without_its_number_is_given_up_as_well(
     monkeypatch.setattr(sparse, "attend", attend)
     with pretended() as gpu:
         trial.of_training(model_of("fp32").config, 64, torch.device("cuda"), low=True, alone=True)
-        assert launch.GIVEN_UP == {gpu} and not launch.able(gpu)
+        assert {gpu} == launch.GIVEN_UP and not launch.able(gpu)
 
 
 def test_a_kernel_of_an_exit_that_does_not_fit_ends_no_loading(
