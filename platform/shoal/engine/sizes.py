@@ -102,8 +102,9 @@ def default_units(
 ) -> int:
     """Units for `max_batch` requests of full context at full depth, or what `MEMORY_SHARE` of the free memory holds; on a GPU
     as `_gpu_room` has it, whatever the batch, as later requests find again what fits. Never less than one request of full
-    context needs. Raises ResourceError, with the arithmetic, where the memory does not hold one."""
-    one, on_gpu = GROUPS * -(-config.context // config.page), device.type == "cuda"
+    context needs, and always with the null unit. Raises ResourceError, with the arithmetic, where the memory does not hold
+    these."""
+    one, on_gpu = 1 + GROUPS * -(-config.context // config.page), device.type == "cuda"
     if on_gpu:
         free, own, counted, do = _gpu_room(device, gpu_share, needs or Needs())
     else:
@@ -117,7 +118,9 @@ def default_units(
         )  # fmt: skip
     if free < own // 2:
         log.warning("keys and values get %s of the GPU's memory, not %s: others hold the rest", _gb(free), _gb(own))
-    return 1 + max(one, free // unit_bytes if on_gpu else min(one * max_batch, int(free * MEMORY_SHARE) // unit_bytes))
+    if on_gpu:
+        return free // unit_bytes
+    return max(one, 1 + min((one - 1) * max_batch, int(free * MEMORY_SHARE) // unit_bytes))
 
 
 def _gpu_room(device: torch.device, share: float, needs: Needs) -> tuple[int, int, str, str]:

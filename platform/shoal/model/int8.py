@@ -229,9 +229,11 @@ def _onednn(weight: Tensor, scale: Tensor) -> Run:
 
 
 def _int_mm(weight: Tensor, scale: Tensor) -> Run:
-    """CUDA's takes more than 16 rows, and multiples of 8 otherwise: what is lacking is filled with zeros."""
+    """CUDA's takes more than 16 rows, and multiples of 8 otherwise: what is lacking is filled with zeros. Where nothing is, the
+    weight is read where it lies: torch pads by nothing into a copy, of which no size of an engine knows."""
     outputs, inputs = weight.shape
-    columns = F.pad(weight, (0, -inputs % 8, 0, -outputs % 8)).T
+    padded = F.pad(weight, (0, -inputs % 8, 0, -outputs % 8)) if inputs % 8 or outputs % 8 else weight
+    columns = padded.T
     scales = scale.view(-1)
 
     def run(x: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def test_a_page_that_a_context_does_not_fill_counts_as_a_whole_one(monkeypatch: 
     one = 4 * 63  # of four groups, 62.5 pages of 16
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**12))
     assert default_units(odd, 5, 1000, CPU) == 1 + 5 * one
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000 * one - 1))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000 * (1 + one) - 1))
     with pytest.raises(ResourceError, match="one text of 1000 tokens in 8 layers"):
         default_units(odd, 5, 1000, CPU)
 
@@ -92,7 +92,7 @@ def test_on_a_cpu_units_are_for_the_batch_or_a_quarter_of_what_is_free(monkeypat
     free = [0]
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free[0]))
     for units, batch, wanted in (
-        (10**6, 3, 3 * one), (10 * one, 32, 10 * one // 4), (2 * one, 32, one), (one, 1, one),
+        (10**6, 3, 3 * one), (10 * one, 32, 10 * one // 4), (2 * one, 32, one), (1 + one, 1, one),
     ):  # fmt: skip
         free[0] = units * 1000
         assert default_units(TEST, batch, 1000, CPU) == 1 + wanted
@@ -104,7 +104,7 @@ def test_on_a_cpu_units_are_for_the_batch_or_a_quarter_of_what_is_free(monkeypat
 def test_on_a_gpu_keys_and_values_take_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the batch."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50_000_000, 100_000_000))
-    assert [default_units(TEST, batch, 1000, GPU) for batch in (1, 64)] == [1 + 44_375] * 2
+    assert [default_units(TEST, batch, 1000, GPU) for batch in (1, 64)] == [44_375] * 2
 
 
 class Card:
@@ -137,7 +137,9 @@ class Card:
         rows = default_rows(self.config, GPU, torch.bfloat16, share)
         needs = Needs.of(cast(Any, net), self.config, rows, GPU, torch.bfloat16)
         try:
-            taken = (default_units(self.config, 8, self.unit, GPU, share, needs) - 1) * self.unit
+            taken = (
+                default_units(self.config, 8, self.unit, GPU, share, needs) * self.unit
+            )  # the null unit is one of them
         except ResourceError:
             self.gone(0, process)
             raise
@@ -198,7 +200,7 @@ def test_what_does_not_fit_a_gpu_is_one_line_that_counts(
     with pytest.raises(ResourceError) as short:
         card.loaded(0.45)
     said = str(short.value)
-    assert "57.6 GB" in said and "(gpu_share 0.45 of 80.0 GB, less 10.0 GB of weights, 2." in said and "\n" not in said
+    assert "57.9 GB" in said and "(gpu_share 0.45 of 80.0 GB, less 10.0 GB of weights, 2." in said and "\n" not in said
     card.unit = 10**8
     card.loaded(0.8)
     with pytest.raises(ResourceError, match=r"GB free beside the weights, less .* for steps\).*0\.45 each"):

@@ -193,3 +193,15 @@ def test_cpus_without_the_newest_instructions_compute_the_same(way, name, featur
         pytest.skip("describes an x86-64")
     env = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
     assert child(OTHER, way, **env) == "same"
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "held"), [(16, 24, True), (16, 20, False), (12, 24, False)])
+def test_a_weight_that_int_mm_takes_as_it_is_is_not_held_twice(
+    outputs: int, inputs: int, held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, product = list[int](), torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: (read.append(b.data_ptr()), product(a, b))[1])
+    weight, scale = quant.quantize_rows(torch.randn(outputs, inputs))
+    x = torch.randn(3, inputs)
+    assert torch.equal(int8.KERNELS["int_mm"](weight, scale)(x), quant.int8_linear_reference(x, weight, scale))
+    assert (read == [weight.data_ptr()]) == held
