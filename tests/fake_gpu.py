@@ -7,7 +7,9 @@ nothing, and must be loaded before torch: so this is a program of its own. It pr
 
     python -m tests.fake_gpu LIBRARY PRESET TOKENS [WAY]
 
-WAY: float32, sparse, compile, int8, taught, preferences or images; or a fault that is to be found, leak or sync. Without a
+WAY: float32, sparse, compile, int8, taught, preferences or images; or shards, where this is the first of two ranks, and the
+other says nothing (torch's fake process group); or a fault that is to be found: leak, sync; and, of shards, norm, logits,
+softmax or sums. Without a
 preset it reads `FILE PRESET TOKENS [WAY]` from lines of its input. Each is done by a copy of this process, which has imported
 torch, and writes what it says to FILE; its exit status is answered by a line.
 """
@@ -28,6 +30,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 SOURCE = """
 #include <ATen/detail/CUDAHooksInterface.h>
@@ -91,6 +94,56 @@ def _say(preset: str, tokens: str, fault: str = "") -> None:
     print(json.dumps(_update(preset, int(tokens), fault)), flush=True)
 
 
+def _of_two() -> None:
+    """This process is the first of a group of two, and FSDP's streams and events do nothing."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_init, _fsdp_param_group, _fsdp_state
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    handle = MagicMock()
+    handle.current_device.return_value = 0
+    for module in (_fsdp_collectives, _fsdp_init, _fsdp_param_group, _fsdp_state):
+        module._get_device_handle = lambda _: handle  # type: ignore[attr-defined]
+
+
+def _low_norm() -> None:
+    """Norms compute in what they are given."""
+    from shoal.model.block import Norm
+
+    Norm.forward = lambda self, x: x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight  # type: ignore[method-assign]
+
+
+def _low_logits() -> None:
+    """Logits are rounded as other products are."""
+    from shoal.model.linears import Weight
+
+    Weight.product_in_fp32 = Weight.product  # type: ignore[method-assign]
+
+
+def _low_softmax() -> None:
+    """So are they, and cross-entropy is taken of that."""
+    from shoal.train import loss
+
+    _low_logits()
+    loss._exact = lambda x: x
+
+
+def _low_sums() -> None:
+    """Gradients of all ranks are added up in bf16."""
+    import torch
+
+    from shoal.train import parallel
+
+    policy = parallel.mixed_precision
+    parallel.mixed_precision = lambda *given, **how: dataclasses.replace(  # type: ignore[assignment]
+        policy(*given, **how), reduce_dtype=torch.bfloat16
+    )
+
+
+LOW = {"norm": _low_norm, "logits": _low_logits, "softmax": _low_softmax, "sums": _low_sums}
+
+
 def _in_a_copy(file: str, *asked: str) -> int:
     """The exit status of a copy of this process that does what is asked and writes what it says to `file`."""
     if child := os.fork():
@@ -122,7 +175,7 @@ def _update(preset: str, length: int, fault: str) -> dict[str, Any]:
     from shoal.model.gpu import launch
     from shoal.model.linears import fake_quantize_
     from shoal.model.net import Net
-    from shoal.train import snapshot, step
+    from shoal.train import parallel, snapshot, step
     from shoal.train.checkpoint import _tensors
     from shoal.train.loss import LossModel, Places
     from shoal.train.optim import make_optimizer
@@ -157,9 +210,9 @@ def _update(preset: str, length: int, fault: str) -> dict[str, Any]:
             return out
 
     def outside(function: Any) -> Any:
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **named: Any) -> Any:
             with unset_fake_temporarily():
-                return function(*args)
+                return function(*args, **named)
 
         return run
 
@@ -181,6 +234,9 @@ def _update(preset: str, length: int, fault: str) -> dict[str, Any]:
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
     launch.able = lambda device: True  # type: ignore[assignment]
     snapshot.random_state = lambda ranks: {}
+    shards = fault in ("shards", *LOW)
+    if fault in LOW:
+        LOW[fault]()
     if fault in ("leak", "sync"):
         forward, wrong = Attention.forward, {
             "leak": lambda x: x + torch.ones(x.shape), "sync": lambda x: x * bool(x.sum() > 0),
@@ -197,6 +253,9 @@ def _update(preset: str, length: int, fault: str) -> dict[str, Any]:
     batch = Batch(ids, targets, docs, torch.zeros(shown, side, dtype=torch.uint8),
                   torch.zeros(shown, 2, dtype=torch.long), torch.tensor([length] * len(ids)), ("text",) * len(ids))  # fmt: skip
     ranks = Ranks(0, 1, device)
+    if shards:
+        _of_two()
+        parallel.init_device_mesh = outside(partial(parallel.init_device_mesh))  # type: ignore[attr-defined]
 
     def marked(block: Block) -> None:
         forward = block.forward
@@ -221,7 +280,7 @@ def _update(preset: str, length: int, fault: str) -> dict[str, Any]:
         compiled = fault == "compile"
         if compiled:
             torch.compile = partial(torch.compile, backend=lambda graph, _: graphs.append(graph) or graph.forward)  # type: ignore[func-returns-value]
-        shard_(model, ranks, compiled=compiled)
+        shard_(model, Ranks(0, 2, device) if shards else ranks, compiled=compiled)
         for group in model.net.groups:
             for block in group.blocks:  # type: ignore[union-attr]
                 marked(block)
@@ -234,12 +293,13 @@ def _update(preset: str, length: int, fault: str) -> dict[str, Any]:
         trained = [p for p in model.parameters() if p.requires_grad]
         found["devices"] = sorted({str(x.device) for p in trained for x in (p, p.grad, *optimizer.state[p].values())})
         found["states"] = sorted({str(x.dtype) for p in trained for x in (p, p.grad, *optimizer.state[p].values())})
-        copied = snapshot.Snapshot(ranks)
-        copied.take(_tensors(model, optimizer))
-        found["saved"] = [sorted({str(piece.tensor.device) for piece in copied._pieces}), len(copied._pieces)]
-        exported = dict(whole_tensors(model, ranks))
-        found["exported"] = [sorted({str(x.device) for x in exported.values()}), len(exported)]
-        assert all(isinstance(x, FakeTensor) for x in exported.values())
+        if not shards:  # where they begin in the whole is a value
+            copied = snapshot.Snapshot(ranks)
+            copied.take(_tensors(model, optimizer))
+            found["saved"] = [sorted({str(piece.tensor.device) for piece in copied._pieces}), len(copied._pieces)]
+            exported = dict(whole_tensors(model, ranks))
+            found["exported"] = [sorted({str(x.device) for x in exported.values()}), len(exported)]
+            assert all(isinstance(x, FakeTensor) for x in exported.values())
     found["forward"] = launches["layer forward"] // (2 * c.layers)
     found["all"], found["graphs"] = sum(launches.values()), len(graphs)
     found["operators"] = sorted({str(node.target) for graph in graphs for node in graph.graph.nodes})

@@ -119,6 +119,37 @@ def test_sparse_layers_make_no_t_times_t_either(run: Run) -> None:
     assert row["kinds"]["shoal.chosen_back"] == ["bfloat16 -> bfloat16"]
 
 
+def wrong(row: dict[str, Any]) -> list[str]:
+    """What of an update of one rank of two is not in the precision that it must be in."""
+    kinds, low, exact = row["kinds"], ["bfloat16 -> bfloat16"], ["float32 -> float32"]
+    wanted = dict.fromkeys(EXACT, exact) | dict.fromkeys(("shoal.near", "shoal.chosen", "c10d._allgather_base_"), low)
+    found = [name for name, want in wanted.items() if kinds[name] != want]
+    found += ["logits"] * (set(kinds["aten.mm"]) != {*low, "bfloat16 -> float32"})
+    return found + ["states"] * (row["states"] != ["torch.float32"])
+
+
+EXACT = (
+    "aten.rsqrt", "aten.mean", "aten._log_softmax", "aten.nll_loss_forward", "aten._log_softmax_backward_data",
+    "c10d._reduce_scatter_base_", "aten._foreach_norm",
+)  # fmt: skip
+
+
+def test_of_several_ranks_what_decides_is_fp32_too(run: Run) -> None:
+    """By FSDP's policy, where parameters come as bf16 and there is no autocast: norms, softmax and its gradient, logits,
+    losses, sums of gradients over ranks, weights and moments. One device, and one wait an update. Softmax of attention and
+    scores of blocks are inside kernels, and the router is fitted later: tests/triton and test_fake_engine hold these."""
+    row = found(run, "test", 96, "shards")
+    assert wrong(row) == [] and row["reads"] == 1 and row["devices"] == ["cuda:0"]
+
+
+@pytest.mark.parametrize(("fault", "said"), [
+    ("norm", ["aten.rsqrt", "aten.mean"]), ("logits", ["logits"]), ("sums", ["c10d._reduce_scatter_base_"]),
+    ("softmax", ["aten._log_softmax", "aten.nll_loss_forward", "aten._log_softmax_backward_data", "logits"]),
+])  # fmt: skip
+def test_of_several_ranks_what_left_fp32_is_found(run: Run, fault: str, said: list[str]) -> None:
+    assert wrong(found(run, "test", 96, fault)) == said
+
+
 @pytest.mark.parametrize(("fault", "said"), [("leak", "FakeTensorDeviceMismatchError"), ("sync", "DataDependent")])
 def test_what_leaks_or_waits_is_found(run: Run, fault: str, said: str) -> None:
     status, words = run("test", 96, fault)
