@@ -244,13 +244,20 @@ def test_a_kernel_that_does_not_fit_the_device_ends_nothing(
     want = [done.tokens for done in Engine(model_of("fp32"), units=200).generate(asked)]
     caplog.set_level(logging.WARNING)
     sized = list[bool]()
-    monkeypatch.setattr(engine, "default_rows", lambda _, device, *__: (sized.append(launch.able(device)), 48)[1])
+
+    def rows(_: Any, device: torch.device, *__: Any) -> int:
+        sized.append(launch.able(device))
+        return 48 if sized[-1] else 43
+
+    monkeypatch.setattr(engine, "default_rows", rows)
     with pretended() as gpu:
         some_kernels += [refusal()] * (when == "loading")
         made = Engine(model_of("fp32").to(gpu), units=200)
         some_kernels += [refusal()] * (when == "serving")
         assert [done.tokens for done in made.generate(asked)] == want
-        assert sized == [when != "loading"] and launch.able(gpu) == (when == "never")
+        assert sized == {"loading": [False], "serving": [True, False], "never": [True]}[when]
+        assert made.scheduler.max_batch_tokens == (48 if when == "never" else 43)
+        assert launch.able(gpu) == (when == "never")
     said = "decoding and training on cuda:0 go on without Triton's kernels: out of resource: shared memory"
     assert [record.getMessage().startswith(said) for record in caplog.records] == [True] * (when != "never")
 
@@ -293,7 +300,7 @@ def test_a_kernel_of_adapters_that_does_not_fit_ends_nothing(
         assert answers(model_of("fp32").to(gpu), when == "serving") == want
         assert launch.able(gpu) == (when == "never")
     shapes = {linear.weight.shape for linear in linears(model_of("fp32")).values()}  # type: ignore[union-attr]
-    assert sized == [(when != "loading", 1 if when == "loading" else len(shapes))]
+    assert sized[0] == (when != "loading", 1 if when == "loading" else len(shapes))
     said = "decoding and training on cuda:0 go on without Triton's kernels: out of resource: shared memory"
     assert [record.getMessage().startswith(said) for record in caplog.records] == [True] * (when != "never")
 

@@ -14,6 +14,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 
 from shoal.config import AUTO, KvCacheDtype
 from shoal.engine.events import MAX_DRAFTS, Completion, Event, Finished, Request, Token
@@ -39,7 +40,7 @@ from shoal.errors import (
 )
 from shoal.model.adapters import Adapter
 from shoal.model.cost import kv_bytes_stored
-from shoal.model.gpu import trial
+from shoal.model.gpu import launch, trial
 from shoal.model.model import Model
 from shoal.model.slots import stored_as
 
@@ -99,7 +100,9 @@ class Engine:
         config, device = model.config, model.device
         kv_dtype = stored_as(kv_cache_dtype, model.net.dtype)
         trial.of_steps(model.net, kv_dtype)
-        max_batch_tokens = max_batch_tokens or default_rows(config, device, model.net.dtype, gpu_share, kv_dtype)
+        self._default_rows = partial(default_rows, config, device, model.net.dtype, gpu_share, kv_dtype)
+        self._fixed_rows = bool(max_batch_tokens) or device in launch.GIVEN_UP
+        max_batch_tokens = max_batch_tokens or self._default_rows()
         _check_limits(model, max_batch_tokens, max_batch, max_queue, compute_budget)
         if not 0 <= speculative <= MAX_DRAFTS:
             raise ConfigError("speculative", got=speculative, allowed=f"0 to {MAX_DRAFTS}")
@@ -236,6 +239,8 @@ class Engine:
         if self.dead is not None:
             return self.scheduler.take_events()
         try:
+            if not self._fixed_rows and self.model.device in launch.GIVEN_UP:
+                self._fit_rows()
             plan = self.scheduler.plan()
             self.ran = bool(plan.works)
             if not plan.works:
@@ -254,6 +259,12 @@ class Engine:
             log.error("the scheduler failed\n%s", frames(error))
             self.die(type(error).__name__)
             return self.scheduler.take_events()
+
+    def _fit_rows(self) -> None:
+        """Once a GPU's kernels are given up while it serves: steps of no more rows than torch's operators have room for. With
+        as many as before each step of long prompts would end for want of memory, and after some of them the engine."""
+        s, self._fixed_rows = self.scheduler, True
+        s.max_batch_tokens = min(s.max_batch_tokens, max(self._default_rows(), s.max_batch + self.config.page))
 
     def die(self, reason: str) -> None:
         """Refuse all further work, and end every live request with EngineDeadError."""
