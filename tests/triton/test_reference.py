@@ -1,9 +1,10 @@
 """Every kernel against equations that share no code with it: `tests/reference.py` and the definition of attention in
-`shoal.model.reference`, in float64. In fp32 as near as its roundings allow, in bf16 by bounds that follow from where a kernel
-rounds.
+`shoal.model.reference`, in float64. In fp32 as near as its roundings allow, in bf16 and fp16 by bounds that follow from where a
+kernel rounds.
 
 u = 2^-24 is what rounding to fp32 may lose of a number; CUT what rounding to bf16 may, 2^-8 on a GPU, and twice that in the
-interpreter, which cuts. Sums of n numbers lose at most n u of the sum of their sizes.
+interpreter, which cuts; to fp16 2^-11, and LEAST of any number, as those below 2^-14 are multiples of 2^-24. Sums of n numbers
+lose at most n u of the sum of their sizes.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from tests.triton.stored import Stored, step_of, store
 
 pytestmark = pytest.mark.timeout(600)  # the interpreter is slow, and so is a busy machine
 
-CUT = {torch.float32: 0.0, torch.bfloat16: 2.0**-7}
-KINDS = [torch.float32, torch.bfloat16]
+CUT = {torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-11}
+LEAST = {torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 2.0**-25}
+KINDS = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -62,10 +64,10 @@ def test_norm_and_sum_are_the_equations(width: int, dtype: torch.dtype) -> None:
     x, added, scales = (normal(i, 3, width, dtype=dtype) * 3 for i in range(3))
     weight = scales[0]
     total, normed = launch.add_norm(x, added, weight, 1e-3)
-    near(total, exact(x) + exact(added), (U + CUT[dtype]) * np.abs(exact(x) + exact(added)))
+    near(total, exact(x) + exact(added), (U + CUT[dtype]) * np.abs(exact(x) + exact(added)) + LEAST[dtype])
     for got, of in ((launch.rms_norm(x, weight, 1e-3), x), (normed, total)):
         want = reference.rms(exact(of), exact(weight), 1e-3)
-        near(got, want, ((width / 2 + 6) * U + CUT[dtype]) * np.abs(want))
+        near(got, want, ((width / 2 + 6) * U + CUT[dtype]) * np.abs(want) + LEAST[dtype])
 
 
 @pytest.mark.parametrize("dtype", KINDS)
@@ -76,7 +78,7 @@ def test_the_activation_is_the_equation(dtype: torch.dtype) -> None:
     both[0, :3] = torch.tensor([-200.0, 0.0, 80.0])
     gate, up = np.split(exact(both), 2, axis=-1)
     want = gate * np.exp(-np.logaddexp(0, -gate)) * up
-    near(launch.swiglu(both), want, (8 * U + CUT[dtype]) * np.abs(want) + 1e-36)
+    near(launch.swiglu(both), want, (8 * U + CUT[dtype]) * np.abs(want) + 1e-36 + LEAST[dtype])
 
 
 def read(kv: torch.Tensor, table: torch.Tensor, count: int, dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -136,7 +138,7 @@ def test_what_is_stored_is_the_equations(norm: str, biased: bool, variance: bool
 
     def bound(i: int) -> np.ndarray:
         found: np.ndarray = rounds[i] * np.abs(parts[i]).max(-1, keepdims=True) + CUT[dtype] * np.abs(parts[i])
-        return found
+        return found + LEAST[dtype]
 
     near(torch.cat(queries), q, bound(0))
     keys, values, scales = read(case.kv, case.step.tables[0], count, dim)
@@ -201,6 +203,11 @@ def bounds(q: Any, k: Any, v: Any, reach: Reach, block: int, summary: Any, eight
     return lost * attention(q, k, np.abs(v), reach, block, summary) + 1e-30
 
 
+def least(v: Any, dtype: torch.dtype) -> float:
+    """What is lost of small weights, of which the largest is 1, and of a small result; and in int8 of small values."""
+    return float(LEAST[dtype] * (2 + v.shape[1] * np.abs(v).max()))
+
+
 HOW = {
     "H": Reach(10, 3, 1, torch.linspace(0.2, 0.8, 4)),
     "S": Reach(10, 3, 1, None, torch.linspace(-1, 2, 4)),
@@ -238,6 +245,7 @@ def test_attention_over_pages_is_the_definition(
         *given, asked = whole(case, r)
         given += [HOW[kind], 4, "mean_var"]
         want, bound = attention(*given)[0, asked], bounds(*given, eight, (2 + eight) * CUT[dtype])[0, asked]
+        bound += least(given[2], dtype)
         near(got[slice(*case.step.starts[r : r + 2])], want, bound)
 
 
@@ -254,7 +262,7 @@ def test_attention_over_whole_rows_is_the_definition(kind: str, dtype: torch.dty
         got = exact(sparse.attend(q, k, v, spans, reach, True))
     for document in (slice(0, 11), slice(11, 40)):
         given = [exact(each[:, document]) for each in (q, k, v)]
-        bound = bounds(*given, reach, 4, "mean_var", False, 3 * CUT[dtype])
+        bound = bounds(*given, reach, 4, "mean_var", False, 3 * CUT[dtype]) + 3 * least(given[2], dtype)
         if reach.gamma is not None:
             one = [dataclasses.replace(reach, gamma=torch.full((4,), share)) for share in (0.0, 1.0)]
             bound += CUT[dtype] * sum(attention(*given[:2], np.abs(given[2]), each, 4, "mean_var") for each in one)

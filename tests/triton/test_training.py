@@ -287,3 +287,11 @@ def test_what_training_launches_is_tried_before_it_begins(
 
 def test_endless_rows_stay_under_masks() -> None:
     assert sparse.usable(torch.zeros(1, 64, 8), 4) and not sparse.usable(torch.zeros(1, 2**14 + 1, 1), 1)
+
+
+def test_gradients_in_fp16_are_left_to_torch() -> None:
+    """Rows that are evaluated in it are not."""
+    x = torch.zeros(1, 64, 8, dtype=torch.float16)
+    assert not sparse.usable(x, 4)
+    with torch.no_grad():
+        assert sparse.usable(x, 4) and sparse.usable(x.float(), 4)

@@ -81,8 +81,11 @@ class Spans:
 
 
 def usable(x: Tensor, block: int) -> bool:
-    """Is `attend` for rows like `x` [B, T, ...]?"""
+    """Is `attend` for rows like `x` [B, T, ...]? Not for gradients in fp16: each that a kernel rounds on its way, and is below
+    2^-25, would be 0. Nothing here trains in it."""
     if x.device.type not in launch.ON or x.dtype not in launch.TYPES:
+        return False
+    if x.dtype == torch.float16 and torch.is_grad_enabled():
         return False
     return x.shape[1] // block <= launch.MOST_BLOCKS and launch.able(x.device)
 
