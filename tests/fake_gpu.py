@@ -9,9 +9,8 @@ nothing, and must be loaded before torch: so this is a program of its own. It pr
 
 WAY: float32, sparse, compile, int8, taught, preferences or images; or shards, where this is the first of two ranks, and the
 other says nothing (torch's fake process group); or a fault that is to be found: leak, sync; and, of shards, norm, logits,
-softmax or sums. Without a
-preset it reads `FILE PRESET TOKENS [WAY]` from lines of its input. Each is done by a copy of this process, which has imported
-torch, and writes what it says to FILE; its exit status is answered by a line.
+softmax or sums. Without a preset it reads `FILE PRESET TOKENS [WAY]` from lines of its input. Each is done by a copy of this
+process, which has imported torch, and writes what it says to FILE; its exit status is answered by a line.
 """
 
 from __future__ import annotations
@@ -136,7 +135,7 @@ def _low_sums() -> None:
     from shoal.train import parallel
 
     policy = parallel.mixed_precision
-    parallel.mixed_precision = lambda *given, **how: dataclasses.replace(  # type: ignore[assignment]
+    parallel.mixed_precision = lambda *given, **how: dataclasses.replace(
         policy(*given, **how), reduce_dtype=torch.bfloat16
     )
 
