@@ -201,12 +201,13 @@ class Watch:
         name = str(function).removeprefix("aten.").rsplit(".", 1)[0]
         source, copies = (given[-1:] if name == "copy_" else given[:1]), name in ("copy_", "_to_copy", "to")
         named = dict(zip((each.name for each in function._schema.arguments), args, strict=False)) | kwargs
-        blocks = not named.get("non_blocking")
+        # CUDA may wait for its stream before it copies from memory that is not pinned, whatever it is told
+        waits = not (named.get("non_blocking") and source and getattr(source[0], "pinned", False))
         to = {x.device.type for x in made}
         if copies and source and source[0].device.type != next(iter(to)):
             if "cpu" in to:
                 self.waits.append("to the host")
-            elif blocks:
+            elif waits:
                 self.waits.append("from the host")
         elif any(x.dim() and x.device.type == "cpu" for x in given) and "cuda" in to:
             self.waits.append(f"{name} from the host")
@@ -242,9 +243,14 @@ def there(watch: Watch, fault: str) -> Iterator[None]:
     from torch.utils._pytree import tree_leaves, tree_map
 
     import shoal.model.gpu
-    from shoal.model import int8, linears
+    from shoal.model import int8, linears, sending
     from shoal.model.gpu import launch
     from shoal.model.net import Net
+
+    def pinned(x: Any) -> Any:
+        found = x.clone()
+        found.pinned = True
+        return found
 
     def faked(x: Any) -> Any:
         if not isinstance(x, torch.Tensor) or isinstance(x, FakeTensor):
@@ -279,6 +285,7 @@ def there(watch: Watch, fault: str) -> Iterator[None]:
     patched = [
         (launch, "ON", {"cuda"}), (launch, "able", lambda _: True), (launch, "is_in_torch_dispatch_mode", lambda: False),
         (torch.cuda, "mem_get_info", lambda *_: (70 * 10**9, 80 * 10**9)), (FakeTensor, "tolist", tolist),
+        (sending, "pins", lambda device: device.type == "cuda"), (torch.Tensor, "pin_memory", pinned),
         (torch, "set_float32_matmul_precision", lambda _: None), (linears.Held, "state", lambda _: []),
         (int8, "choice", lambda *_: ("triton",) * len(int8.MEASURED)),
         (torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True),
@@ -298,12 +305,15 @@ def _faults(fault: str, launch: Any, net: Any) -> list[tuple[Any, str, Any]]:
     """Mistakes that must be found."""
     import torch
 
+    from shoal.model import sending
+
     norm, attend, exit_ = launch.rms_norm, launch.attend, net.exit
     made: dict[str, tuple[Any, str, Any]] = {
         "leak": (net, "exit", lambda self, x, layers: exit_(self, x, layers) + torch.ones(x.shape[-1])),
         "read": (net, "exit", lambda self, x, layers: exit_(self, x, layers) * bool(x.sum() > 0)),
         "copy": (net, "exit", lambda self, x, layers: exit_(self, x.cpu().to(x.device), layers)),
         "kernel": (launch, "rms_norm", lambda x, weight, eps: norm(x, torch.ones(x.shape[-1]), eps)),
+        "pageable": (sending, "_ready", lambda values, device: values),
         "drift": (launch, "attend", lambda q, *given: attend(q, *given).float()),
     }
     return [made[fault]] if fault in made else []

@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from shoal.model import sending as sending_to
 
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
 _aten = torch.ops.aten
@@ -29,7 +32,10 @@ READS = {Tensor.tolist, Tensor.item, Tensor.__int__, Tensor.__float__, Tensor.__
 
 
 precision: list[str] = []  # of products in fp32, as the process was told last (`torch.set_float32_matmul_precision`)
-waited: list[str] = []  # what the host waited for, in order: values that it read, and copies to its memory
+# what the host waited for, in order: values that it read, copies to its memory, and from any that is not pinned
+waited: list[str] = []
+# pinned memory that may still be copied from, and what it held when it was sent
+sending: list[tuple[Tensor, np.ndarray]] = []
 launched: list[str] = []  # operators that compute there, or copy
 NO_LAUNCH = {
     "empty", "empty_like", "new_empty", "view", "slice", "select", "expand", "transpose", "permute", "alias", "unbind", "split",
@@ -53,11 +59,17 @@ class OnGpu(Tensor):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in READS:
-            waited.append(function.__name__)
+            wait(function.__name__)
             return function(args[0].held)
+        if function in (Tensor.__getitem__, Tensor.__setitem__) and any(map(_of_the_host, _parts(args[1]))):
+            wait("an index from the host")
         if function is Tensor.__setitem__:
             args[0].held[_held(args[1])] = _held(args[2])
             return None
+        if function is Tensor.copy_ and isinstance(args[0], OnGpu) and not isinstance(args[1], OnGpu):
+            _send(args[1], True in args[2:] or bool((kwargs or {}).get("non_blocking")))
+            args[0].held.copy_(args[1])
+            return args[0]
         try:
             with torch._C.DisableTorchFunctionSubclass():  # what comes back is what `_run` gives, not made one of these
                 return function(*args, **(kwargs or {}))
@@ -71,6 +83,43 @@ class OnGpu(Tensor):
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(function, args, kwargs or {})
+
+
+def wait(what: str) -> None:
+    """The host waits. Raises AssertionError where memory was written that was copied from until then. What only operators of
+    torch wait for, where there are no kernels, is not trusted to have ended a copy."""
+    waited.append(what)
+    if "nonzero" in what:
+        return
+    found, sending[:] = list(sending), []
+    assert all(np.array_equal(source.numpy(), was) for source, was in found), (
+        "memory of the host was written while it was copied"
+    )
+
+
+def _parts(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else (index,)
+
+
+def _of_the_host(index: Any) -> bool:
+    """Are these places that must be copied to the device first?"""
+    return isinstance(index, (list, np.ndarray)) or (
+        isinstance(index, Tensor) and index.dim() > 0 and not isinstance(index, OnGpu)
+    )
+
+
+def _send(source: Tensor, non_blocking: bool) -> None:
+    """Memory of the host is copied to the device."""
+    if non_blocking and getattr(source, "pinned", False):
+        sending.append((source, source.numpy().copy()))
+    else:
+        wait("from the host")
+
+
+def _pinned(values: Tensor) -> Tensor:
+    found = values.clone()
+    found.pinned = True  # type: ignore[attr-defined]
+    return found
 
 
 def _held(values: Any) -> Any:
@@ -92,7 +141,10 @@ def _run(function: Any, args: Any, kwargs: Any) -> Any:
         moved = torch.device(asked).type == "cuda" if asked is not None else bool(there)
     source = args[1] if function is _aten.copy_.default else args[0] if args else None
     if function in WAITS or (function in COPIES and not moved and isinstance(source, OnGpu)):
-        waited.append(str(function))
+        wait(str(function))
+    if function in COPIES and moved and isinstance(source, Tensor) and not isinstance(source, OnGpu):
+        named = dict(zip((each.name for each in function._schema.arguments), args, strict=False)) | kwargs
+        _send(source, bool(named.get("non_blocking")))
     name = function.name().removeprefix("aten::")
     if (there or moved) and name.partition(".")[0] not in NO_LAUNCH:
         launched.append(name)
@@ -131,6 +183,9 @@ def pretended() -> Iterator[torch.device]:
     """The device, within which tensors can be made and moved."""
     with pytest.MonkeyPatch.context() as patch, _Mode():
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        patch.setattr(sending_to, "pins", lambda device: device.type == "cuda")
+        patch.setattr(Tensor, "pin_memory", _pinned)
+        sending.clear()
         precision.clear()
         patch.setattr(torch, "set_float32_matmul_precision", precision.append)  # torch's own would stay
         # parameters that move are made anew: put into the old ones, they would be none of these

@@ -45,7 +45,7 @@ GROUPS = {
     ),
     "sizes": Group(_in("engine", "images sizes"), _tests("engine", "images sizes")),
     "graphs": Group(
-        [*_in("engine", "device graphs layout told"), "model/places"],
+        [*_in("engine", "device graphs layout told"), "model/places", "model/sending"],
         [
             *_tests("engine", "layout graphs graphs_with_drafts graphs_with_adapters kv_int8 sampler_there adapters"),
             *_tests("engine", "drafts_there"),

@@ -149,7 +149,7 @@ def test_a_replay_gives_what_the_kernels_give_bit_for_bit(
         (2, "", False, {}, 1, 3 * 2 + 6),
         (2, "", False, {"frequency_penalty": 0.5}, 3, 3 * 2 + 6),
         (0, "adapter 0", False, {}, 1, 6),
-        (0, "", True, {}, 2, 6),
+        (0, "", True, {}, 1, 6),
     ],
 )
 def test_on_a_gpu_a_step_waits_for_its_tokens_and_launches_of_a_layer_are_counted(
@@ -162,11 +162,10 @@ def test_on_a_gpu_a_step_waits_for_its_tokens_and_launches_of_a_layer_are_counte
     kernels_there: None,  # noqa: F811
 ) -> None:
     """Of a layer one more where drafts are verified, its summaries; eight more, two beside each linear, where somebody has an
-    adapter; what exits lose is one more wait, and so is each draft that the next one's penalties need. A draft is three calls,
-    and what is left six more. And no memory of the host is filled while it may still be copied: between two fillings of the
-    same there is a wait."""
+    adapter; a draft that the next one's penalties need is one more wait. A draft is three calls,
+    and what is left six more."""
     layers: dict[tuple[int, Kind], list[str]] = {}
-    steps, played, filled = list[tuple[list[str], int]](), list[Any](), list[tuple[int, int]]()
+    steps, played = list[tuple[list[str], int]](), list[Any]()
     with pretended() as gpu:
         made = model("H")
         made.net.float()
@@ -175,12 +174,10 @@ def test_on_a_gpu_a_step_waits_for_its_tokens_and_launches_of_a_layer_are_counte
             pairs = {key: (a.float().to(gpu), b.float().to(gpu)) for key, (a, b) in each.pairs.items()}
             engine.load_adapter(Adapter(each.identity, pairs))
         engine.runner.graphs = kept = Graphs(made.net, engine.runner.cache, 1, lambda run: run)
-        run, group, play, fill = engine.runner.run, kept._group, kept._play, kept._told.fill
-        total = list[str]()
+        run, group, play = engine.runner.run, kept._group, kept._play
 
         def counted(plan: Plan) -> Outcome:
             whole = kept.takes(plan.works) and bool(plan.works[0].drafts) == bool(drafts)
-            total.extend(pretend_gpu.waited)
             pretend_gpu.waited.clear()
             played.clear()
             found = run(plan)
@@ -193,11 +190,7 @@ def test_on_a_gpu_a_step_waits_for_its_tokens_and_launches_of_a_layer_are_counte
             group(j, b, width, kind)
             layers[j, kind] = pretend_gpu.launched[before:]
 
-        def filling(*given: Any) -> Any:
-            filled.append((id(kept._told._hosts[-1]), len(total) + len(pretend_gpu.waited)))
-            return fill(*given)
-
-        engine.runner.run, kept._group, kept._told.fill = counted, layers_of, filling  # type: ignore[method-assign]
+        engine.runner.run, kept._group = counted, layers_of  # type: ignore[method-assign]
         kept._play = lambda key, run: (played.append(key), play(key, run))[1]  # type: ignore[method-assign]
         engine.generate(asked([drafts], [name], gaps, tokens=6, **more))
     assert (["tolist"] * waits, calls) in steps and len(steps) > 1, steps
@@ -206,5 +199,3 @@ def test_on_a_gpu_a_step_waits_for_its_tokens_and_launches_of_a_layer_are_counte
     kernels = [each for each in layer if each[0] == "_" and each != "_to_copy"]  # which is torch's, of the rotation
     assert Counter(kernels) == Counter([*KERNELS, *others]), "a group is one layer"
     assert layer.count("index_select") == (drafts > 0)
-    for index, (host, waited) in enumerate(filled):
-        assert all(waited > past for other, past in filled[:index] if other == host), filled

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from shoal.config import GROUPS, ModelConfig
-from shoal.engine.device import sent
+from shoal.engine.device import Unread
 from shoal.engine.plan import Work
 from shoal.model.net import Net
+from shoal.model.sending import sent
 
 
 @dataclass
@@ -46,10 +47,13 @@ class Compared:
             sample, logit = sample + 1, logit + (work.count if work.verify else 1)
         return found if found.rows else None
 
-    def gaps(self, logits: Tensor, net: Net) -> dict[int, tuple[float, ...]]:
-        """Place among the samples -> what each early exit loses there, by full depth's `logits` [S, V] of the step."""
-        full = logits[sent(self.at, logits.device)]
-        return dict(zip(self.samples, divergences(full, [net.logits(states) for states in self.exits]), strict=True))
+    def gaps(self, logits: Tensor, net: Net, unread: Unread) -> dict[int, tuple[float, ...]]:
+        """Place among the samples -> what each early exit loses there, by full depth's `logits` [S, V] of the step: filled in
+        when what is `unread` comes."""
+        lost = _lost(logits[sent(self.at, logits.device)], [net.logits(states) for states in self.exits])
+        found = dict[int, tuple[float, ...]]()
+        unread.add([lost], lambda numbers: found.update(zip(self.samples, _rows(numbers[0], len(lost)), strict=True)))
+        return found
 
 
 @dataclass
@@ -92,7 +96,18 @@ class Audited:
 def divergences(full: Tensor, exits: Sequence[Tensor]) -> list[tuple[float, ...]]:
     """Of each row of full depth's logits `full` [R, V] what each of the early `exits` [A] of [R, V] loses there, in nats: KL of
     the exit's law from full depth's, 0 or more. Nothing of a row that has no such number."""
+    return _rows(_lost(full, exits).flatten().tolist(), len(full)) if exits else []
+
+
+def _lost(full: Tensor, exits: Sequence[Tensor]) -> Tensor:
+    """[R, A], where a number may be none."""
     p = full.double().log_softmax(-1)
     lost = [(p.exp() * (p - logits.double().log_softmax(-1))).sum(-1).clamp_min(0) for logits in exits]
-    rows = [tuple(row) for row in torch.stack(lost, -1).tolist()] if lost else []
+    return torch.stack(lost, -1)
+
+
+def _rows(numbers: list[float], count: int) -> list[tuple[float, ...]]:
+    """`count` rows of `numbers`, without those that hold one that is not finite."""
+    wide = len(numbers) // count
+    rows = [tuple(numbers[start : start + wide]) for start in range(0, len(numbers), wide)]
     return [row if all(map(math.isfinite, row)) else () for row in rows]

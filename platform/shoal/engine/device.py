@@ -1,16 +1,16 @@
-"""What the host sends to a device and asks of it, so that it waits for it once a step: what is sent lies in pinned memory and
-is not waited for, and all that is asked comes in one copy. On a CPU nothing is copied, and numpy sees what torch has."""
+"""What the host asks of a device, so that it waits for it once a step: all comes in one copy. What it sends is not waited for
+(`model/sending.py`). On a CPU nothing is copied, and numpy sees what torch has."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from threading import Lock
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+Then = Callable[[list[list[float]]], None]
 RECORDING = Lock()  # of the process: a recording begins with a wait for all of a device, which would end another one
 
 
@@ -19,14 +19,6 @@ def give_back() -> None:
     device, and for a graph that is recorded: torch refuses it until then."""
     with RECORDING:
         torch.cuda.empty_cache()  # which does nothing where there is none
-
-
-def sent(values: np.ndarray | Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """`values` on `device`, in `dtype` [torch's choice]."""
-    made = torch.from_numpy(values) if isinstance(values, np.ndarray) else torch.tensor(values, dtype=dtype)
-    if device.type == "cuda" and torch.cuda.is_available():
-        made = made.pin_memory()
-    return made.to(device, non_blocking=True)
 
 
 def fetched(*tensors: Tensor) -> list[list[float]]:
@@ -45,18 +37,28 @@ class Unread:
     (`Sampler.sample`), or in one of their own."""
 
     def __init__(self) -> None:
-        self.tensors: list[Tensor] = []
-        self._numbers: list[list[float]] | None = None
+        self._parts: list[tuple[list[Tensor], Then]] = []
+
+    def add(self, tensors: list[Tensor], then: Then) -> None:
+        """`then` gets the numbers of each of `tensors`, when they have come."""
+        self._parts.append((tensors, then))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that have not been read."""
+        return [each for tensors, _ in self._parts for each in tensors]
 
     def came(self, numbers: list[list[float]]) -> None:
-        """Those of `tensors`, in their order."""
-        self._numbers = numbers
+        """Those of each of `tensors`, in their order."""
+        parts, self._parts = self._parts, []
+        for tensors, then in parts:
+            then(numbers[: len(tensors)])
+            numbers = numbers[len(tensors) :]
 
-    def read(self) -> list[list[float]]:
-        """The numbers of each of `tensors`, of which there is one at least."""
-        if self._numbers is None:
-            self._numbers = fetched(*self.tensors)
-        return self._numbers
+    def read(self) -> None:
+        """Wait for them, unless all have come."""
+        if self._parts:
+            self.came(fetched(*self.tensors))
 
 
 def viewed(x: Tensor) -> np.ndarray | None:

@@ -6,7 +6,7 @@ request has an adapter, the runner drafts by steps of its own instead.
 
 On a device a draft is embedded, and verified, where it was drawn: the host starts all of a step's launches and reads drafts and
 tokens in one copy (`Rounds`). It must know each draft before the next where that is drawn by which tokens there are: grammars,
-penalties, banned runs; and where a tolerance needs the very law of a top-p.
+penalties, banned runs.
 
 None of these rows is a patch of an image: a prompt ends with none, and no answer holds any.
 
@@ -33,21 +33,24 @@ from shoal.engine.tolerance import Chain
 from shoal.model.cache import GroupCache
 from shoal.model.cpu.fused import Stretch
 from shoal.model.net import Net
+from shoal.model.sending import sent
 
 
 @dataclass
 class Drafted:
     """What a request drafted in a step: tokens [K - 1], and the logits [V] that each was drawn from. The last token may be one
-    that ends the answer. Kept of a request with a tolerance alone."""
+    that ends the answer. Kept of a request with a tolerance alone. Of tokens that the host has not read yet, those `there` [],
+    some may come to nothing: one that ends the answer is the last."""
 
     tokens: list[int] = field(default_factory=list)
     exits: list[Tensor] = field(default_factory=list)
+    there: list[Tensor] = field(default_factory=list)
 
     def chain(self, first: int, work: Work) -> Chain:
         """To be settled in the rows from `first` on of what is sampled, those of the verification `work`."""
         running = work.running
         answered = work.start + 1 - running.prompt_len
-        return Chain(first, self.tokens, self.exits, running.tolerance or 0.0, running.spent, answered)
+        return Chain(first, self.tokens, self.exits, running.tolerance or 0.0, running.spent, answered, self.there)
 
 
 @dataclass
@@ -67,11 +70,12 @@ class Drafter:
         return len(self.ahead.holding.states) < self.work.drafts
 
     def take(self, token: int, drawn: bool, law: Tensor | None) -> None:
-        """The next draft, from the logits `law` [V], None where nobody keeps them; unless `drawn` there is none."""
+        """The next draft, from the logits `law` [V], None where these are kept already, or by nobody; unless `drawn` there is
+        none."""
         if drawn and self.drafted is not None:
-            assert law is not None
             self.drafted.tokens.append(token)
-            self.drafted.exits.append(law)
+            if law is not None:
+                self.drafted.exits.append(law)
         if drawn and not self.ahead.ends(token):
             self.ahead.tokens.append(token)
         else:
@@ -96,49 +100,47 @@ class Rounds:
     UNKNOWN = 0  # stands for a token of a request until it is read
 
     def __init__(self) -> None:
-        self.unread = Unread()  # tokens [R] and largest logits [R, 1] of each round
-        self._rounds: list[tuple[list[Drafter], list[Tensor | None]]] = []  # who drafted, and the logits that are kept
+        self._rounds: list[
+            tuple[list[Drafter], Tensor, Tensor]
+        ] = []  # who drafted, tokens [R], and largest logits [R, 1]
 
     @classmethod
     def of(cls, works: Sequence[Work], device: torch.device) -> Rounds | None:
         """For what `works` draft; None where the host must know each draft before the next."""
         if device.type == "cpu":
             return None
-        return cls() if all(_unseen(work.running) for work in works if work.drafts) else None
+        return cls() if all(by_length(work.running) for work in works if work.drafts) else None
 
     @property
     def newest(self) -> Tensor | None:
         """Tokens [R] of the last round, in the order of its drafters; None before the first."""
-        return self.unread.tensors[-2] if self.unread.tensors else None
+        return self._rounds[-1][1] if self._rounds else None
 
     def add(self, drafters: list[Drafter], logits: Tensor, tokens: Tensor, highest: Tensor) -> None:
         """A round: `tokens` [R] of `drafters` [R], drawn from `logits` [R, V], in whose memory the next round's may lie, and
         the `highest` of these [R, 1]."""
-        laws = [None if each.drafted is None else logits[row].clone() for row, each in enumerate(drafters)]
-        self._rounds.append((drafters, laws))
-        self.unread.tensors += [tokens, highest]
+        self._rounds.append((drafters, tokens, highest))
+        kept = [(row, each.drafted) for row, each in enumerate(drafters) if each.drafted is not None]
+        if kept:
+            laws = logits[sent([row for row, _ in kept], logits.device)]
+            for law, (row, drafted) in zip(laws, kept, strict=True):
+                drafted.exits.append(law)
+                drafted.there.append(tokens[row])
         for each in drafters:
             each.ahead.tokens.append(self.UNKNOWN)
 
-    def read(self) -> None:
-        """Give all who drafted their drafts, each up to one that ends its answer or could not be drawn."""
-        if not self._rounds:
-            return
-        rounds, self._rounds, numbers = self._rounds, [], self.unread.read()
-        for each in rounds[0][0]:  # whoever drafts does so in the first
+    def wait_in(self, unread: Unread) -> None:
+        """When what is `unread` comes, all who drafted get their drafts, each up to one that ends its answer or could not be
+        drawn."""
+        unread.add([each for _, *two in self._rounds for each in two], self._came)
+
+    def _came(self, numbers: list[list[float]]) -> None:
+        for each in self._rounds[0][0] if self._rounds else ():  # whoever drafts does so in the first
             del each.ahead.tokens[each.work.start + 1 :]
-        for (drafters, laws), tokens, highest in zip(rounds, numbers[::2], numbers[1::2], strict=True):
+        for (drafters, *_), tokens, highest in zip(self._rounds, numbers[::2], numbers[1::2], strict=True):
             for row, each in enumerate(drafters):
                 if not each.over:
-                    each.take(int(tokens[row]), math.isfinite(highest[row]), laws[row])
-
-
-def _unseen(running: Running) -> bool:
-    """May the next draft of `running` be drawn before the host knows the last?"""
-    s = running.sampling
-    # its price is that of the law that it was drawn from, and a top-p that many tokens share takes a second look
-    exact = bool(running.tolerance) and s.temperature > 0 and s.top_p < 1
-    return by_length(running) and not exact
+                    each.take(int(tokens[row]), math.isfinite(highest[row]), None)
 
 
 @torch.inference_mode()

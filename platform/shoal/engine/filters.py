@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shoal.engine.device import sent
 from shoal.engine.events import Sampling
+from shoal.model.sending import sent
 
 CANDIDATES = 128  # how many of the likeliest tokens top-p looks at before it sorts all
 CANDIDATES_THERE = 1024  # as many on a device, where to find out that they were not enough takes a copy
@@ -45,31 +45,28 @@ def thresholds(z: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     top-k keeps the k likeliest; top-p, of those, the fewest with that share of their mass; min-p what is at least that
     share of the likeliest.
     """
-    vocab = z.shape[-1]
-    count = candidates_of(samplings, vocab, CANDIDATES)
-    found, enough = lowest(z, samplings, count)
+    found, enough = lowest(z, samplings, [CANDIDATES] * len(samplings))
     # a flat distribution: sort it all
-    return found if count == vocab or bool(enough.all()) else lowest(z, samplings, vocab)[0]
+    return found if bool(enough.all()) else lowest(z, samplings, [z.shape[-1]] * len(samplings))[0]
 
 
-def candidates_of(samplings: Sequence[Sampling], vocab: int, candidates: int) -> int:
-    """How many of the likeliest tokens to look at: those of the largest top-k, and `candidates` where there is a top-p."""
-    wanted = max((s.top_k for s in samplings if 0 < s.top_k < vocab), default=1)
-    nucleus = any(s.top_p < 1 for s in samplings)
-    return min(vocab, max(wanted, candidates if nucleus else 1))
-
-
-def lowest(z: Tensor, samplings: Sequence[Sampling], count: int) -> tuple[Tensor, Tensor]:
-    """As `thresholds`, of the `count` likeliest tokens of each row; and which rows' filters these tell, [R]."""
+def lowest(z: Tensor, samplings: Sequence[Sampling], candidates: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """As `thresholds`, where a row's top-p is looked for among so many `candidates` [R], or its top-k where that is more; and
+    which rows' filters these tell, [R]. It depends on no other row, whether they tell or not."""
     vocab = z.shape[-1]
     k, top_p, floor = limits(z, samplings)
+    looked = [
+        min(vocab, max(s.top_k if s.top_k < vocab else 1, most if s.top_p < 1 else 1))
+        for s, most in zip(samplings, candidates, strict=True)
+    ]
+    count, last = max(looked), sent([most - 1 for most in looked], z.device)[:, None]
     ordered = z.topk(count, dim=-1).values  # [R, C], falling
     summed = ordered.exp().cumsum(-1)
     of_k = (k.clamp(max=count) - 1)[:, None]
     # top-p's share of what top-k leaves
     goal = top_p * torch.where(k < vocab, summed.gather(-1, of_k)[:, 0], z.exp().sum(-1))
-    of_p = (summed < goal[:, None]).sum(-1, keepdim=True).clamp(max=count - 1)
+    of_p = torch.minimum((summed < goal[:, None]).sum(-1, keepdim=True), last)
     at_k = ordered.gather(-1, of_k)[:, 0].masked_fill(k == vocab, -math.inf)
     at_p = ordered.gather(-1, of_p)[:, 0].masked_fill(top_p >= 1, -math.inf)
-    enough = (summed[:, -1] >= goal) | (top_p >= 1) | (count == vocab)
+    enough = (summed.gather(-1, last)[:, 0] >= goal) | (top_p >= 1) | (last[:, 0] == vocab - 1)
     return torch.stack([at_k, at_p, floor]).amax(0), enough

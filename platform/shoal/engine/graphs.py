@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from shoal.config import GROUPS
-from shoal.engine.device import RECORDING, give_back, sent
+from shoal.engine.device import RECORDING, give_back
 from shoal.engine.events import MAX_DRAFTS
 from shoal.engine.plan import Work
 from shoal.engine.told import ADAPTERS, IDS, POSITIONS, REQUESTS, SLOTS, Told
@@ -44,6 +44,7 @@ from shoal.model.linears import Held
 from shoal.model.net import Net
 from shoal.model.places import MOST as MOST_ADAPTERS
 from shoal.model.places import Placed, Places
+from shoal.model.sending import sent
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

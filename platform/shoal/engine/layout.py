@@ -16,6 +16,7 @@ from shoal.config import GROUPS, ModelConfig
 from shoal.engine.plan import Work
 from shoal.model.adapters import Beside
 from shoal.model.cache import PagedStep, Rows, read_rows, write_rows
+from shoal.model.sending import sent
 
 
 class StepLayout:
@@ -46,9 +47,7 @@ class StepLayout:
         # numpy may interleave the rows of its result, and the compiled loops take only arrays whose rows lie in order
         slots = np.ascontiguousarray(tables[:, row_of, positions // page]) * page + positions % page
         slots[positions < computed[:, row_of]] = -1  # stored already: run for its state, not written again
-        self._tables, self._slots, self._positions = (
-            torch.from_numpy(array).to(device) for array in (tables, slots, positions)
-        )
+        self._tables, self._slots, self._positions = (sent(array, device) for array in (tables, slots, positions))
         self._rows: dict[int, Rows] = {}
 
     @cached_property

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.engine.device import sent
 from shoal.engine.events import Sampling
 from shoal.engine.guided import Grammar
+from shoal.model.sending import sent
 
 
 class Draw(Protocol):

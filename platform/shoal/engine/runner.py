@@ -25,7 +25,7 @@ from torch import Tensor
 from shoal.config import GROUPS
 from shoal.engine import drafts, graphs, speculative
 from shoal.engine.compared import Audited, Compared
-from shoal.engine.device import sent
+from shoal.engine.device import Unread
 from shoal.engine.drafts import Drafted, Drafter, Rounds
 from shoal.engine.events import Sampling, Signals, TokenLogprob
 from shoal.engine.graphs import Graphs
@@ -42,6 +42,7 @@ from shoal.model.gpu import launch
 from shoal.model.linears import prepack_
 from shoal.model.model import Model
 from shoal.model.router import NLL, Router, features, page_sums
+from shoal.model.sending import sent
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -196,9 +197,11 @@ class Runner:
         rounds: Rounds | None,
     ) -> list[Sampled]:
         """What each sampled work of `works` gives, for logits [S, V] of their sampled rows."""
-        if rounds is not None and drafted:
-            rounds.read()  # the host settles what drafts may cost
-        gaps = {} if compared is None else compared.gaps(logits, self.net)  # before anything is closed in the logits
+        unread = Unread()
+        if rounds is not None:
+            rounds.wait_in(unread)
+        # before anything is closed in the logits
+        gaps = {} if compared is None else compared.gaps(logits, self.net, unread)
         draws: list[Draw] = []
         chains: list[Chain] = []
         for work in works:
@@ -208,10 +211,7 @@ class Runner:
                 draws += [speculative.Place.of(work.running, work.start + 1 + i) for i in range(work.count)]
             elif work.sample:
                 draws.append(work.running)
-        unread = None if rounds is None else rounds.unread
         found, samples = iter(self.sampler.sample(logits, draws, chains, unread)), list[Sampled]()
-        if rounds is not None:
-            rounds.read()
         for work in works:
             if work.verify:
                 proposed = work.running.tokens[work.start + 1 :]
@@ -230,10 +230,10 @@ class Runner:
                 span = images.between(work.start, work.end)
                 patches.append(images.values[span])
                 grids.append(images.grid[span])
-        ids = torch.tensor(tokens, dtype=torch.long, device=self.device)
+        ids = sent(tokens, self.device, torch.long)
         if not patches:
             return self.net.embed_inputs(ids)
-        return self.net.embed_inputs(ids, self._tensor(np.concatenate(patches)), self._tensor(np.concatenate(grids)))
+        return self.net.embed_inputs(ids, *(sent(np.concatenate(parts), self.device) for parts in (patches, grids)))
 
     def take(self, adapters: Mapping[str, Adapter]) -> None:
         """These are loaded from now on; those that requests were admitted with stay as long as they run."""
@@ -298,12 +298,12 @@ class Runner:
                     if work.sample:
                         rows += range(start if work.verify else end - 1, end)
             if rows:
-                at = x[rows[0] : rows[-1] + 1] if rows[-1] - rows[0] == len(rows) - 1 else x[rows]
+                at = x[rows[0] : rows[-1] + 1] if rows[-1] - rows[0] == len(rows) - 1 else x[sent(rows, self.device)]
                 exits.append(self.net.exit(at, self.config.ends[j - 1]))
             if not going:
                 break
             if compared is not None and self.config.ends[j - 1] in self.config.exits:
-                compared.exits.append(self.net.exit(x[compared.rows], self.config.ends[j - 1]))
+                compared.exits.append(self.net.exit(x[sent(compared.rows, self.device)], self.config.ends[j - 1]))
             x = self._group(j, x[: layout.starts[going]], layout)
         if not exits:
             return None
@@ -353,9 +353,6 @@ class Runner:
         if self._asked[0] is not router:
             self._asked = router, router is not None and router.reads_nll
         return self._asked[1]
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
 
 
 def _seen(

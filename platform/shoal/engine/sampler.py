@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -25,18 +26,42 @@ import torch
 from torch import Tensor
 
 from shoal.engine import filters
-from shoal.engine.device import Unread, fetched, picked, sent, viewed
+from shoal.engine.device import Unread, fetched, picked, viewed
 from shoal.engine.events import TokenLogprob
 from shoal.engine.guided import GrammarError, StrayError
 from shoal.engine.penalties import Draw, adjust, banned, too_early
 from shoal.engine.plan import Sampled
 from shoal.engine.signals import Logits, looked_at
-from shoal.engine.tolerance import Chain, greedy_price, sampled_price, settle
+from shoal.engine.tolerance import Chain, apart, greedy_price, sampled_price, settle
 from shoal.errors import GenerationError, RequestError
 from shoal.inputs.tokenizer import END_ID
 from shoal.model.cpu import fused
+from shoal.model.sending import sent
 
 STUCK = "a grammar that cannot be followed any further"
+PRICED = 64  # drafts whose prices are computed at once: their laws take memory in fp64
+
+
+@dataclass(frozen=True)
+class Priced:
+    """Drafts that may stand at a price [P]."""
+
+    rows: list[int]  # of the step's, which verify them
+    taken: Tensor  # [P], on the logits' device
+    exits: list[Tensor]  # [P] of [V]: the logits that each was drawn from ...
+    cut: bool = False  # ... where that was of `filters.CANDIDATES_THERE` tokens at most (`Sampler.propose`)
+
+    @classmethod
+    def of(cls, chains: Sequence[Chain], device: torch.device) -> Priced | None:
+        """Those of `chains`; None for none."""
+        rows = [chain.first + place for chain in chains for place in range(len(chain.exits))]
+        if not rows:
+            return None
+        exits = [each for chain in chains for each in chain.exits]
+        if there := [each for chain in chains for each in chain.there]:
+            return cls(rows, torch.stack(there), exits, cut=True)
+        drafts = [draft for chain in chains for draft in chain.drafts]
+        return cls(rows, sent(drafts, device, torch.long), exits)
 
 
 class Sampler:
@@ -54,11 +79,12 @@ class Sampler:
         self, logits: Tensor, draws: Sequence[Draw], chains: Sequence[Chain] = (), unread: Unread | None = None
     ) -> list[Sampled]:
         """One token for each row of `logits` [R, V], which become those that it is drawn from. Where `chains` have drafts in
-        some rows and a tolerance, such a draft may be the token. On a device what is `unread` comes in the same copy, unless
-        there are such chains."""
+        some rows and a tolerance, such a draft may be the token. What is `unread` comes in the same copy."""
         self._close(logits)
-        if logits.device.type != "cpu" and not chains:
-            return self._there(logits, draws, unread or Unread())
+        unread = unread or Unread()
+        if logits.device.type != "cpu":
+            return self._there(logits, draws, chains, unread)
+        unread.read()
         watched = Logits.of(logits, draws)
         reported = {r: logits[r].clone() for r, draw in enumerate(draws) if draw.sampling.logprobs is not None}
         masks, stuck = _follow_grammars(logits, draws)
@@ -70,7 +96,9 @@ class Sampler:
             choice[random] = self._drawn(logits, choice, draws, random)
         tokens = [token if math.isfinite(highest) else -1 for token, highest in zip(choice.tolist(), best, strict=True)]
         costs: dict[int, float] = {}
-        for chain in chains:
+        for (
+            chain
+        ) in chains:  # what is on a CPU is read for nothing: prices are computed of drafts alone that are not drawn
             costs |= settle(chain, tokens, lambda row, place, c=chain: self._price(logits[row], draws[row], c, place))  # type: ignore[misc]
         nll = watched.nll(tokens) if watched else {}
         logprobs = _logprobs(reported, draws, tokens) if reported else {}
@@ -90,19 +118,24 @@ class Sampler:
         adjust(logits, draws, self._ends)
         return self._choice(logits, draws, filters.CANDIDATES_THERE)[:2]
 
-    def _there(self, logits: Tensor, draws: Sequence[Draw], unread: Unread) -> list[Sampled]:
-        """As `sample`, on a device: what the host must know comes in one copy. A second is taken where some row's top-p keeps
-        more than `filters.CANDIDATES_THERE` tokens."""
+    def _there(self, logits: Tensor, draws: Sequence[Draw], chains: Sequence[Chain], unread: Unread) -> list[Sampled]:
+        """As `sample`, on a device: what the host must know comes in one copy, the prices of all drafts of `chains` among it. A
+        second is taken where some row's top-p keeps more than `filters.CANDIDATES_THERE` tokens."""
         at = [r for r, draw in enumerate(draws) if draw.sampling.logprobs is not None or looked_at(draw)]
         given = logits[sent(at, logits.device)].double() if at else None
         masks, stuck = _follow_grammars(logits, draws)
         adjust(logits, draws, self._ends)
-        told = self._told(logits, draws, at, given, filters.CANDIDATES_THERE, unread)
+        priced = Priced.of(chains, logits.device)
+        told = self._told(logits, draws, priced, at, given, filters.CANDIDATES_THERE, unread)
         if not all(told[2]):
-            told = self._told(logits, draws, at, given, logits.shape[-1], unread)
-        numbers, best, _, chosen, values, ids = told
+            told = self._told(logits, draws, priced, at, given, logits.shape[-1], unread)
+        numbers, best, _, asked, chosen, values, ids = told
         tokens = [int(token) if math.isfinite(highest) else -1 for token, highest in zip(numbers, best, strict=True)]
-        most, found = len(ids) // max(1, len(at)), list[Sampled]()
+        prices = map(sampled_price, asked[::2], asked[1::2])
+        price, costs = dict(zip(priced.rows if priced else [], prices, strict=True)), dict[int, float]()
+        for chain in chains:
+            costs |= settle(chain, tokens, lambda row, _: price[row])
+        most, ways, found = len(ids) // max(1, len(at)), 2 if priced else 1, list[Sampled]()
         for r, token in enumerate(tokens):
             if token < 0 or r in stuck:
                 found.append(Sampled(0, error=stuck.get(r) or self._why_none(draws[r], best[r], masks.get(r))))
@@ -110,34 +143,41 @@ class Sampler:
             entry, nll = None, None
             if r in at:
                 i, count = at.index(r), draws[r].sampling.logprobs
+                own = chosen[i * ways + (r in costs)]
                 if count is not None:
                     span = slice(i * most, i * most + count)
-                    entry = TokenLogprob(token, chosen[i], tuple(zip(map(int, ids[span]), values[span], strict=True)))
-                if looked_at(draws[r]) and math.isfinite(chosen[i]):
-                    nll = -chosen[i]
-            found.append(Sampled(token, entry, nll=nll))
+                    entry = TokenLogprob(token, own, tuple(zip(map(int, ids[span]), values[span], strict=True)))
+                if looked_at(draws[r]) and math.isfinite(own):
+                    nll = -own
+            found.append(Sampled(token, entry, nll=nll, spent=costs.get(r, 0.0)))
         return found
 
     def _told(
         self,
         logits: Tensor,
         draws: Sequence[Draw],
+        priced: Priced | None,
         at: list[int],
         given: Tensor | None,
         candidates: int,
         unread: Unread,
     ) -> list[list[float]]:
         """What `_there` asks, in one copy: tokens [R], the largest logits [R], whether `candidates` were enough for the filters
-        of each row; and of the rows `at` [A], whose logits are `given` [A, V], the token's logprob [A], the best [A, most] and
-        which tokens have these. What is `unread` is read with them."""
+        of each row, what prices of what is `priced` follow from [P, 2]; and of the rows `at` [A], whose logits are `given` [A,
+        V], the logprob of the token and, where anything is priced, of the draft [A, 1 or 2], the best [A, most] and which
+        tokens have these. What is `unread` is read with them."""
         choice, best, enough = self._choice(logits, draws, candidates)
-        none = best.new_zeros(0)
-        asked = [choice, best, enough, none, none, none]
+        none, tokens = best.new_zeros(0), choice[:, None]
+        asked = [choice, best, enough, none, none, none, none]
+        if priced is not None:
+            asked[3], exact = self._prices(logits, best, draws, priced, candidates)
+            asked[2] = torch.cat([enough, *exact])
+            drafts = choice.index_copy(0, sent(priced.rows, logits.device), priced.taken)
+            tokens = torch.stack([choice, drafts], -1)
         if given is not None:
             logprobs = torch.log_softmax(given, -1)
             top = logprobs.topk(max([1, *(draws[r].sampling.logprobs or 0 for r in at)]), dim=-1)
-            chosen = logprobs.gather(-1, choice[sent(at, logits.device)][:, None])
-            asked[3:] = chosen, top.values, top.indices
+            asked[4:] = logprobs.gather(-1, tokens[sent(at, logits.device)]), top.values, top.indices
         found = fetched(*asked, *unread.tensors)
         unread.came(found[len(asked) :])
         return found[: len(asked)]
@@ -149,7 +189,7 @@ class Sampler:
         best, enough = logits.gather(-1, choice[:, None]), choice.new_ones(1)
         if random := [r for r, draw in enumerate(draws) if draw.sampling.temperature > 0]:
             rows, drawn = sent(random, logits.device), [draws[r] for r in random]
-            z, enough = self._kept(logits[rows], drawn, candidates)
+            z, enough = self._kept(logits[rows], drawn, [candidates] * len(drawn))
             choice = choice.index_copy(0, rows, self._first(z, drawn))
         return choice, best, enough
 
@@ -193,9 +233,11 @@ class Sampler:
         noise = self.noise([draw.seed for draw in draws], [len(draw.tokens) for draw in draws])
         return _argmax(z.double().exp_().div_(noise))
 
-    def _kept(self, logits: Tensor, draws: Sequence[Draw], candidates: int | None = None) -> tuple[Tensor, Tensor]:
+    def _kept(
+        self, logits: Tensor, draws: Sequence[Draw], candidates: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """[R, V]: logarithms of what tokens weigh at each row's temperature, the likeliest at 0, and -inf where its filters
-        leave them out; and of rows with filters, whether `candidates` were enough to tell [None: as many as that takes]."""
+        leave them out; and of rows with filters, whether `candidates` [R] were enough to tell [None: as many as that takes]."""
         enough = torch.ones(1, dtype=torch.bool, device=logits.device)
         heats = filters.heat(logits, [draw.sampling for draw in draws])
         z = (logits - logits.amax(-1, keepdim=True)) / heats[:, None]
@@ -206,18 +248,39 @@ class Sampler:
             if candidates is None:
                 lowest = filters.thresholds(kept, samplings)
             else:
-                lowest, enough = filters.lowest(
-                    kept, samplings, filters.candidates_of(samplings, kept.shape[-1], candidates)
-                )
+                lowest, enough = filters.lowest(kept, samplings, [candidates[r] for r in filtered])
             z[at] = z[at].masked_fill(kept < lowest[:, None], -math.inf)
         return z, enough
 
     def _price(self, logits: Tensor, draw: Draw, chain: Chain, place: int) -> float:
-        """What it costs in nats that the draft at `place` of `chain` stands where `logits` [V] are those of full depth."""
+        """What it costs in nats, on a CPU, that the draft at `place` of `chain` stands where `logits` [V] are those of full
+        depth. `_prices` has the same number."""
         if draw.sampling.temperature == 0:
             return greedy_price(logits, int(logits.argmax()), chain.drafts[place])
-        full, exit_ = self._kept(torch.stack([logits, chain.exits[place]]), [draw, draw])[0]
-        return sampled_price(full, exit_)
+        laws = self._kept(torch.stack([logits, chain.exits[place]]), [draw, draw])[0]
+        return sampled_price(*map(float, apart(laws[:1], laws[1:])))
+
+    def _prices(
+        self, logits: Tensor, best: Tensor, draws: Sequence[Draw], priced: Priced, candidates: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What prices of what is `priced` follow from (`sampled_price`), fp64 [P, 2], for `logits` [R, V], the `best` of which
+        are [R, 1]: how far full depth's law and the draft's are apart, and in greedy decoding the price itself and 1; and
+        whether `candidates` were enough for the laws of drafts that are not cut."""
+        rows, enough = sent(priced.rows, logits.device), list[Tensor]()
+        full = logits[rows]
+        gap = best[rows].double() - full.gather(-1, priced.taken[:, None]).double()
+        found = torch.cat([gap, torch.ones_like(gap)], -1)
+        random = [i for i, row in enumerate(priced.rows) if draws[row].sampling.temperature > 0]
+        for start in range(0, len(random), PRICED):
+            some = random[start : start + PRICED]
+            places, drawn = sent(some, logits.device), [draws[priced.rows[i]] for i in some]
+            both = torch.cat([full[places], torch.stack([priced.exits[i] for i in some])])
+            own = filters.CANDIDATES_THERE if priced.cut else candidates
+            laws, told = self._kept(both, [*drawn, *drawn], [candidates] * len(some) + [own] * len(some))
+            found = found.index_copy(0, places, torch.stack(apart(*laws.chunk(2)), -1))
+            if not priced.cut:
+                enough.append(told)
+        return found, enough
 
     def noise(self, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Exponential noise of each token at each (seed, position), fp64 [R, V]: a hash of the three, so that it needs no
@@ -325,7 +388,7 @@ def _entries(logits: Tensor, targets: Sequence[int], wanted: Sequence[int]) -> l
     """Logprob of each of `targets` [R] under its row of `logits` [R, V], with the `wanted` [R] best."""
     logprobs = torch.log_softmax(logits.double(), -1)
     best = logprobs.topk(max([1, *wanted]), dim=-1)
-    chosen = logprobs.gather(-1, torch.tensor(targets, device=logits.device)[:, None]).flatten().tolist()
+    chosen = logprobs.gather(-1, sent(targets, logits.device, torch.long)[:, None]).flatten().tolist()
     values, ids = best.values.tolist(), best.indices.tolist()
     return [
         TokenLogprob(target, chosen[i], tuple(zip(ids[i][:count], values[i][:count], strict=True)))

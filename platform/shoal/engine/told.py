@@ -1,5 +1,5 @@
 """What graphs are told of a step (`graphs.py`): all that differs between two steps, in memory that stays where it is. It is
-filled from pinned memory by one copy, and a second where tables changed; the host waits for neither.
+filled by one copy, and a second where tables changed; the host waits for neither (`model/sending.py`).
 
 Letters: N rows of a step, B of the memory, R requests, G layer groups, M pages of a context.
 """
@@ -7,15 +7,14 @@ Letters: N rows of a step, B of the memory, R requests, G layer groups, M pages 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from shoal.config import GROUPS, ModelConfig
-from shoal.engine.device import sent
-from shoal.engine.events import MAX_DRAFTS
 from shoal.engine.plan import Work
+from shoal.model.sending import send
 
 IDS, POSITIONS, REQUESTS, ADAPTERS, SLOTS = range(5)  # from SLOTS on those of each group
 _NOBODY = np.array([0, 0, 0, -1, *[-1] * GROUPS])[:, None]  # what rows beyond a step's are told: they store nothing
@@ -32,20 +31,15 @@ class Told:
 
     def __init__(self, config: ModelConfig, requests: int, rows: int, device: torch.device) -> None:
         self._page, pages = config.page, -(-config.context // config.page)
-        pinned, size = device.type == "cuda" and torch.cuda.is_available(), GROUPS + len(_NOBODY) * rows
-        # filled in turn: the host waits once a step, and until then the copies of its drafts' rows, of those of the last draft
-        # and of the verification may be going on
-        self._hosts = [torch.zeros(size, dtype=torch.long, pin_memory=pinned) for _ in range(MAX_DRAFTS + 2)]
-        self._numbers = torch.zeros(size, dtype=torch.long, device=device)
+        self._host = np.zeros(GROUPS + len(_NOBODY) * rows, dtype=np.int64)
+        self._parts(self._host)[1][:] = _NOBODY
+        self._numbers = torch.from_numpy(self._host).to(device, copy=True)
         self.going, self.rows = self._parts(self._numbers)
-        for host in self._hosts:
-            self._parts(host)[1].numpy()[:] = _NOBODY
-        self._numbers.copy_(self._hosts[0])
         self.tables = torch.zeros(GROUPS, requests, pages, dtype=torch.long, device=device)
         self._filled = np.zeros((GROUPS, 0, 0), dtype=np.int64)  # what of them was copied last
 
-    def _parts(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        return numbers[:GROUPS], numbers[GROUPS:].view(len(_NOBODY), -1)
+    def _parts(self, numbers: Any) -> tuple[Any, Any]:
+        return numbers[:GROUPS], numbers[GROUPS:].reshape(len(_NOBODY), -1)  # of what lies in order: views
 
     def fill_tables(self, works: Sequence[Work]) -> int:
         """Those of the requests of `works`, in their order, up to where they write. Returns how many pages the longest has."""
@@ -56,16 +50,14 @@ class Told:
             tables[:, r, : own.shape[1]] = own
         # drafts that were given up leave fewer pages than were copied, and the same units in these
         if not np.array_equal(tables, self._filled[:, : len(works), :longest]):
-            self.tables[:, : len(works), :longest].copy_(sent(tables, self.tables.device))
+            send(tables, self.tables[:, : len(works), :longest])
             self._filled = tables
         return longest
 
     def fill(self, works: Sequence[Work], requests: Sequence[int], adapters: Sequence[int]) -> list[int]:
         """The rows of `works`, in their order, whose tables are those of `requests` and whose adapters are at the places
         `adapters`. Returns how many rows go through each group."""
-        self._hosts.insert(0, self._hosts.pop())
-        host = self._hosts[0]
-        going, rows = (part.numpy() for part in self._parts(host))
+        going, rows = self._parts(self._host)
         counts = np.array([work.count for work in works])
         of, ends = np.repeat(np.arange(len(works)), counts), np.cumsum(counts)
         positions = np.arange(ends[-1]) + (np.array([work.start for work in works]) - (ends - counts))[of]
@@ -84,5 +76,5 @@ class Told:
         written = (computed <= positions) & (last > np.arange(GROUPS)[:, None])
         rows[SLOTS:, :count] = np.where(written, units * self._page + positions % self._page, -1)
         going[:] = found = [int((last > j).sum()) for j in range(GROUPS)]
-        self._numbers.copy_(host, non_blocking=True)
+        send(self._host, self._numbers)
         return found

@@ -10,6 +10,9 @@ Price of a draft x where full depth, whose law is p, draws another token:
     greedy    log p(best) - log p(x): what x is less likely than what full depth would have said after the same words
     sampled   KL(p || q) / TV(p, q), where q is the first exit's law, both as the sampler draws from them
 
+A draft's law is what it was really drawn from: on a device q has at most the `filters.CANDIDATES_THERE` likeliest tokens of a
+top-p where the host did not read each draft, and p is whole.
+
 Whether a sampled draft may stand is known before either token is drawn: its price does not depend on them. So a token comes
 from q where it may, and from p elsewhere. The draws differ with a probability of at least TV(p, q), whatever noise they share,
 so the expected price is at least KL(p || q): over the answers that are told, the mean of KL(full depth || what the token was
@@ -49,11 +52,14 @@ class Chain:
     one that ends the answer."""
 
     first: int
-    drafts: Sequence[int]  # [K]
+    drafts: Sequence[
+        int
+    ]  # [K]; of drafts that lie on a device filled in as they are read, up to one that came to nothing
     exits: Sequence[Tensor]  # [K] of [V]: the logits that each was drawn from
     tolerance: float
     spent: float  # nats, before these
     answered: int  # tokens, before these
+    there: Sequence[Tensor] = ()  # [K] of []: the drafts, where the host has not read them
 
 
 def settle(chain: Chain, drawn: list[int], price: Callable[[int, int], float]) -> dict[int, float]:
@@ -81,14 +87,17 @@ def greedy_price(logits: Tensor, best: int, taken: int) -> float:
     return float(logits[best].double() - logits[taken].double())
 
 
-def sampled_price(full: Tensor, exit_: Tensor) -> float:
-    """KL(p || q) / TV(p, q) in nats for the laws p and q whose unnormalised logarithms are `full` and `exit_` [V]: infinite
-    where q never gives what p may."""
-    log_p, log_q = full.double().log_softmax(-1), exit_.double().log_softmax(-1)
+def apart(full: Tensor, exits: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p || q) and TV(p, q), fp64 [R], for the laws p and q whose unnormalised logarithms are the rows of `full` and `exits`
+    [R, V]. Nothing waits for a device."""
+    log_p, log_q = full.double().log_softmax(-1), exits.double().log_softmax(-1)
     p = log_p.exp()
-    some = p > 0
-    divergence = float((p[some] * (log_p[some] - log_q[some])).sum())
-    distance = 0.5 * float((p - log_q.exp()).abs().sum())
+    divergence = (p * (log_p - log_q)).masked_fill_(p <= 0, 0).sum(-1)
+    return divergence, 0.5 * (p - log_q.exp()).abs().sum(-1)
+
+
+def sampled_price(divergence: float, distance: float) -> float:
+    """Nats, for two laws that are so far `apart`: infinite where q never gives what p may."""
     if distance == 0:
         return 0.0
     return max(0.0, divergence) / distance if math.isfinite(divergence) else math.inf

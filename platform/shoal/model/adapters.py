@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from shoal.model.cpu import fused
 from shoal.model.gpu import launch
+from shoal.model.sending import sent
 
 if TYPE_CHECKING:
     from shoal.model.net import Net
@@ -67,8 +68,8 @@ class Stack:
     @cached_property
     def bounds(self) -> tuple[Tensor, int]:
         """`first` and `last` where the matrices lie, int32 [2, K], and the most ranks of an adapter."""
-        both = torch.from_numpy(np.stack([self.first, self.last]).astype(np.int32))
-        return both.to(self.a.device), int((self.last - self.first).max(initial=0))
+        both = np.stack([self.first, self.last]).astype(np.int32)
+        return sent(both, self.a.device), int((self.last - self.first).max(initial=0))
 
     def reads(self, dtype: torch.dtype) -> bool:
         """Do the compiled loops take these matrices beside rows in `dtype`?"""
@@ -133,7 +134,7 @@ class Beside:
     @cached_property
     def _there(self) -> Tensor:
         """The adapter of each row where the matrices lie."""
-        return torch.from_numpy(self._of).to(next(iter(self._stacks.values())).a.device)
+        return sent(self._of, next(iter(self._stacks.values())).a.device)
 
     @cached_property
     def _runs(self) -> list[tuple[int, int, int]]:

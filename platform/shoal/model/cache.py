@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from shoal.config import ModelConfig
+from shoal.model.sending import sent
 from shoal.model.slots import width as slot_width
 
 if TYPE_CHECKING:
@@ -120,12 +121,17 @@ class Rows:
             return self.positions
         if len(self.starts) == 2:
             return self.positions[-1:]
-        return self.positions[torch.tensor(self.starts[1:], device=self.positions.device) - 1]
+        return self.positions[sent(self.starts[1:], self.positions.device) - 1]
 
     @cached_property
     def single_rows(self) -> Tensor:
         """Row of each of `singles`."""
-        return torch.tensor([self.starts[r] for r in self.singles], device=self.positions.device)
+        return sent([self.starts[r] for r in self.singles], self.positions.device)
+
+    @cached_property
+    def single_requests(self) -> Tensor:
+        """`singles` where the rows are."""
+        return sent(self.singles, self.positions.device)
 
     @cached_property
     def single(self) -> Rows:

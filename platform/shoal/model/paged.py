@@ -60,7 +60,7 @@ def paged_attention(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, r
     out = torch.empty_like(q)
     if rows.singles:
         at = rows.single_rows
-        out[at] = _alone(q[at], kv, summaries, reads[rows.singles], rows.single, reach)
+        out[at] = _alone(q[at], kv, summaries, reads[rows.single_requests], rows.single, reach)
     return _chunks(q, kv, summaries, step, reach, out, rows.of_at_least(2))
 
 

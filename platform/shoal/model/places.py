@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from shoal.model.adapters import NONE, Adapter, Beside
 from shoal.model.gpu import launch
+from shoal.model.sending import send
 
 MOST = 8  # adapters of a step that graphs are for, and that have places at once
 
@@ -127,7 +128,7 @@ class Places:
                 to.a[start : start + ranks].copy_(pair[0])
                 to.b[start : start + ranks].copy_(pair[1])
             self._host[index, :, place] = start, start + ranks
-        self._bounds.copy_(torch.from_numpy(self._host.copy()))
+        send(self._host, self._bounds)
 
 
 def _power(size: int) -> int:

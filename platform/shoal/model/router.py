@@ -83,7 +83,7 @@ def features(sums: Tensor, last: Tensor, length: int) -> Tensor:
     """
     total = sums.sum(0)
     nll = total[-3] / total[-2].clamp(min=1)
-    rest = torch.stack([nll, total.new_tensor(math.log(length)), total[-1] / length])
+    rest = torch.stack([nll, total.new_full((), math.log(length)), total[-1] / length])
     return torch.cat([total[:-EXTRA] / length, last, rest])
 
 

@@ -67,11 +67,20 @@ def test_each_row_keeps_what_its_filters_keep_alone_and_among_others(
 def test_a_row_says_whether_the_tokens_looked_at_tell_what_it_keeps() -> None:
     z = z_of([0.4, 0.3, 0.2, 0.1], [0.25] * 4, [0.4, 0.3, 0.2, 0.1], [0.4, 0.3, 0.2, 0.1], [0.4, 0.3, 0.2, 0.1])
     some = [Sampling(top_p=0.69), Sampling(top_p=0.69), Sampling(top_p=0.71), Sampling(top_k=2), Sampling(min_p=0.3)]
-    found, enough = lowest(z, some, 2)
+    found, enough = lowest(z, some, [2] * 5)
     assert enough.tolist() == [True, False, False, True, True]
     wanted = [math.log(0.75), math.log(0.75), math.log(0.3)]
     assert found[[0, 3, 4]].tolist() == pytest.approx(wanted)
-    assert lowest(z, some, 4)[1].all()
+    assert lowest(z, some, [4] * 5)[1].all()
+
+
+def test_what_a_row_keeps_depends_on_no_other_though_too_few_are_looked_at() -> None:
+    """Another's top-k looks at more; and each has as many candidates as it is said to have."""
+    z = z_of([0.4, 0.3, 0.2, 0.1], [0.4, 0.3, 0.2, 0.1], [0.4, 0.3, 0.2, 0.1], [0.4, 0.3, 0.2, 0.1])
+    some = [Sampling(top_p=0.95), Sampling(top_k=3), Sampling(top_p=0.95), Sampling(top_p=0.95, top_k=3)]
+    found, enough = lowest(z, some, [2, 2, 4, 2])
+    assert found.tolist() == pytest.approx([math.log(0.75), math.log(0.5), math.log(0.25), math.log(0.5)])
+    assert enough.tolist() == [False, True, True, True], "top-p is of what top-k leaves"
 
 
 def test_a_temperature_is_as_it_is_said_and_never_0() -> None:

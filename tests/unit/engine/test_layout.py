@@ -14,11 +14,12 @@ import torch
 from shoal import presets
 from shoal.config import GROUPS
 from shoal.engine.compared import Compared, divergences
-from shoal.engine.device import fetched, picked, sent, viewed
+from shoal.engine.device import Unread, fetched, picked, viewed
 from shoal.engine.holding import Holding
 from shoal.engine.layout import StepLayout
 from shoal.engine.plan import Work
 from shoal.engine.signals import Heard
+from shoal.model.sending import send, sent
 
 CONFIG = presets.get("test").model
 CPU, PAGE = torch.device("cpu"), CONFIG.page
@@ -93,11 +94,26 @@ def test_numbers_come_in_one_copy_as_they_are() -> None:
     assert fetched(*given) == wanted and fetched(given[1]) == [[]]
 
 
+def test_what_is_unread_comes_once_and_each_part_to_whom_it_is_for() -> None:
+    unread, came = Unread(), list[tuple[str, list[list[float]]]]()
+    unread.read()
+    unread.add([torch.tensor([1, 2]), torch.tensor([0.5])], lambda numbers: came.append(("first", numbers)))
+    unread.add([torch.tensor([True])], lambda numbers: came.append(("second", numbers)))
+    assert len(unread.tensors) == 3 and not came
+    unread.read()
+    unread.read()
+    assert came == [("first", [[1.0, 2.0], [0.5]]), ("second", [[1.0]])] and not unread.tensors
+
+
 def test_what_is_sent_has_the_type_that_it_was_given() -> None:
     array = np.array([[1, 2], [3, 4]], dtype=np.int64)
     assert sent(array, CPU).data_ptr() == torch.from_numpy(array).data_ptr(), "on a CPU nothing is copied"
     found = sent([1, 2], CPU, torch.int32)
     assert found.tolist() == [1, 2] and found.dtype == torch.int32 and sent([0.5], CPU).dtype == torch.float32
+    stays = torch.zeros(2, 3, dtype=torch.int64)
+    send(array, stays[:, 1:])
+    array[:] = 7
+    assert stays.tolist() == [[0, 1, 2], [0, 3, 4]]
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -147,7 +163,11 @@ def test_rows_that_are_compared_are_those_of_full_depth_that_want_it_and_give_a_
     found.exits = [logits[[3, 3]], torch.zeros(2, 2, dtype=torch.float64)]
     kl = 0.9 * math.log(0.9 / 0.75) + 0.1 * math.log(0.1 / 0.25)
     even = [math.log(2) + p * math.log(p) + (1 - p) * math.log(1 - p) for p in (0.75, 0.9)]
-    assert found.gaps(logits, net) == {  # type: ignore[arg-type]
+    unread = Unread()
+    gaps = found.gaps(logits, net, unread)  # type: ignore[arg-type]
+    assert not gaps, "they come with what else is read"
+    unread.read()
+    assert gaps == {
         1: pytest.approx((0.0, even[0]), abs=1e-12), 3: pytest.approx((kl, even[1]), abs=1e-12),
     }  # fmt: skip
 

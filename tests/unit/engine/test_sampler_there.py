@@ -105,7 +105,7 @@ def test_a_nucleus_of_many_tokens_takes_a_second_copy_and_is_whole() -> None:
 
 
 def test_a_decoding_step_of_an_engine_samples_with_one_copy() -> None:
-    """Whatever its requests ask, but for drafts under a tolerance, whose prices the host decides by."""
+    """Whatever its requests ask."""
     with pretended() as gpu:
         engine = Engine(Model.from_preset("test", seed=3).to(gpu), units=200, max_batch_tokens=64)
         sample, run, copies = engine.runner.sampler.sample, engine.runner.run, list[int]()

@@ -20,7 +20,7 @@ import torch
 from shoal import Engine, Model, Request, Sampling
 from shoal.engine import naive
 from shoal.engine.sampler import Sampler
-from shoal.engine.tolerance import Allowance, Chain, greedy_price, sampled_price, settle
+from shoal.engine.tolerance import Allowance, Chain, apart, greedy_price, sampled_price, settle
 from shoal.errors import RequestError
 from tests.unit.engine.lively import lively, with_router
 from tests.unit.engine.priced import KINDS, Told, check
@@ -103,8 +103,11 @@ def test_a_chain_is_settled_draft_by_draft_until_one_falls() -> None:
 def test_a_sampled_price_is_the_divergence_by_the_distance_of_two_laws() -> None:
     """Of what is not normalised; equal laws cost nothing, and what the exit never says is beyond price."""
     p, q = torch.tensor([0.5, 0.25, 0.25, 0.0]).log(), torch.tensor([0.25, 0.5, 0.125, 0.125]).log()
-    assert sampled_price(p + 3, q - 1) == pytest.approx(0.5 * math.log(2) / 0.375, rel=1e-6)
-    assert sampled_price(p, p.clone()) == 0.0 and sampled_price(q, p) == math.inf
+    nothing = torch.full((4,), -math.inf)
+    laws = torch.stack([p + 3, p, q, p, p]), torch.stack([q - 1, p, p, nothing, q * math.nan])
+    found = [sampled_price(*map(float, each)) for each in zip(*apart(*laws), strict=True)]
+    assert found[:4] == [pytest.approx(0.5 * math.log(2) / 0.375, rel=1e-6), 0.0, math.inf, math.inf]
+    assert found[4] == math.inf, "of no numbers"
     assert greedy_price(torch.tensor([0.5, 2.0, -1.0]), 1, 2) == 3.0
 
 
@@ -167,7 +170,7 @@ def outcomes(seed: int, tolerance: float) -> Iterator[tuple[float, float, float,
             chance, divergence, allowance, free = 1.0, 0.0, Allowance(tolerance), np.zeros(LONG, dtype=bool)
             for place, (token, differ) in enumerate(zip(tokens, differs, strict=True)):
                 p, q = laws(seed, tokens[:place])
-                price = sampled_price(torch.from_numpy(np.log(p)), torch.from_numpy(np.log(q)))
+                price = sampled_price(*map(float, apart(*(torch.from_numpy(np.log(law))[None] for law in (p, q)))))
                 both = 1 / np.maximum(p / p[token], q / q[token]).sum()
                 if allowance.affords(price, place):
                     free[place] = True

@@ -17,6 +17,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -25,6 +26,7 @@ from shoal.errors import first_line
 from shoal.model.cache import PagedStep
 from shoal.model.cpu.parts import Form
 from shoal.model.reach import Reach
+from shoal.model.sending import sent
 
 log = logging.getLogger(__name__)
 ON = {"cuda"}  # devices; tests add the CPU, where Triton's interpreter runs
@@ -366,9 +368,8 @@ def _requests(starts: list[int], device: torch.device) -> Tensor:
     """The request of each row, [N]."""
     if starts[-1] == len(starts) - 1:  # one row a request: nothing is copied to the device
         return torch.arange(starts[-1], dtype=torch.int32, device=device)
-    counts = torch.tensor(starts).diff()
-    owners = torch.repeat_interleave(torch.arange(len(counts)), counts).to(torch.int32)
-    return owners.to(device, non_blocking=True)  # CUDA has read them when this returns: they are not in pinned memory
+    counts = np.diff(starts)
+    return sent(np.repeat(np.arange(len(counts), dtype=np.int32), counts), device)
 
 
 def _tile(q: Tensor) -> int:
