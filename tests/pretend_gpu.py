@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from shoal.model import sending as sending_to
+from shoal.model import sending
 
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
 _aten = torch.ops.aten
@@ -35,7 +35,7 @@ precision: list[str] = []  # of products in fp32, as the process was told last (
 # what the host waited for, in order: values that it read, copies to its memory, and from any that is not pinned
 waited: list[str] = []
 # pinned memory that may still be copied from, and what it held when it was sent
-sending: list[tuple[Tensor, np.ndarray]] = []
+copying: list[tuple[Tensor, np.ndarray]] = []
 launched: list[str] = []  # operators that compute there, or copy
 NO_LAUNCH = {
     "empty", "empty_like", "new_empty", "view", "slice", "select", "expand", "transpose", "permute", "alias", "unbind", "split",
@@ -91,7 +91,7 @@ def wait(what: str) -> None:
     waited.append(what)
     if "nonzero" in what:
         return
-    found, sending[:] = list(sending), []
+    found, copying[:] = list(copying), []
     assert all(np.array_equal(source.numpy(), was) for source, was in found), (
         "memory of the host was written while it was copied"
     )
@@ -111,7 +111,7 @@ def _of_the_host(index: Any) -> bool:
 def _send(source: Tensor, non_blocking: bool) -> None:
     """Memory of the host is copied to the device."""
     if non_blocking and getattr(source, "pinned", False):
-        sending.append((source, source.numpy().copy()))
+        copying.append((source, source.numpy().copy()))
     else:
         wait("from the host")
 
@@ -183,9 +183,9 @@ def pretended() -> Iterator[torch.device]:
     """The device, within which tensors can be made and moved."""
     with pytest.MonkeyPatch.context() as patch, _Mode():
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
-        patch.setattr(sending_to, "pins", lambda device: device.type == "cuda")
+        patch.setattr(sending, "pins", lambda device: device.type == "cuda")
         patch.setattr(Tensor, "pin_memory", _pinned)
-        sending.clear()
+        copying.clear()
         precision.clear()
         patch.setattr(torch, "set_float32_matmul_precision", precision.append)  # torch's own would stay
         # parameters that move are made anew: put into the old ones, they would be none of these

@@ -100,9 +100,8 @@ class Rounds:
     UNKNOWN = 0  # stands for a token of a request until it is read
 
     def __init__(self) -> None:
-        self._rounds: list[
-            tuple[list[Drafter], Tensor, Tensor]
-        ] = []  # who drafted, tokens [R], and largest logits [R, 1]
+        # who drafted, tokens [R], and largest logits [R, 1]
+        self._rounds: list[tuple[list[Drafter], Tensor, Tensor]] = []
 
     @classmethod
     def of(cls, works: Sequence[Work], device: torch.device) -> Rounds | None:

@@ -96,9 +96,8 @@ class Sampler:
             choice[random] = self._drawn(logits, choice, draws, random)
         tokens = [token if math.isfinite(highest) else -1 for token, highest in zip(choice.tolist(), best, strict=True)]
         costs: dict[int, float] = {}
-        for (
-            chain
-        ) in chains:  # what is on a CPU is read for nothing: prices are computed of drafts alone that are not drawn
+        # what is on a CPU is read for nothing: prices are computed of drafts alone that are not drawn
+        for chain in chains:
             costs |= settle(chain, tokens, lambda row, place, c=chain: self._price(logits[row], draws[row], c, place))  # type: ignore[misc]
         nll = watched.nll(tokens) if watched else {}
         logprobs = _logprobs(reported, draws, tokens) if reported else {}

@@ -52,9 +52,7 @@ class Chain:
     one that ends the answer."""
 
     first: int
-    drafts: Sequence[
-        int
-    ]  # [K]; of drafts that lie on a device filled in as they are read, up to one that came to nothing
+    drafts: Sequence[int]  # [K]; of those that lie on a device as many as stand for something, once they are read
     exits: Sequence[Tensor]  # [K] of [V]: the logits that each was drawn from
     tolerance: float
     spent: float  # nats, before these

@@ -231,9 +231,10 @@ def test_prices_come_with_the_tokens_and_are_those_of_the_host(tolerance: float)
 
 
 def test_the_law_of_a_draft_is_what_it_was_drawn_from_though_that_was_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A top-p that four candidates are too few for: full depth gives what the draft's law never does, so that no draft stands
-    that it would not have said, and the answer is that of no tolerance. Where the host reads each draft, laws are whole."""
-    sampling = Sampling(temperature=2.0, top_p=0.95, seed=5, max_tokens=8, ignore_eos=True, speculative=3)
+    """A top-p of all tokens, which four candidates are too few for: full depth gives what the draft's law never does, so that
+    no draft stands that it would not have said, and the answer is that of no tolerance. Where the host reads each draft, laws
+    are whole."""
+    sampling = Sampling(temperature=1.0, top_p=1 - 1e-12, seed=5, max_tokens=8, ignore_eos=True, speculative=3)
     requests = [Request([40, 50, 60], sampling, depth="full", quality_tolerance=tolerance) for tolerance in (3.0, None)]
     (_, whole), (_, plain) = (steps_on_a_gpu([each], recorded=False) for each in requests)
     assert whole != plain
@@ -355,7 +356,7 @@ def test_a_step_that_fails_midway_leaves_no_memory_that_the_next_writes() -> Non
                 patch.setattr(sampler, "sample", lambda *_: (_ for _ in ()).throw(MemoryError))
                 with pytest.raises(MemoryError):
                     run(plan)
-            left.append(len(pretend_gpu.sending))
+            left.append(len(pretend_gpu.copying))
             # one draft less: what is sent differs from what was
             return run(replace(plan, works=[replace(work, drafts=MAX_DRAFTS - 1) for work in plan.works]))
 
