@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from shoal import Engine, Model, Request, Sampling
 from shoal.engine import filters
+from shoal.engine.device import Unread
 from shoal.engine.events import Guide
 from shoal.engine.guided import Grammars
 from shoal.engine.plan import Outcome, Plan, Sampled
 from shoal.engine.sampler import Sampler
+from shoal.engine.tolerance import Chain
 from tests import pretend_gpu
 from tests.pretend_gpu import pretended
 from tests.unit.engine.test_sampler import CLOSED, Draw
@@ -86,6 +88,57 @@ def test_what_the_host_must_know_comes_in_one_copy() -> None:
             assert all(each.error is None for each in found)
         broken = Sampler(forbidden).sample(there[-1:].clone(), draws[-1:])
     assert broken[0].error is not None and broken[0].error.status == 500
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=3),
+    near=st.sampled_from([0.01, 0.3, 2.0]),
+    tolerance=st.sampled_from([0.05, 0.5, 50.0]),
+    read=st.booleans(),
+)
+def test_drafts_stand_at_the_price_that_they_have_on_a_cpu_to_the_bit(
+    seed: int, dtype: torch.dtype, kinds: list[dict[str, Any]], near: float, tolerance: float, read: bool
+) -> None:
+    """Of chains of four drafts and the row after them, whose tokens the host has `read` or not; in one copy."""
+    draw, vocab = torch.Generator().manual_seed(seed), 300
+    rows = torch.randn(5 * len(kinds), vocab, generator=draw, dtype=dtype) * 3
+    exits = rows + near * torch.randn(rows.shape, generator=draw, dtype=dtype)
+    exits[:, CLOSED] = -torch.inf
+    drafts = torch.randint(vocab - 20, (len(rows),), generator=draw) + 20
+    draws = [
+        Draw(Sampling(**kind), tokens=[50, 51, *range(60, 60 + i)], seed=seed + c, watched=c == 0)
+        for c, kind in enumerate(kinds)
+        for i in range(5)
+    ]
+
+    def settled(there: Any, chains: list[Chain], unread: Unread) -> list[tuple[Any, ...]]:
+        forbidden = torch.zeros(vocab, dtype=torch.bool)
+        forbidden[CLOSED] = True
+        sampler = Sampler(forbidden.to(there.device))
+        pretend_gpu.waited.clear()
+        found = sampler.sample(there, draws, chains, unread)
+        return [(one.token, one.spent, one.logprob and one.logprob.token, one.error) for one in found]
+
+    def chains_of(logits: Any, known: bool) -> tuple[list[Chain], Unread]:
+        chains, unread = list[Chain](), Unread()
+        for c in range(len(kinds)):
+            span, told = slice(5 * c, 5 * c + 4), list[int]()
+            there = () if known else tuple(drafts.to(logits.device)[span].unbind())
+            if known:
+                told += drafts[span].tolist()
+            else:
+                unread.add([*there], lambda numbers, told=told: told.extend(int(one) for (one,) in numbers))  # type: ignore[misc]
+            chains.append(Chain(5 * c, told, logits[span].unbind(), tolerance, 0.01, 3 + c, there))
+        return chains, unread
+
+    want = settled(rows.clone(), *chains_of(exits, True))
+    with pretended() as gpu:
+        got = settled(rows.clone().to(gpu), *chains_of(exits.to(gpu), read))
+        assert pretend_gpu.waited == ["tolist"]
+    assert got == want
 
 
 def test_a_nucleus_of_many_tokens_takes_a_second_copy_and_is_whole() -> None:
