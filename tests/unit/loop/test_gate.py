@@ -15,6 +15,7 @@ import torch
 from shoal import Model, presets
 from shoal.api.requests import guide_of
 from shoal.cli import main
+from shoal.data.batches import spaced
 from shoal.data.chats.heldout import Question, questions
 from shoal.engine.engine import Engine
 from shoal.engine.events import Completion, Finished, Guide, Request, Sampling
@@ -196,8 +197,11 @@ def with_router(folder: Path, name: str, *, deep: bool = False) -> Path:
     return saved(folder / name, model)
 
 
-def test_a_router_that_loses_more_runs_deeper_or_is_gone_is_stopped(place: Path, tmp_path: Path) -> None:
+def test_a_router_that_loses_more_runs_deeper_or_is_gone_is_stopped(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`shallow` takes the first exit, which in a random model loses nothing that its calibration would not allow."""
+    monkeypatch.setattr(costs, "MOST", 2 * costs.LEAST)  # each look runs all of them through two models
     shallow, deep = with_router(tmp_path, "shallow"), with_router(tmp_path, "deep", deep=True)
     known = {name: Model.load(path) for name, path in (("shallow", shallow), ("deep", deep))}
     asked = questions(place / "kept" / "shop.jsonl", known["deep"].tokenizer, known["deep"].config, DEFAULT_TEMPLATE)
@@ -212,7 +216,10 @@ def test_a_router_that_loses_more_runs_deeper_or_is_gone_is_stopped(place: Path,
     first = known["deep"].config.exits[0] / known["deep"].config.layers
     assert deeper["router, layers"] == ("fail", pytest.approx(1 / first)) and deeper["router, loss"][0] == "pass"
     lost = status(known["shallow"], known["deep"])["router, loss"]
-    rows = {task: [Heldout(one.row, one.group) for one in some[: costs.MOST]] for task, some in asked.items()}
+    rows = {
+        task: [Heldout(some[place].row, some[place].group) for place in spaced(len(some), costs.MOST)]
+        for task, some in asked.items()
+    }
     wanted = measured(known["shallow"].net, rows).gaps[:, 0].mean()
     assert lost[1] is not None and abs(lost[1] - float(wanted)) < 0.05
     bare = Model.load(place / "stable")

@@ -57,6 +57,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "exit_ffn": 24,
     },
 }
+TOKENS = 12  # of an answer: each of three begins one page more
 
 
 def model_of(shape: dict[str, Any], dtype: torch.dtype = torch.float64) -> Model:
@@ -77,8 +78,8 @@ def model_of(shape: dict[str, Any], dtype: torch.dtype = torch.float64) -> Model
 def test_the_paged_engine_gives_what_the_whole_forward_gives(name: str) -> None:
     model = model_of(SHAPES[name])
     prompts = ["The depth of a fish", "The depth of a fish is its own, and so is that of a whale.", "x"]
-    wanted = [model.generate_naive(prompt, 24, ignore_eos=True) for prompt in prompts]
-    sampling = Sampling(max_tokens=24, temperature=0, ignore_eos=True, speculative=2)
+    wanted = [model.generate_naive(prompt, TOKENS, ignore_eos=True) for prompt in prompts]
+    sampling = Sampling(max_tokens=TOKENS, temperature=0, ignore_eos=True, speculative=2)
     engine = Engine(model, units=400, max_batch_tokens=48)
     for _ in range(2):  # once more out of the prefix cache
         answers = engine.generate([Request(prompt, sampling, depth="full") for prompt in prompts])

@@ -97,12 +97,12 @@ def test_the_promise_is_kept_in_nineteen_calibrations_of_twenty(monkeypatch, wid
     router, tolerance, above = copy.deepcopy(wide), 0.1, {True: 0, False: 0}
     every, bounds = torch.cat([(gaps + gaps.mean(0)) / 2, torch.zeros(len(gaps), 1)], dim=1), wide(x)[1]
     draws = torch.Generator().manual_seed(0)
-    for _ in range(100):
+    for draw in range(100):
         groups = torch.arange(120) % kinds
         at = torch.randint(0, len(x), (120,), generator=draws)
         shared = torch.randint(0, len(x), (kinds,), generator=draws)[groups]
         lost = (gaps[at] + gaps[shared]) / 2
-        for sure in above:
+        for sure in (True, False)[: 1 + (draw < 40)]:  # without the bound the fewer show it
             router.calibration = Calibration()
             with monkeypatch.context() as patch:
                 if not sure:
@@ -111,7 +111,8 @@ def test_the_promise_is_kept_in_nineteen_calibrations_of_twenty(monkeypatch, wid
             within = bounds <= dict(router.calibration.thresholds)[tolerance]
             chosen = torch.cat([within, torch.ones(len(x), 1, dtype=torch.bool)], dim=1).float().argmax(1)
             above[sure] += float(every[torch.arange(len(x)), chosen].mean()) > tolerance
-    assert above[True] <= 10 < 20 <= above[False], above
+    assert above[True] <= 10, above
+    assert above[False] >= 8, "a fifth of those"
 
 
 def test_one_group_alone_makes_nobody_sure():
