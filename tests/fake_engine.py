@@ -6,7 +6,7 @@ noted, and whose numbers are made up. Kernels of ours note what they are given, 
     python -m tests.fake_engine LIBRARY CASE...
 
 prints a line of JSON: of each case what was found, or the error that ended it. A case is PRESET, PRESET:int8, PRESET:KIND (D or
-S, of all layers), or PRESET:FAULT.
+S, of all layers), or PRESET:FAULT. Of int8, D and S there are two layers a group: sizes of a whole model follow from the first.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(library: str, *cases: str) -> None:
     for name in ("libc10", "libtorch_cpu"):
         ctypes.CDLL(f"{TORCH}/lib/{name}.so", mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(library)
-    for name in ("torch._subclasses.fake_tensor", "shoal.engine.engine", "PIL.Image"):
+    for name in ("torch._subclasses.fake_tensor", "torch._dynamo", "shoal.engine.engine", "PIL.Image"):
         importlib.import_module(name)
     print(json.dumps({case: _in_a_copy(*case.partition(":")[::2]) for case in cases}), flush=True)
 
@@ -72,6 +72,8 @@ def _served(preset: str, fault: str) -> dict[str, Any]:
     from shoal.model.router import Router
 
     c = presets.get(preset).model
+    if fault in ("int8", "D", "S"):
+        c = dataclasses.replace(c, layers=8)
     if fault == "int8":
         c = dataclasses.replace(c, quantization="w8a8")
     if fault in ("D", "S"):
@@ -137,7 +139,7 @@ def _engine(model: Any) -> Any:
         ):
             stack.enter_context(mock.patch.object(where, name, instead))
         # of a small model a GPU holds more units than a host should list
-        return Engine(model, max_batch=8, units=None if model.config.layers > 20 else 4000)
+        return Engine(model, max_batch=8, units=None if model.config.layers > 20 else 40_000)
 
 
 def _asked(c: Any) -> list[Any]:
@@ -240,12 +242,12 @@ def there(watch: Watch, fault: str) -> Iterator[None]:
     import torch
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
     from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves, tree_map
 
     import shoal.model.gpu
     from shoal.model import int8, linears, sending
     from shoal.model.gpu import launch
     from shoal.model.net import Net
+    from tests.trees import tree_leaves, tree_map
 
     def pinned(x: Any) -> Any:
         found = x.clone()

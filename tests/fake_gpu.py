@@ -7,10 +7,11 @@ nothing, and must be loaded before torch: so this is a program of its own. It pr
 
     python -m tests.fake_gpu LIBRARY PRESET TOKENS [WAY]
 
-WAY: float32, sparse, compile, int8, taught, preferences or images; or shards, where this is the first of two ranks, and the
-other says nothing (torch's fake process group); or a fault that is to be found: leak, sync; and, of shards, norm, logits,
-softmax or sums. Without a preset it reads `FILE PRESET TOKENS [WAY]` from lines of its input. Each is done by a copy of this
-process, which has imported torch, and writes what it says to FILE; its exit status is answered by a line.
+PRESET is a name, or NAME/LAYERS for a model of its shapes with fewer of them. WAY: float32, sparse, compile, int8, taught,
+preferences or images; or shards, where this is the first of two ranks, and the other says nothing (torch's fake process group);
+or a fault that is to be found: leak, sync; and, of shards, norm, logits, softmax or sums. Without a preset it reads `FILE PRESET
+TOKENS [WAY]` from lines of its input. Each is done by a copy of this process, which has imported torch, and writes what it says
+to FILE; its exit status is answered by a line.
 """
 
 from __future__ import annotations
@@ -62,7 +63,11 @@ FREE = (
     "aten.detach", "aten.alias", "aten.lift_fresh", "aten.empty", "aten.new_empty", "aten.empty_like",
     "aten.empty_strided", "aten.record_stream",
 )  # fmt: skip  # operators that launch nothing, beside views
-NEEDED = ("parallel", "checkpoint", "loss", "optim", "snapshot", "start", "step")  # modules of shoal.train
+# what an update would import first, once for all copies: half a second of each was torch's
+NEEDED = (
+    *(f"shoal.train.{name}" for name in ("parallel", "checkpoint", "loss", "optim", "snapshot", "start", "step")),
+    "numba", "torch._dynamo", "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes",
+)  # fmt: skip
 # what one of our operators launches itself; its operators of torch are counted apart, from its fake
 OURS = {"near": 1, "near_back": 4, "choose": 2, "chosen": 5, "chosen_back": 21}
 
@@ -83,7 +88,7 @@ def main(library: str, *asked: str) -> None:
         _say(*asked)
         return
     for name in NEEDED:
-        importlib.import_module(f"shoal.train.{name}")
+        importlib.import_module(name)
     for line in sys.stdin:
         file, *asked = line.split()
         print(_in_a_copy(file, *asked), flush=True)
@@ -182,7 +187,11 @@ def _update(preset: str, length: int, fault: str) -> dict[str, Any]:
     from shoal.train.start import whole_tensors
 
     mode, device = FakeTensorMode(), torch.device("cuda:0")
-    c, train = presets.get(preset).model, presets.get(preset).train
+    name, _, layers = preset.partition("/")
+    c, train = presets.get(name).model, presets.get(name).train
+    if layers:
+        c = dataclasses.replace(c, layers=int(layers))
+        train = dataclasses.replace(train, exit_weights=train.exit_weights[-len(c.exits) :])
     if fault == "sparse":
         c = dataclasses.replace(c, attn_pattern="S", dense_length=length // 4)
     found: dict[str, Any] = {"reads": 0, "largest": 0, "largest_of": "", "kinds": {}}

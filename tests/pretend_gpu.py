@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+
+from tests.trees import tree_leaves, tree_map
 
 from shoal.model import sending
 

@@ -1,4 +1,5 @@
-"""The bounded form of `python -m tests.fuzz`: a few rounds of each kind, beside two threads that compress."""
+"""The bounded form of `python -m tests.fuzz`: a few rounds of each kind beside a thread that compresses, as it takes as long as
+they do; more beside two are a drill. Kernels beside four: `tests/unit/model/test_lifetimes.py`."""
 
 from __future__ import annotations
 
@@ -8,16 +9,17 @@ import pytest
 
 from tests import fuzz
 
-ROUNDS = 10
+ROUNDS = ((range(10), 1), pytest.param(range(10, 30), 2, marks=pytest.mark.drill))  # their seeds, threads beside them
 
 
+@pytest.mark.parametrize(("rounds", "beside"), ROUNDS, ids=["few", "more"])
 @pytest.mark.parametrize("kind", fuzz.KINDS)
-def test_whatever_happens_the_engines_say_what_the_oracle_says(kind: fuzz.Kind) -> None:
+def test_whatever_happens_the_engines_say_what_the_oracle_says(kind: fuzz.Kind, rounds: range, beside: int) -> None:
     seen = Counter[str]()
     for page in fuzz.PAGES:
         fuzz.asked(kind, page, 6)  # before the threads: with nothing beside it
-    with fuzz.busy(2):
-        for seed in range(ROUNDS):
+    with fuzz.busy(beside):
+        for seed in rounds:
             seen += fuzz.Round(kind, seed, 6).run()
     for what in (
         "stop",

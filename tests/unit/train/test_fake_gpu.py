@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 LENGTH = 16_384
+FEW = "350m/4"  # a layer in each group: where one says what is asked, 24 say no more
 
 
 Run = Callable[..., tuple[int, str]]
@@ -86,13 +87,13 @@ def test_products_are_bf16_and_what_decides_is_fp32(long_row: dict[str, Any]) ->
 
 
 def test_a_layer_launches_as_many_kernels_at_any_length(run: Run, long_row: dict[str, Any]) -> None:
-    """Before torch.compile, which joins most of them; docs/benchmarks/gpu.md says so."""
-    assert long_row["forward"] == found(run, "350m", 4096)["forward"] == 64
+    """And of any number of layers. Before torch.compile, which joins most of them; docs/benchmarks/gpu.md says so."""
+    assert long_row["forward"] == found(run, FEW, 4096)["forward"] == 64
 
 
 def test_all_layers_of_a_kind_are_compiled_as_one_graph(run: Run) -> None:
-    """24 of them in two micro-batches, with the three operators of attention in it; nothing is read or moved more."""
-    row = found(run, "350m", LENGTH, "compile")
+    """In two micro-batches, with the three operators of attention in it; nothing is read or moved more."""
+    row = found(run, FEW, LENGTH, "compile")
     assert row["graphs"] == row["reads"] == 1 and row["devices"] == ["cuda:0"]
     assert {"shoal.near", "shoal.choose", "shoal.chosen"} <= {
         name.removesuffix(".default") for name in row["operators"]
@@ -113,7 +114,7 @@ def test_so_does_every_other_way_to_train(run: Run, way: str) -> None:
 
 def test_sparse_layers_make_no_t_times_t_either(run: Run) -> None:
     """With the gradient of their biases; shares of both sums of exp in fp32."""
-    row = found(run, "350m", LENGTH, "sparse")
+    row = found(run, FEW, LENGTH, "sparse")
     assert row["reads"] == 1 and row["devices"] == ["cuda:0"] and row["largest"] < LENGTH**2
     assert "mm" in row["largest_of"] and row["kinds"]["aten.sigmoid_backward"] == ["float32 -> float32"]
     assert row["kinds"]["shoal.chosen_back"] == ["bfloat16 -> bfloat16"]
