@@ -278,7 +278,7 @@ def root(shards: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """The folder of all runs, with those of one process, whose names are those with ``alone``."""
     root = tmp_path_factory.mktemp("ranks")
     model = Path(fit(plan(shards, root / "alone", steps=4)).out)
-    for name, more in {"odd": ODD, "int8": INT8, "long": LONG, "moved": MOVED, "muon": {"optimizer": "muon"}}.items():
+    for name, more in {"odd": ODD, "int8": INT8, "long": LONG, "muon": {"optimizer": "muon"}}.items():
         fit(plan(shards, root / f"alone-{name}", **more))
     for name, more in {"chats": {}, "lora": LORA}.items():
         fit(tune(chats, model, root / f"alone-{name}", 1, **more))
@@ -294,7 +294,8 @@ def two(root: Path, shards: Path, chats: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def more(root: Path, shards: Path, chats: Path) -> Path:
-    """`root` with the runs of more processes too."""
+    """`root` with the runs of more processes too, and the one of a single process that they alone are held to."""
+    fit(plan(shards, root / "alone-moved", **MOVED))
     return by("more", root, shards, chats)
 
 
