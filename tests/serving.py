@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, routing
 from fastapi._compat import v2
 from pydantic import TypeAdapter
 
@@ -79,8 +79,10 @@ def _where(loop: asyncio.AbstractEventLoop) -> str:
 @pytest.fixture(scope="session", autouse=True)
 def one_validator_of_a_kind() -> Iterator[None]:
     """FastAPI makes the validators of an app's routes for each app anew, 290 of 37 kinds, which takes nine tenths of the time
-    of making one. The hundreds of apps that tests make share theirs."""
+    of making one; and what describes each of its answers, which takes two thirds of the rest. The hundreds of apps that tests
+    make share theirs."""
     make, known = v2.TypeAdapter, dict[object, TypeAdapter[Any]]()
+    describe, described = routing.create_model_field, dict[object, v2.ModelField]()
 
     def kept(kind: Any, *, config: Any = None) -> TypeAdapter[Any]:
         of, *more = get_args(kind)
@@ -89,6 +91,13 @@ def one_validator_of_a_kind() -> Iterator[None]:
             known[key] = make(kind, config=config)
         return known[key]
 
+    def answer(*, name: str, type_: Any, mode: Any) -> v2.ModelField:
+        key = name, type_, repr(type_), mode
+        if key not in described:
+            described[key] = describe(name=name, type_=type_, mode=mode)
+        return described[key]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(v2, "TypeAdapter", kept)
+        patch.setattr(routing, "create_model_field", answer)
         yield
