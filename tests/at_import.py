@@ -42,3 +42,8 @@ def one_thread(torch: ModuleType) -> None:
 def measured_once(meter: ModuleType) -> None:
     """The rate of matrix products, for which each run of training would compute for a tenth of a second."""
     meter.matmul_rate = cache(meter.matmul_rate)
+
+
+def read_once(run: ModuleType) -> None:
+    """What the package's sources add up to, for which each run of training would read all five hundred of them."""
+    run.code_version = cache(run.code_version)

@@ -9,13 +9,17 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import budget
-from tests.at_import import AtImport, measured_once, one_thread
+from tests.at_import import AtImport, measured_once, one_thread, read_once
 from tests.neighbours import end_what_is_not_asked_for, scheduler
 
 # Nothing is timed: a busy machine must not fail a test.
 settings.register_profile("shoal", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shoal")
-sys.meta_path[:0] = [AtImport("torch", one_thread), AtImport("shoal.train.meter", measured_once)]
+sys.meta_path[:0] = [
+    AtImport("torch", one_thread),
+    AtImport("shoal.train.meter", measured_once),
+    AtImport("shoal.train.run", read_once),
+]
 gc.disable()  # until all is imported, of which nothing goes again
 
 
