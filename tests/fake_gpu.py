@@ -9,9 +9,9 @@ nothing, and must be loaded before torch: so this is a program of its own. It pr
 
 PRESET is a name, or NAME/LAYERS for a model of its shapes with fewer of them. WAY: float32, sparse, compile, int8, taught,
 preferences or images; or shards, where this is the first of two ranks, and the other says nothing (torch's fake process group);
-or a fault that is to be found: leak, sync; and, of shards, norm, logits, softmax or sums. Without a preset it reads `FILE PRESET
-TOKENS [WAY]` from lines of its input. Each is done by a copy of this process, which has imported torch, and writes what it says
-to FILE; its exit status is answered by a line.
+or a fault that is to be found: leak, sync; and, of shards, norm, logits, softmax or sums. Without a preset it reads
+`FILE PRESET TOKENS [WAY]` from lines of its input. Each is done by a copy of this process, which has imported torch, and writes
+what it says to FILE; its exit status is answered by a line.
 """
 
 from __future__ import annotations

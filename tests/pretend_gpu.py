@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.trees import tree_leaves, tree_map
-
 from shoal.model import sending
+from tests.trees import tree_leaves, tree_map
 
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
 _aten = torch.ops.aten

@@ -606,8 +606,8 @@ class TestPydanticAi:
 
 
 def test_guidellm_measures_every_request(service: Service, tmp_path: Path) -> None:
-    """It asks for the usage in each chunk of a stream, and counts tokens by it. Answers end at 8 tokens and not before: it draws
-    them, a random model ends one in 200 with no word, and what has neither word nor token it counts as an error."""
+    """It asks for the usage in each chunk of a stream, and counts tokens by it. Answers end at 8 tokens and not before: drawn
+    of a random model, one in 200 has no word, and what has neither word nor token it counts as an error."""
     service.until_idle()  # what a test before has left would fill the queue
     command, data, out = guidellm(), tmp_path / "data.jsonl", tmp_path / "out.json"
     data.write_text("".join(json.dumps({"prompt": f"How deep is sea {number}?"}) + "\n" for number in range(4)))
