@@ -5,8 +5,8 @@ What these rows are is not known before, but where they stand is. So on a CPU al
 request has an adapter, the runner drafts by steps of its own instead.
 
 On a device a draft is embedded, and verified, where it was drawn: the host starts all of a step's launches and reads drafts and
-tokens in one copy (`Rounds`). It must know each draft before the next where that is drawn by which tokens there are: grammars,
-penalties, banned runs.
+tokens in one copy (`Rounds`). It must know each draft before the next where a grammar says which tokens may follow: that is
+found on the host.
 
 None of these rows is a patch of an image: a prompt ends with none, and no answer holds any.
 
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from shoal.engine.device import Unread
-from shoal.engine.penalties import by_length
 from shoal.engine.plan import Work
 from shoal.engine.running import Running
 from shoal.engine.sampler import Sampler
@@ -44,13 +43,12 @@ class Drafted:
 
     tokens: list[int] = field(default_factory=list)
     exits: list[Tensor] = field(default_factory=list)
-    there: list[Tensor] = field(default_factory=list)
 
     def chain(self, first: int, work: Work) -> Chain:
         """To be settled in the rows from `first` on of what is sampled, those of the verification `work`."""
         running = work.running
         answered = work.start + 1 - running.prompt_len
-        return Chain(first, self.tokens, self.exits, running.tolerance or 0.0, running.spent, answered, self.there)
+        return Chain(first, self.tokens, self.exits, running.tolerance or 0.0, running.spent, answered, running.there)
 
 
 @dataclass
@@ -108,7 +106,7 @@ class Rounds:
         """For what `works` draft; None where the host must know each draft before the next."""
         if device.type == "cpu":
             return None
-        return cls() if all(by_length(work.running) for work in works if work.drafts) else None
+        return cls() if all(work.running.grammar is None for work in works if work.drafts) else None
 
     @property
     def newest(self) -> Tensor | None:
@@ -122,11 +120,11 @@ class Rounds:
         kept = [(row, each.drafted) for row, each in enumerate(drafters) if each.drafted is not None]
         if kept:
             laws = logits[sent([row for row, _ in kept], logits.device)]
-            for law, (row, drafted) in zip(laws, kept, strict=True):
+            for law, (_, drafted) in zip(laws, kept, strict=True):
                 drafted.exits.append(law)
-                drafted.there.append(tokens[row])
-        for each in drafters:
+        for row, each in enumerate(drafters):
             each.ahead.tokens.append(self.UNKNOWN)
+            each.ahead.there.append(tokens[row])
 
     def wait_in(self, unread: Unread) -> None:
         """When what is `unread` comes, all who drafted get their drafts, each up to one that ends its answer or could not be
@@ -136,6 +134,7 @@ class Rounds:
     def _came(self, numbers: list[list[float]]) -> None:
         for each in self._rounds[0][0] if self._rounds else ():  # whoever drafts does so in the first
             del each.ahead.tokens[each.work.start + 1 :]
+            each.ahead.there = []
         for (drafters, *_), tokens, highest in zip(self._rounds, numbers[::2], numbers[1::2], strict=True):
             for row, each in enumerate(drafters):
                 if not each.over:

@@ -110,7 +110,7 @@ class Sampler:
 
     def propose(self, logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
         """As `sample`, for drafts that stay on their device: a token [R] and the largest logit [R, 1] of each row of `logits`
-        [R, V], which the host does not wait for. Only for those whose tokens need not be known (`by_length`). Where the
+        [R, V], which the host does not wait for. Not for those with a grammar. Where the
         likeliest `filters.CANDIDATES_THERE` are not enough for a top-p the draft is one of these, and may be another one than
         `sample` draws: it is verified."""
         self._close(logits)

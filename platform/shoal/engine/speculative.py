@@ -20,6 +20,8 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from shoal.engine.events import Sampling
 from shoal.engine.guided import Grammar
 from shoal.engine.plan import Sampled, Work
@@ -29,7 +31,7 @@ from shoal.engine.running import Running
 def ahead_of(running: Running, tokens: list[int]) -> Running:
     """A copy of `running` as it would be if its tokens were `tokens`, for the runner and the sampler."""
     ahead = copy.copy(running)
-    ahead.tokens, ahead.holding = tokens, running.holding.ahead(tokens)
+    ahead.tokens, ahead.holding, ahead.there = tokens, running.holding.ahead(tokens), []
     return ahead
 
 
@@ -39,6 +41,7 @@ class Place:
     long, for each row that is verified."""
 
     tokens: list[int]
+    there: Sequence[Tensor]
     prompt_len: int
     seed: int
     watched: bool
@@ -49,7 +52,8 @@ class Place:
     def of(cls, running: Running, count: int) -> Place:
         """`running` with `count` tokens."""
         tokens, grammar = running.tokens[:count], running.grammar
-        return cls(tokens, running.prompt_len, running.seed, running.watched, running.sampling, grammar)
+        there = running.there[: max(0, count - len(running.tokens) + len(running.there))]
+        return cls(tokens, there, running.prompt_len, running.seed, running.watched, running.sampling, grammar)
 
 
 def verification(work: Work, ahead: Running) -> Work:

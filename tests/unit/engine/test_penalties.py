@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from shoal import Engine
 from shoal.engine import naive
 from shoal.engine.events import Request, Sampling
+from shoal.engine.penalties import adjust
 from shoal.engine.sampler import Sampler
 from tests.unit.engine.lively import lively
 
@@ -28,6 +31,7 @@ class Draw:
     seed: int = 0
     grammar: None = None
     watched: bool = False
+    there: Sequence[torch.Tensor] = ()
 
 
 @given(
@@ -84,11 +88,39 @@ def test_a_banned_run_of_tokens_is_never_completed_by_the_answer(
         assert logit == (-float("inf") if token in closed else row[token])
 
 
+RUNS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), max_size=5)
+ROWS = st.tuples(
+    TOKENS.filter(bool), st.lists(st.integers(0, 2), min_size=1, max_size=6), st.integers(0, 6),
+    st.sampled_from([1.0, 0.5, 1.7]), st.sampled_from([0.0, 0.8, -1.5]), st.sampled_from([0.0, 0.3, -0.4]), RUNS,
+)  # fmt: skip
+
+
+@given(rows=st.lists(ROWS, min_size=1, max_size=4), seed=st.integers(0, 9), double=st.booleans())
+def test_what_the_host_has_not_read_changes_logits_as_what_it_has(rows: list[Any], seed: int, double: bool) -> None:
+    """To the bit, whichever of the answer's last tokens lie elsewhere; of these `tokens` holds others."""
+    kind = torch.float64 if double else torch.float32
+    logits = torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(seed)).to(kind) * 3
+    known, unread = list[Draw](), list[Draw]()
+    for prompt, answer, count, repetition, presence, frequency, runs in rows:
+        sampling = Sampling(
+            repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency, banned=runs
+        )
+        known.append(Draw(sampling, [*prompt, *answer], len(prompt)))
+        there = [torch.tensor(token) for token in answer[max(0, len(answer) - count) :]] if count else []
+        tokens = [*prompt, *answer[: len(answer) - len(there)], *[11] * len(there)]
+        unread.append(replace(known[-1], tokens=tokens, there=there))
+    want, got = logits.clone(), logits.clone()
+    adjust(want, known, [])
+    adjust(got, unread, [])
+    assert torch.equal(got, want)
+
+
 def test_where_all_tokens_are_banned_the_request_is_at_fault_and_not_the_model() -> None:
     sampling = Sampling(temperature=0, banned=[[token] for token in range(VOCAB)])
     logits = torch.zeros(1, VOCAB, dtype=torch.float64)
-    (sampled,) = Sampler(torch.zeros(VOCAB, dtype=torch.bool)).sample(logits, [Draw(sampling, [1], 1)])
-    assert sampled.error is not None and (sampled.error.status, sampled.error.param) == (400, "banned")
+    for draw in (Draw(sampling, [1], 1), Draw(sampling, [1, 0], 1, there=[torch.tensor(5)])):
+        (sampled,) = Sampler(torch.zeros(VOCAB, dtype=torch.bool)).sample(logits.clone(), [draw])
+        assert sampled.error is not None and (sampled.error.status, sampled.error.param) == (400, "banned")
 
 
 def test_banned_runs_and_kept_stops_are_the_oracle_s_with_drafts_too() -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import math
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -292,6 +293,7 @@ class Draw:
     prompt_len: int = 2
     grammar: Grammar | None = None
     watched: bool = False
+    there: Sequence[torch.Tensor] = ()
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_p=0.9), Sampling(top_k=5)])
