@@ -124,7 +124,7 @@ class Rounds:
                 drafted.exits.append(law)
         for row, each in enumerate(drafters):
             each.ahead.tokens.append(self.UNKNOWN)
-            each.ahead.there.append(tokens[row])
+            each.ahead.there = [*each.ahead.there, tokens[row]]
 
     def wait_in(self, unread: Unread) -> None:
         """When what is `unread` comes, all who drafted get their drafts, each up to one that ends its answer or could not be
@@ -134,7 +134,7 @@ class Rounds:
     def _came(self, numbers: list[list[float]]) -> None:
         for each in self._rounds[0][0] if self._rounds else ():  # whoever drafts does so in the first
             del each.ahead.tokens[each.work.start + 1 :]
-            each.ahead.there = []
+            each.ahead.there = ()
         for (drafters, *_), tokens, highest in zip(self._rounds, numbers[::2], numbers[1::2], strict=True):
             for row, each in enumerate(drafters):
                 if not each.over:

@@ -23,12 +23,13 @@ class Draw(Protocol):
     """What the sampler needs to know of a request (`engine.running.Running` is one)."""
 
     tokens: list[int]  # the prompt, then the answer
-    there: Sequence[
-        Tensor
-    ]  # the last of these, each [], where the host has not read them; `tokens` has something else there
     prompt_len: int
     seed: int
     watched: bool
+
+    @property
+    def there(self) -> Sequence[Tensor]:
+        """The last tokens, each [], where the host has not read them; `tokens` holds something else in their places."""
 
     @property
     def sampling(self) -> Sampling: ...

@@ -382,3 +382,4 @@ class _Anybody:
     seed: int = 0
     grammar: None = None
     watched: bool = True
+    there: Sequence[Tensor] = ()

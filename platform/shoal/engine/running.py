@@ -47,9 +47,7 @@ class Running:
     turn: int = 0  # its place among its client's requests (`shares`)
     holding: Holding = field(init=False)
     grammar: Grammar | None = None  # of a guided answer
-    there: list[Tensor] = field(
-        default_factory=list
-    )  # of a copy that drafts: its last tokens, unread (`drafts.Rounds`)
+    there: Sequence[Tensor] = ()  # of a copy that drafts: its last tokens, unread (`drafts.Rounds`)
     told: int | None = None  # the answer's next token, where another engine gave it already: not told again
     tolerance: float | None = None  # nats a token that it may lose by drafts; None: full depth does not look at it
     spent: float = 0.0  # nats so far

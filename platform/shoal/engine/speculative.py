@@ -31,7 +31,7 @@ from shoal.engine.running import Running
 def ahead_of(running: Running, tokens: list[int]) -> Running:
     """A copy of `running` as it would be if its tokens were `tokens`, for the runner and the sampler."""
     ahead = copy.copy(running)
-    ahead.tokens, ahead.holding, ahead.there = tokens, running.holding.ahead(tokens), []
+    ahead.tokens, ahead.holding = tokens, running.holding.ahead(tokens)
     return ahead
 
 
