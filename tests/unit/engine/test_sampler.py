@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,7 @@ class Draw:
     seed: int = 0
     grammar: Grammar | None = None
     watched: bool = False
+    there: Sequence[torch.Tensor] = ()
 
 
 def sampler() -> Sampler:

@@ -137,9 +137,8 @@ class Card:
         rows = default_rows(self.config, GPU, torch.bfloat16, share)
         needs = Needs.of(cast(Any, net), self.config, rows, GPU, torch.bfloat16)
         try:
-            taken = (
-                default_units(self.config, 8, self.unit, GPU, share, needs) * self.unit
-            )  # the null unit is one of them
+            # the null unit is one of them
+            taken = default_units(self.config, 8, self.unit, GPU, share, needs) * self.unit
         except ResourceError:
             self.gone(0, process)
             raise
