@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,9 +87,14 @@ def test_products_are_bf16_and_what_decides_is_fp32(long_row: dict[str, Any]) ->
     assert kinds["shoal.choose"] == ["float32 -> int32"] and long_row["states"] == ["torch.float32"]
 
 
-def test_a_layer_launches_as_many_kernels_at_any_length(run: Run, long_row: dict[str, Any]) -> None:
-    """And of any number of layers. Before torch.compile, which joins most of them; docs/benchmarks/gpu.md says so."""
-    assert long_row["forward"] == found(run, FEW, 4096)["forward"] == 64
+def test_a_layer_launches_as_many_kernels_as_the_page_says(run: Run, long_row: dict[str, Any]) -> None:
+    """In any number of layers, and at any length but for two of each further strip of scores. Before torch.compile, which joins
+    most of them."""
+    long, short = long_row["forward"], found(run, FEW, 4096)["forward"]
+    assert (long, short) == (68, 66)
+    page = " ".join(Path("docs/benchmarks/gpu.md").read_text().split())
+    assert f"joins the operators between | some 1,500 | {long} of 350m |" in page
+    assert f"at 4,096 tokens, where they are one, {short} (" in page
 
 
 def test_all_layers_of_a_kind_are_compiled_as_one_graph(run: Run) -> None:

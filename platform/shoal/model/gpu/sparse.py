@@ -195,9 +195,7 @@ def _choose(q: Tensor, summaries: Tensor, ends: Tensor, many: Tensor, top_k: int
     group, exact = heads // kv_heads, launch._exact(q)
     padded = launch._power(group, 1)
     # summaries are fp32 where q is bf16
-    tall, tile = _tiles(summaries.shape[-1], summaries)
-    each = max(1, tall // padded)
-    strip = min(length, max(each, SCORED // (rows * kv_heads * blocks) // each * each))
+    tile, (each, strip) = _tiles(summaries.shape[-1], summaries)[1], _strip(q, summaries)
     scores = q.new_empty(rows, kv_heads, strip, blocks, dtype=summaries.dtype)
     for first in range(0, length, strip):
         count = min(strip, length - first)
@@ -348,6 +346,15 @@ def _tiles(size: int, x: Tensor) -> tuple[int, int]:
     each, most = launch._power(size) * x.element_size(), 16 if launch._exact(x) else MOST
     held, read = (max(16, min(most, size // each)) for size in (HELD, READ))
     return held, read
+
+
+def _strip(q: Tensor, summaries: Tensor) -> tuple[int, int]:
+    """How many queries of q [B, T, H, d] one program scores by summaries [B, N, Hk, m], and how many one launch: no more than
+    SCORED scores, of all rows."""
+    (rows, length, heads, _), (blocks, kv_heads) = q.shape, summaries.shape[1:3]
+    tall, _ = _tiles(summaries.shape[-1], summaries)
+    each = max(1, tall // launch._power(heads // kv_heads, 1))
+    return each, min(length, max(each, SCORED // (rows * kv_heads * blocks) // each * each))
 
 
 def _shape(q: Tensor, k: Tensor, *, of_keys: bool = False) -> dict[str, Any]:
