@@ -289,7 +289,7 @@ def test_graphs_are_by_default_where_one_depth_is_served(
         patch.setattr(launch, "attend", refuses)
         assert support(config) == AttentionCGSupport.NEVER
     assert "go on without Triton's kernels: PassManager::run failed" in caplog.text
-    launch.able.cache_clear()
+    launch.GIVEN_UP.clear()
     monkeypatch.setattr(launch, "ON", {"cuda"})
     assert support(config) == AttentionCGSupport.NEVER
 
