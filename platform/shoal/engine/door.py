@@ -15,10 +15,10 @@ from shoal.errors import DeadlineError, QueueFullError, RequestError
 
 
 class Door:
-    """Refuses by what the pool holds and what `pace` has measured; `rows` are those of a step."""
+    """Refuses by what the pool holds and what `pace` has measured."""
 
-    def __init__(self, pages: Pages, pace: Pace, metrics: Metrics, rows: int) -> None:
-        self._pages, self._pace, self._metrics, self._rows = pages, pace, metrics, rows
+    def __init__(self, pages: Pages, pace: Pace, metrics: Metrics) -> None:
+        self._pages, self._pace, self._metrics = pages, pace, metrics
         self._turned_away = 0  # requests refused for a full queue, less those admitted since
         self._deadlines: list[tuple[float, int, str]] = []  # when, and whose: a request's number and id
 
@@ -53,10 +53,11 @@ class Door:
             raise self.full(live)
         return last
 
-    def must_be_in_time(self, running: Running, ahead: int) -> None:
-        """Raises DeadlineError for a request that `ahead` others come before, where its deadline is out of reach."""
+    def must_be_in_time(self, running: Running, ahead: int, rows: int) -> None:
+        """Raises DeadlineError for a request that `ahead` others come before, where its deadline is out of reach; `rows`: of a
+        step, which may get fewer."""
         deadline = running.request.deadline
-        if deadline is not None and (soonest := self._soonest(running, ahead)) > deadline:
+        if deadline is not None and (soonest := self._soonest(running, ahead, rows)) > deadline:
             self._metrics.refused += 1
             raise DeadlineError(
                 "the deadline is out of reach", param="deadline", got=deadline,
@@ -78,11 +79,11 @@ class Door:
         self._pace.enters(now, waiting)
         self._turned_away = max(0, self._turned_away - 1)
 
-    def _soonest(self, running: Running, ahead: int) -> float:
+    def _soonest(self, running: Running, ahead: int, most: int) -> float:
         """Seconds that `running` must expect to wait for its first token: those before it in the queue, then its prompt through
-        the groups that it is known to need. 0 while nothing has been measured."""
+        the groups that it is known to need, `most` rows a step. 0 while nothing has been measured."""
         holding = running.holding
         holding.extend_keys(self._pages)
         rows = max(1, len(running.tokens) - self._pages.peek(0, holding.keys)[0] * holding.page)
-        groups, steps = running.groups or 1, -(-rows // self._rows)
+        groups, steps = running.groups or 1, -(-rows // most)
         return (self._pace.wait(ahead) or 0.0) + (self._pace.seconds(groups * steps, groups * rows) or 0.0)

@@ -60,7 +60,7 @@ class Planning:
         self.metrics = Metrics()
         self.pace = Pace()
         self.judge = Audits(config, pages)
-        self._door = Door(pages, self.pace, self.metrics, max_batch_tokens)
+        self._door = Door(pages, self.pace, self.metrics)
         self._drafting = Drafting(
             speculative, speculative_max_batch, able=len(config.exits) > 1, cheap=config.exits[0] / config.layers
         )

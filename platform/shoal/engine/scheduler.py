@@ -81,7 +81,7 @@ class Scheduler(Planning):
         last = self._door.gives_place(running, self.running, self.waiting, len(self._live)) if full else None
         places = sum(may_wait(running) or not may_wait(other) for other in self.running)  # that it cannot have at once
         before = bisect.bisect(self.waiting, running.order, key=by_order) + places
-        self._door.must_be_in_time(running, max(0, before - self.max_batch))
+        self._door.must_be_in_time(running, max(0, before - self.max_batch), self.max_batch_tokens)
         if last is not None:
             self._finish(last, "error", self._door.full(len(self._live)))
         self._live[running.id] = running  # from here on nothing can raise: a request is queued as a whole or not at all

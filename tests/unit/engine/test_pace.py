@@ -161,7 +161,7 @@ def test_a_refused_request_is_told_when_there_should_be_room() -> None:
 def test_who_was_turned_away_comes_back_for_the_places_that_are_free_by_then() -> None:
     pace, metrics = Pace(), Metrics()
     pace.wait = float  # type: ignore[assignment, method-assign]  # a second a place
-    door = Door(Pages(2), pace, metrics, rows=40)
+    door = Door(Pages(2), pace, metrics)
     assert [door.full(5).retry_after for _ in range(3)] == [1, 2, 3]
     door.passed(0.0, 1)
     assert door.full(5).retry_after == 3
@@ -199,6 +199,19 @@ def test_an_idle_engine_refuses_no_deadline_that_a_prompt_can_meet() -> None:
     assert end(h.run(), request).reason == "length"
 
 
+def test_where_steps_get_fewer_rows_a_deadline_counts_the_steps_that_a_prompt_takes_then() -> None:
+    """As once a GPU's kernels are given up (`Engine._fit_rows`): what came too late was let in, computed, and ended late."""
+    h = costly()
+    for i in range(WARM_UP + 1):
+        h.submit([50 + i], sampling=Sampling(max_tokens=3))
+        h.run()
+    request = h.submit(list(range(50, 130)), deadline=15.0, sampling=long(1))  # two steps, 11 seconds
+    assert end(h.run(), request).reason == "length"
+    h.scheduler.max_batch_tokens = 16
+    with pytest.raises(DeadlineError, match=r"allowed: 2\d\.\d+ s or more"):  # five steps
+        h.submit(list(range(150, 230)), deadline=15.0, sampling=long(1))
+
+
 @pytest.mark.parametrize(("groups", "cached", "soonest"), [(2, 0, 13.7), (None, 0, 9.85), (2, 1, 11.54), (2, 10, 8.1)])
 def test_an_answer_can_begin_after_those_before_it_and_the_steps_of_its_prompt(
     groups: int | None, cached: int, soonest: float
@@ -206,7 +219,7 @@ def test_an_answer_can_begin_after_those_before_it_and_the_steps_of_its_prompt(
     """Three wait before it, two seconds each. 85 tokens are three steps of 40 rows, 85 less `cached` pages of 8 in as many as
     they fill; while its depth is not known they run one group. A second costs a group, a hundredth a row."""
     pace, metrics, pages = Pace(), Metrics(), Pages(50)
-    door = Door(pages, pace, metrics, rows=40)
+    door = Door(pages, pace, metrics)
     holding = Holding.nothing([*range(50, 135)], None, 8, 100)
     holding.extend_keys(pages)
     for key in holding.keys[:cached]:
@@ -217,15 +230,15 @@ def test_an_answer_can_begin_after_those_before_it_and_the_steps_of_its_prompt(
         request = SimpleNamespace(deadline=deadline)
         return SimpleNamespace(request=request, holding=holding, tokens=holding.tokens, groups=groups)
 
-    door.must_be_in_time(asked(1e-9), 3)  # nothing was measured yet
+    door.must_be_in_time(asked(1e-9), 3, 40)  # nothing was measured yet
     pace.wait = lambda ahead: 2.0 * ahead  # type: ignore[method-assign]
     pace.seconds = lambda groups, rows: groups + 0.01 * rows  # type: ignore[method-assign]
-    door.must_be_in_time(asked(None), 3)
-    door.must_be_in_time(asked(soonest + 1e-9), 3)
+    door.must_be_in_time(asked(None), 3, 40)
+    door.must_be_in_time(asked(soonest + 1e-9), 3, 40)
     assert metrics.refused == 0
     for refused in (1, 2):
         with pytest.raises(DeadlineError, match=f"{soonest:.2f} s or more"):
-            door.must_be_in_time(asked(soonest - 1e-9), 3)
+            door.must_be_in_time(asked(soonest - 1e-9), 3, 40)
         assert metrics.refused == refused
 
 
