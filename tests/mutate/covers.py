@@ -43,7 +43,7 @@ GROUPS = {
         ],
         warm=True,
     ),
-    "sizes": Group(_in("engine", "images sizes"), _tests("engine", "images sizes")),
+    "sizes": Group(_in("engine", "images sizes"), _tests("engine", "images row_bytes sizes")),
     "graphs": Group(
         [*_in("engine", "device graphs layout told"), "model/places", "model/sending"],
         [

@@ -13,6 +13,7 @@ from shoal.config import GROUPS, ModelConfig
 from shoal.engine.device import give_back
 from shoal.errors import ResourceError
 from shoal.model import slots
+from shoal.model.attention import STRIP
 from shoal.model.gpu import launch
 
 log = logging.getLogger(__name__)
@@ -42,31 +43,53 @@ def default_rows(
 
 def row_bytes(config: ModelConfig, each: int, kernels: bool) -> int:
     """Bytes that a row of a prompt needs in a layer, of numbers of `each` bytes: what goes in and out, queries, keys and values
-    before and after rotation, the MLP's inside, sums of both branches in fp32; and a mask over the keys, for all query heads
-    of a KV head, wherever torch's attention reads it: in layers that read all of the context, and without the Triton
-    `kernels` in every one."""
+    before and after rotation, the MLP's inside, sums of both branches in fp32; and the masks over keys, wherever torch's
+    attention reads them: in layers that read all of the context, and without the Triton `kernels` in every one."""
     c = config
     heads = (c.heads + 2 * c.kv_heads) * c.head_dim
     beside = each * (4 * c.width + 2 * heads + 3 * c.ffn) + 2 * 4 * c.heads * (c.head_dim + 2)
-    return beside + c.heads // c.kv_heads * _keys(c, kernels) * (1 + each)
+    return beside + _mask_bytes(c, each, kernels)
 
 
 def prompt_bytes(config: ModelConfig, dtype: torch.dtype, kv_dtype: torch.dtype, kernels: bool) -> int:
     """Bytes of the keys and values of one prompt, out of their pages, as torch's attention reads them, a request at a time and
-    a layer at a time: as they are stored in `kv_dtype`; of int8 also as numbers of `dtype`, before and after their scales."""
+    a layer at a time: as they are stored in `kv_dtype`; of int8 also as numbers of `dtype`, before and after their scales. And
+    what `STRIP` rows of a sparse layer need there (`attention._by_strips`), however many a step has."""
     c = config
     slot = slots.width(c.head_dim, kv_dtype) * kv_dtype.itemsize
     read = 4 * c.head_dim * dtype.itemsize * (kv_dtype == torch.int8)
-    return _keys(c, kernels) * c.kv_heads * (slot + read)
+    # of a head what is added to its scores, in fp32 and as a number, and with the mask; of a KV head its mask, twice and as
+    # a number, which is made of two others
+    strip = 8 * c.heads + c.kv_heads * (3 + dtype.itemsize) + 2 if "S" in _masked(c, kernels) else 0
+    return _keys(c, kernels) * (c.kv_heads * (slot + read) + STRIP * strip)
+
+
+def _mask_bytes(c: ModelConfig, each: int, kernels: bool) -> int:
+    """Of a row, in the layer that needs most. Where all keys are read: a bool, and the number that it becomes, for all query
+    heads of a KV head (`paged._causal`). Elsewhere which are in the window, which in the block that is not complete, and which
+    come before (`Layout.causal`), beside a number of each in the window; or, for each KV head, a bool and a number of those in
+    chosen blocks; or two bools of those that are read always, and of which some are favoured."""
+    under = {"L": 3 + each, "H": 3 + c.kv_heads * (1 + each), "S": 5}
+    whole = c.heads // c.kv_heads * (1 + each) * _whole(c)
+    return max([whole, *(under[kind] * c.context for kind in _masked(c, kernels))])
 
 
 def _keys(c: ModelConfig, kernels: bool) -> int:
     """How many keys of a prompt torch's attention reads at most."""
+    return c.context if _masked(c, kernels) else _whole(c)
+
+
+def _whole(c: ModelConfig) -> int:
+    """How many keys rows of a prompt read at most of which each reads all before it."""
     kinds = {c.attention_kind(layer) for layer in range(c.layers)}
+    return c.context if "D" in kinds else min(c.context, max(c.window, c.dense_length * ("S" in kinds)))
+
+
+def _masked(c: ModelConfig, kernels: bool) -> set[str]:
+    """Kinds of layers in which torch's attention reads a prompt under masks of which keys each row reads."""
+    kinds = {c.attention_kind(layer) for layer in range(c.layers)} - {"D"}
     many = -(-c.context // c.page) * c.page // c.block > launch.MOST_BLOCKS
-    if not kernels or "D" in kinds or (many and kinds & {"H", "S"}):
-        return c.context
-    return min(c.context, max(c.window, c.dense_length * ("S" in kinds)))
+    return kinds - {"L"} if kernels and many else set() if kernels else kinds
 
 
 @dataclass(frozen=True)

@@ -102,10 +102,10 @@ class Layout:
         """For one document a row: queries at `positions` [B, T] over keys 0 .. `keys`-1 (a multiple of `block`)."""
         at = torch.arange(keys, device=positions.device)
         blocks = torch.arange(keys // block, device=positions.device)
-        back = positions[..., None] - at
-        complete, past = (positions + 1) // block, back >= 0
+        # places are compared as they stand: how far apart each two are would take 8 bytes of each key, and all else 4
+        complete, past = (positions + 1) // block, at <= positions[..., None]
         return cls(
-            local=past & (back < window),
+            local=past & (at > (positions - window)[..., None]),
             tail=past & (at >= (complete * block)[..., None]),
             past=past,
             eligible=blocks < complete[..., None],

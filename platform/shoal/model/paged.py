@@ -150,9 +150,10 @@ def _summaries(summaries: Tensor, reads: Tensor) -> Tensor:
 
 def _causal(positions: Tensor, keys: int, group: int, dtype: torch.dtype) -> Tensor:
     """What is added to scores, [R, 1, G T, X]: -inf for keys after the query at `positions` [R, T]."""
+    if positions.shape[1] > 1:  # else a query is one row of its heads
+        positions = positions.repeat(1, group)  # and not what is added: both would be there at once
     past = torch.arange(keys, device=positions.device) > positions[:, None, :, None]
-    bias = torch.zeros(past.shape, dtype=dtype, device=past.device).masked_fill_(past, -math.inf)
-    return bias if past.shape[2] == 1 else bias.repeat(1, 1, group, 1)
+    return torch.zeros(past.shape, dtype=dtype, device=past.device).masked_fill_(past, -math.inf)
 
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:

@@ -49,7 +49,8 @@ def test_a_row_of_a_prompt_takes_what_a_layer_makes_of_it_and_a_mask_over_its_ke
         numbers = 4 * 96 + 2 * (4 + 2 + 2) * 24 + 3 * 256
         sums = 2 * 4 * (24 + 2) * 4  # of two branches, four heads, in fp32
         mask = 2 * keys * (1 + each)  # two heads share a KV head; a bool, and the number that it becomes
-        assert row_bytes(c, each, kernels) == each * numbers + sums + mask
+        under = 3 * keys * (not kernels or keys == 65_537)  # of two KV heads as much, and three bools of all
+        assert row_bytes(c, each, kernels) == each * numbers + sums + mask + under
     read = 2 * 2 * 24 * keys  # keys and values of two heads
     assert prompt_bytes(c, torch.bfloat16, torch.bfloat16, kernels) == 2 * read
     assert prompt_bytes(c, torch.float32, torch.float32, kernels) == 4 * read
