@@ -145,3 +145,38 @@ def test_a_piece_of_more_numbers_than_32_bits_count_is_written_and_read(
     want = weight * (v[0, :2, 0] @ gradient[0, 2, 0])[:, None] * q[0, 2, 0], weight * gradient[0, 2, 0]
     for got, those in zip(found, want, strict=True):
         torch.testing.assert_close(got[0, :, 0], torch.cat([those, torch.zeros(1, dim)]), rtol=1e-4, atol=1e-6)
+
+
+def test_keys_of_a_row_beyond_what_32_bits_count_get_what_its_queries_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the second row, 2^31 numbers after the first one's, its first tile alone: in files that are nearly all holes, where
+    what 32 bits would make of that place is a hole, too. Two queries read keys of their tail."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    from shoal.model.gpu import training
+
+    length, dim, tile = 2**24, 128, 16
+    x, to_k, to_v = (
+        torch.from_numpy(np.memmap(tmp_path / name, np.float32, "w+", shape=2**32 + tile * dim))[2**31 :]
+        for name in ("x", "k", "v")
+    )
+    x[length * dim : (length + 2) * dim] = torch.linspace(-1, 1, 2 * dim)
+    own = x[length * dim : (length + 2) * dim].view(2, dim)
+    lse, delta = (torch.zeros(length + tile) for _ in range(2))
+    lse[length:] = 43.0
+    tails, block_of = (torch.zeros(length + tile, dtype=torch.int32) for _ in range(2))
+    tails[length:] = torch.tensor([0, 0, *range(2, tile)])
+    block_of[length:] = -1
+    first, begins = torch.zeros(2, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    monkeypatch.setattr(interpreter_builder, "grid_idx", (0, 0, 1), raising=False)
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda *_: None)
+    training._to_kv[(1,)](
+        x, x, x, tails, lse, delta, x, block_of, first, begins, x, x, to_k, to_v, length, 1, 0, HEADS=1, KV_HEADS=1, G=1,
+        D=dim, WIDE=dim, S=2, TALL=16, TILE=tile, SCALE=1.0, PRECISION="ieee", EXACT=False,
+    )  # fmt: skip
+    scores = (own @ own.T).tril()  # of query and key
+    weights = (scores - 43).exp().tril()
+    for got, want in ((to_v, weights.T @ own), (to_k, (weights * scores).T @ own)):
+        assert want.abs().max() > 0.1, "what is compared is no hole"
+        torch.testing.assert_close(got[length * dim :][: 2 * dim].view(2, dim), want, rtol=1e-4, atol=1e-5)

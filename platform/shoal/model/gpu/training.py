@@ -171,8 +171,8 @@ def _to_kv(
         last = tile * TILE
     for begin in range(tile * TILE, last, TALL):
         t = begin + step
-        tail = tl.load(tails + row * T + t, mask=t < T, other=T)
-        reads = (key[None, :] <= t[:, None]) & (key[None, :] >= tail[:, None]) & (t < T)[:, None]
+        tail = tl.load(tails + row * T + t, mask=t < T, other=T)  # no key is read by who is not there
+        reads = (key[None, :] <= t[:, None]) & (key[None, :] >= tail[:, None])
         mine = (t < T)[:, None] & (dim < D)[None, :]
         for g in range(G):
             at = (row * T + t) * HEADS + head * G + g
