@@ -25,7 +25,7 @@ class Held(TorchDispatchMode):
     """Bytes that tensors made within it hold, and the most that they have held."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.of: dict[int, int] = {}
         self.most = 0
 
