@@ -22,7 +22,6 @@ slowed down by more than that.
 from __future__ import annotations
 
 import bisect
-import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
@@ -48,11 +47,10 @@ class Planning:
         *,
         max_batch_tokens: int,
         max_batch: int,
-        speculative: int = 0,
-        speculative_max_batch: int | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        drafting: Drafting,
+        clock: Callable[[], float],
     ) -> None:
-        """As of `Scheduler`."""
+        """At most `max_batch_tokens` rows and `max_batch` requests a step; `clock`: seconds."""
         self.config, self.pages, self.clock = config, pages, clock
         self.max_batch_tokens, self.max_batch = max_batch_tokens, max_batch
         self.running: list[Running] = []  # both in order
@@ -61,9 +59,7 @@ class Planning:
         self.pace = Pace()
         self.judge = Audits(config, pages)
         self._door = Door(pages, self.pace, self.metrics)
-        self._drafting = Drafting(
-            speculative, speculative_max_batch, able=len(config.exits) > 1, cheap=config.exits[0] / config.layers
-        )
+        self._drafting = drafting
         self._seconds = Seconds()
 
     def _next(self) -> Plan:

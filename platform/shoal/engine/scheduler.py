@@ -23,6 +23,7 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 
 from shoal.config import GROUPS, ModelConfig
+from shoal.engine.drafting import Drafting
 from shoal.engine.events import Event, Finished, FinishReason, Token
 from shoal.engine.pages import Pages
 from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work
@@ -50,14 +51,10 @@ class Scheduler(Planning):
         drafted ahead by requests that do not say otherwise, where that is measured to pay, or with `speculative_max_batch` in
         steps of so many requests. Where the router is to decide and a request has a tolerance, it runs at full depth with
         drafts instead, if `audits` and that pays."""
+        cheap = config.exits[0] / config.layers
+        drafting = Drafting(speculative, speculative_max_batch, able=len(config.exits) > 1, cheap=cheap)
         super().__init__(
-            config,
-            pages,
-            max_batch_tokens=max_batch_tokens,
-            max_batch=max_batch,
-            speculative=speculative,
-            speculative_max_batch=speculative_max_batch,
-            clock=clock,
+            config, pages, max_batch_tokens=max_batch_tokens, max_batch=max_batch, drafting=drafting, clock=clock
         )
         self.max_queue, self._audits = max_queue, audits
         self._began = 0.0  # when the step was planned
