@@ -47,7 +47,7 @@ class Notice:
             found = None
         if not isinstance(found, dict):
             return self.text + text
-        return json.dumps(self.of_object(found), ensure_ascii=False)
+        return _written(self.of_object(found)) or self.text + text
 
     def of_object(self, answer: dict[str, Any]) -> dict[str, Any]:
         put: dict[str, Any] = {NOTICE: _in(self._policy.notice, self._language)}
@@ -89,14 +89,19 @@ class Noticed(Reader):
         return opening + deltas
 
 
-def by_policy(body: ChatRequest, served: ServedModel) -> tuple[ChatRequest, Notice | None]:
-    """A chat as the model is to read it, and what is to be put to its answer."""
+def without_notices(body: ChatRequest, served: ServedModel) -> ChatRequest:
+    """A chat as the model is to read it; a last answer that it goes on with is its own as it stands."""
     policy = served.policy
     if policy is None or not policy.notice:
-        return body, None
+        return body
     last = body.messages[-1:] if body.continue_final_message else []
     messages = without_notice(body.messages[: len(body.messages) - len(last)], policy) + last
-    return body.model_copy(update={"messages": messages}), Notice(policy, said_by_user(body.messages))
+    return body.model_copy(update={"messages": messages})
+
+
+def notice_of(served: ServedModel, said: Iterable[str]) -> Notice | None:
+    """What is to be put to the answer to what `said`, if anything. Its rule reads all of it: look at lengths first."""
+    return Notice(served.policy, said) if served.policy is not None and served.policy.notice else None
 
 
 def noticed(reader: Callable[[], Reader], notice: Notice | None, *, whole: bool) -> Callable[[], Reader]:
@@ -151,7 +156,19 @@ def _bare_object(text: str, policy: Policy) -> str:
         return text
     if not isinstance(found, dict) or found.get(NOTICE) not in policy.notice.values():
         return text
-    return json.dumps({name: value for name, value in found.items() if name != NOTICE}, ensure_ascii=False)
+    return _written({name: value for name, value in found.items() if name != NOTICE}) or text
+
+
+def _written(answer: dict[str, Any]) -> str:
+    """As JSON that can be sent, half of a surrogate pair by its number; empty for a number that Python has made infinite."""
+    try:
+        spelt = json.dumps(answer, ensure_ascii=False, allow_nan=False)
+        spelt.encode()
+    except UnicodeEncodeError:
+        return json.dumps(answer)
+    except ValueError:
+        return ""
+    return spelt
 
 
 def _texts(message: Message) -> list[str]:

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from bisect import bisect
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import field as made
 from functools import cached_property, lru_cache
@@ -36,7 +37,9 @@ LANGUAGES = ("en", "zh")
 WORKLOAD = "workload"  # of `metadata`
 LOOK_BACK = 40  # characters before a word that may take it back
 _CJK = re.compile(r"[\u3400-\u9fff]")
-_SENTENCE = re.compile(r"[!?;。]+|\.+(?=\s|$)|\n\s*\n")  # ends one, of text that is `plain`
+# ends a sentence of text that is `plain`; points are looked at once, not from each of them on
+_SENTENCE = re.compile(r"[!?;。]+|(?<!\.)\.+(?=\s|$)|\n\s*\n")
+_END = "\0"  # of a sentence: part of no word, and no space
 _SPACE = re.compile(r"[^\S\n]+")
 _LINE = re.compile(r"\s*\n\s*")
 _PATH = re.compile(r"[a-z0-9-]{0,64}")
@@ -89,9 +92,9 @@ class Urgency:
             _check_texts(f"urgency.told.{level}", texts)
 
     def found(self, text: str) -> list[Raised]:
-        """The flags in what somebody said, each once."""
-        sentences = [_LINE.sub("\n", one.strip()) for one in _SENTENCE.split(plain(text)) if one.strip()]
-        found = [(flag, self._of(flag, sentences)) for flag in self.flags]
+        """The flags in what somebody said, each once; in time proportional to the text, whatever stands in it."""
+        said = _Sentences(text)
+        found = [(flag, next((w for w in flag.words if self._stand(w, said)), "")) for flag in self.flags]
         return [Raised(flag, words.replace(" + ", " ")) for flag, words in found if words]
 
     def least(self, raised: Sequence[Raised]) -> str | None:
@@ -104,16 +107,14 @@ class Urgency:
             return level
         return least
 
-    def _of(self, flag: Flag, sentences: Sequence[str]) -> str:
-        """Those of the flag's words that stand in a sentence; empty without any."""
-        return next((w for w in flag.words for one in sentences if self._stand(w, one)), "")
-
-    def _stand(self, words: str, sentence: str) -> bool:
-        """Do all of them, and nothing takes them back?"""
-        return all(
-            any(not self._denied.search(sentence[max(0, at - LOOK_BACK) : at]) for at in _places(part, sentence))
-            for part in words.split("+")
-        )
+    def _stand(self, words: str, said: _Sentences) -> bool:
+        """Do all of them stand in one sentence, and nothing takes them back?"""
+        some = [said.places(part, self._denied) for part in words.split("+") if said.may_have(part)]
+        if len(some) <= words.count("+"):
+            return False
+        if len(some) == 1:
+            return next(some[0], None) is not None
+        return bool(set.intersection(*map(set, some)))
 
     @cached_property
     def _denied(self) -> re.Pattern[str]:
@@ -197,16 +198,38 @@ def language_of(text: str) -> str:
     return "zh" if _CJK.search(text) else "en"
 
 
-def _places(part: str, sentence: str) -> list[int]:
-    """Where `part` begins in a sentence: at the beginning of a word, unless its script has no spaces."""
-    return [found.start() for found in _begins(part).finditer(sentence)]
+class _Sentences:
+    """What somebody said, sentence by sentence."""
+
+    def __init__(self, text: str) -> None:
+        some = (_LINE.sub("\n", one.strip()) for one in _SENTENCE.split(plain(text).replace(_END, " ")))
+        kept = [one for one in some if one]
+        self._text = _END.join(kept)
+        self._starts = [0]
+        for one in kept:
+            self._starts.append(self._starts[-1] + len(one) + 1)
+
+    def may_have(self, part: str) -> bool:
+        """Whether the longest word of `part` is in it: known in a hundredth of the time that an expression takes."""
+        return _begins(part)[1] in self._text
+
+    def places(self, part: str, denied: re.Pattern[str]) -> Iterator[int]:
+        """The number of the sentence each time that `part` begins a word there, or is part of one in a script without spaces,
+        and `denied` does not take it back."""
+        for found in _begins(part)[0].finditer(self._text):
+            at = found.start()
+            number = bisect(self._starts, at) - 1
+            if not denied.search(self._text[max(self._starts[number], at - LOOK_BACK) : at]):
+                yield number
 
 
 @lru_cache(4096)
-def _begins(part: str) -> re.Pattern[str]:
+def _begins(part: str) -> tuple[re.Pattern[str], str]:
+    """An expression for where `part` begins, and the longest of its words."""
     wanted = plain(part.strip())
     bare = re.escape(wanted).replace(r"\ ", r"\s")  # between two words a line may end
-    return re.compile(bare if _CJK.search(wanted) else rf"(?<!\w){bare}", re.ASCII)
+    pattern = re.compile(bare if _CJK.search(wanted) else rf"(?<!\w){bare}", re.ASCII)
+    return pattern, max(wanted.split(), key=len, default="")
 
 
 def _check_texts(where: str, texts: dict[str, str]) -> None:

@@ -25,7 +25,7 @@ from shoal.api.bodies import (
 )
 from shoal.api.calls import Plain, Reader
 from shoal.api.limits import Limits, at_most
-from shoal.api.noticed import Notice, by_policy, depth_by_policy, is_json, noticed
+from shoal.api.noticed import depth_by_policy, is_json, notice_of, noticed, said_by_user, without_notices
 from shoal.api.policy import WORKLOAD
 from shoal.api.prompts import check_ids, encode_messages, fit, prompt_ids, prompts_of, template_settings, truncated
 from shoal.api.served import ServedModel
@@ -110,7 +110,7 @@ def _chat_call(body: ChatRequest, served: ServedModel, limits: Limits) -> Engine
         raise RequestError("reasoning_effort and depth", param="depth", do="give one of them")
     at_most("tools", len(body.tools), limits.tools)
     _check_choices(1, body.n, limits)
-    body, notice = by_policy(body, served)
+    said, body = said_by_user(body.messages), without_notices(body, served)
     offer = Offer(body, served.tokenizer)
     guide, guided_by = _chat_guide(body, offer)
     told = "\n\n".join(text for text in (offer.system(), _format_told(body.response_format)) if text)
@@ -141,7 +141,7 @@ def _chat_call(body: ChatRequest, served: ServedModel, limits: Limits) -> Engine
     call = replace(call, unused=tuple(f"chat_template_kwargs.{name}"[:80] for name in unused if name.isidentifier()))
     offered = tuple(offer.tools) if offer.told else ()
     whole = not offer.forced and (formatted or is_json(guide))
-    reader = noticed(partial(offer.reader, formatted=formatted), notice, whole=whole)
+    reader = noticed(partial(offer.reader, formatted=formatted), notice_of(served, said), whole=whole)
     return replace(call, guided_by=guided_by, offered=offered, reader=reader)
 
 
@@ -173,7 +173,7 @@ def completion_call(body: CompletionRequest, served: ServedModel, limits: Limits
     if served.policy is not None and served.policy.notice and not silent:
         asked = [p if isinstance(p, str) else served.tokenizer.decode(p) for p in prompts]
         guided = is_json(sampling.guided)
-        readers = tuple(noticed(Plain, Notice(served.policy, [text]), whole=guided) for text in asked)
+        readers = tuple(noticed(Plain, notice_of(served, [text]), whole=guided) for text in asked)
         call = replace(call, readers=readers)
     if not body.echo:
         return call

@@ -18,13 +18,14 @@ from shoal.api.app import build_app
 from shoal.api.bodies import Message
 from shoal.api.calls import Tagged
 from shoal.api.noticed import Notice, Noticed, without_notice
-from shoal.api.policy import ChatPage, Policy
+from shoal.api.policy import ChatPage, Policy, Urgency
 from shoal.api.serve_args import ServeArgs
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
 from shoal.engine.events import Finished
 from shoal.errors import ConfigError, EngineDeadError
 from shoal.model.model import Model
+from shoal.recipes.medicine import rules
 from tests.unit.api.conftest import Scripted
 
 pytestmark = pytest.mark.anyio
@@ -252,6 +253,49 @@ def test_a_flag_is_found_by_its_words(said: str, names: list[str]) -> None:
     urgency = policy().urgency
     assert urgency is not None
     assert [one.flag.name for one in urgency.found(said)] == names
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("said", ["a. " * 500_000, "." * 500_000 + "a", "no chest no pain " * 60_000])
+def test_a_long_text_is_looked_through_once_whatever_stands_in_it(said: str) -> None:
+    """Hours of the gateway, before: each word in each sentence by itself, and a row of points from each of them on."""
+    urgency = rules.policy().urgency
+    assert urgency is not None and urgency.found(said) == []
+    assert [one.flag.name for one in urgency.found(f"{said}. I have chest pain")] == ["chest pain"]
+
+
+async def test_what_is_too_long_for_the_model_is_refused_before_it_is_looked_through(
+    noticed: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Urgency, "found", lambda *_: pytest.fail("it was looked through"))
+    for path, (body, _, _) in BODIES.items():
+        long = json.loads(json.dumps(body).replace(FLAGGED, "Pain. " * 3000))
+        answer = await noticed.post(path, json={"model": "fish", **long})
+        assert answer.status_code == 400 and "context" in answer.text, path
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_half_of_a_surrogate_pair_in_an_object_is_sent_and_read_back(
+    noticed: httpx.AsyncClient, engine: Scripted, stream: bool
+) -> None:
+    """JSON may have one by its number, and no text can hold it: the answer was a 500."""
+    engine.reply = '{"a": "\\ud83d", "urgency": "self-care"}'
+    answer = await ask(noticed, FLAGGED, response_format={"type": "json_object"}, stream=stream)
+    said = BODIES["/v1/chat/completions"][2 if stream else 1](events(answer) if stream else answer.json())
+    told = json.loads(said)
+    assert told["a"] == "\ud83d" and told["urgency"] == "emergency" and told["notice"] == NOTICE
+    turns = [{"role": "user", "content": FLAGGED}, {"role": "assistant", "content": said}]
+    await ask(noticed, messages=[*turns, {"role": "user", "content": "Thanks."}])
+
+
+async def test_a_number_that_python_makes_infinite_is_left_as_it_was_said(
+    noticed: httpx.AsyncClient, engine: Scripted
+) -> None:
+    engine.reply = '{"a": 1e999, "urgency": "self-care"}'
+    said = (await ask(noticed, FLAGGED, response_format={"type": "json_object"})).json()["choices"][0]["message"][
+        "content"
+    ]
+    assert said == f"{NOTICE}\nCall for help now: chest pain.\n\n{engine.reply}"
 
 
 async def test_a_flag_of_an_earlier_turn_still_holds(noticed: httpx.AsyncClient) -> None:
