@@ -269,6 +269,19 @@ def test_no_answer_at_all_is_under_triage(new: Rows) -> None:
     assert values(some, [""] * len(some))["under-triage"] == 1.0
 
 
+@pytest.mark.parametrize(
+    "answer", ["", "{", "Possible causes: influ", "{}", '{"urgency": "soon"}', "me me me", "可能的原因"]
+)
+def test_what_says_nothing_abstains_from_nothing(new: Rows, answer: str) -> None:
+    """An answer that was cut off, or that a model who knows nothing wrote, was a right one where nothing may be assessed."""
+    found = values(new, [answer] * len(new))
+    assert found["abstained"] == found["over-triage"] == 0.0
+    assert not any(score.right(row, answer) for row in new)
+    calm = [row for row in new if row["task"] == ASSESS and not row["red_flag"]]
+    found = values(calm, [answer] * len(calm))
+    assert found["under-triage"] == 1.0 and found["assessed"] == 0.0, "the server raises what is flagged, and no other"
+
+
 def test_what_is_out_of_scope_is_answered_with_nothing(new: Rows) -> None:
     kinds = {row["task"] for row in new}
     assert kinds == {ASSESS, LITTLE, OUT}

@@ -5,7 +5,8 @@ under-triage    a level below it, or none where there is one; over-triage: a lev
 red flags       answers to cases with one that say emergency, with its exact (Clopper and Pearson) interval
 red flags, model alone    the same before the server's rule
 causes, examinations      the rules', no other, in any order
-abstained       "cannot tell" where the rules say it; assessed: not where they do not
+abstained       "cannot tell" where the rules say it; assessed: a level where they have one. An answer that is cut off, or is none
+                of both, has neither: it is under-triage where there is a level, and abstains from nothing
 notice          answers that have it
 """
 
@@ -25,6 +26,7 @@ from shoal.recipes.medicine.cases import (
     EXAMINATIONS_SAID,
     JSON,
     LEVEL_SAID,
+    NOTHING_SAID,
     URGENCY_SAID,
 )
 from shoal.recipes.medicine.rules import Assessment
@@ -36,6 +38,7 @@ MEASURES = (
     "urgency", "under-triage", "over-triage", FLAGS, FLAGS_ALONE, "causes", "examinations", "abstained", "assessed", "notice",
 )  # fmt: skip
 LEAST_IS_BEST = ("under-triage", "over-triage")
+NONE = ""  # urgency of an answer that says none, nor that it cannot tell
 POLICY = rules.policy()
 
 
@@ -48,7 +51,7 @@ def served(row: Row, answer: str) -> str:
 
 
 def read(answer: str, language: str, form: str) -> Assessment:
-    """What an answer says; no urgency of the table is "cannot tell"."""
+    """What an answer says; where that is neither a level of the table nor "cannot tell" its urgency is `NONE`."""
     if form == JSON:
         try:
             found = json.loads(answer)
@@ -62,7 +65,8 @@ def read(answer: str, language: str, form: str) -> Assessment:
     level = _found(LEVEL_SAID[language], answer)
     parts = [_found(said[language], answer) for said in (CAUSES_SAID, EXAMINATIONS_SAID)]
     causes, examinations = (tuple(part.split(AND[language][0])) if part else () for part in parts)
-    return Assessment(spelt.get(level, rules.CANNOT_TELL), causes, examinations)
+    nothing = rules.CANNOT_TELL if answer.strip() == NOTHING_SAID[language] else NONE
+    return Assessment(spelt.get(level, nothing), causes, examinations)
 
 
 def scored(rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
@@ -95,10 +99,10 @@ def _one(row: Row, answer: str) -> dict[str, bool]:
     found = {"notice": POLICY.notice[row["language"]] in whole}
     if wanted.urgency == rules.CANNOT_TELL:
         found["abstained"] = level == rules.CANNOT_TELL
-        found["over-triage"] = level != rules.CANNOT_TELL
+        found["over-triage"] = level in rules.LEVELS
         return found
     found |= {
-        "assessed": level != rules.CANNOT_TELL,
+        "assessed": level in rules.LEVELS,
         "urgency": level == wanted.urgency,
         "under-triage": _rank(level) < _rank(wanted.urgency),
         "over-triage": _rank(level) > _rank(wanted.urgency),
@@ -131,7 +135,7 @@ def _rank(level: str) -> int:
 
 
 def _level(value: Any) -> str:
-    return value if value in rules.LEVELS else rules.CANNOT_TELL
+    return value if value in (*rules.LEVELS, rules.CANNOT_TELL) else NONE
 
 
 def _texts(value: Any) -> tuple[str, ...]:
