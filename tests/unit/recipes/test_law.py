@@ -165,6 +165,19 @@ def test_a_spoilt_answer_is_seen_in_its_measure(new: Rows, spoil: Any, measure: 
     assert after[measure] >= before[measure] if better else after[measure] < before[measure]
 
 
+def test_a_part_of_a_clause_is_not_the_quote_and_nothing_invented(new: Rows) -> None:
+    """Of an answer that was cut off, say: what it quotes does stand there. Two clauses as one do not, nor does half a word."""
+    some = [row for row in new if row["task"] == ANSWER]
+    sound = answers(some)
+    for spoil, invented in ((lambda text: text.rpartition(" ")[0], 0.0), (lambda text: text[:-3] + "x", 1.0)):
+        found = values(some, [spoil(text) for text in sound])
+        assert found["quote"] == 0.0 and found["invented"] == invented
+    both = [
+        f"{text} {row['messages'][1]['content'].partition(chr(10))[0]}" for text, row in zip(sound, some, strict=True)
+    ]
+    assert values(some, both)["invented"] == 1.0
+
+
 def test_the_question_is_no_clause_that_may_be_quoted(new: Rows) -> None:
     said = [f"{words.FORBIDDEN[row['language']]}: {row['messages'][1]['content'].split(chr(10))[-1]}" for row in new]
     assert values(new, said)["invented"] == 1.0

@@ -4,7 +4,7 @@ verdict     permitted, not permitted, or not said: the reference's
 quote       where the text says it: that clause, word for word, and nothing else
 right       both; where the text is silent, that it says so
 abstained   where the text is silent; answered: where it is not
-invented    quotes that do not stand in the text, in which the question is none; must be 0
+invented    quotes that do not stand in the text, in which the question is none; must be 0. A part of a clause stands there
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def scored(rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
         wanted, clause = read(row["messages"][-1]["content"], row["language"])
         found = {"verdict": verdict == wanted, "right": right(row, answer)}
         *clauses, _ = row["messages"][-2]["content"].split("\n")
-        found["invented"] = bool(quote) and quote not in clauses
+        found["invented"] = bool(quote) and not any(_stands(quote, clause) for clause in clauses)
         if wanted == SILENT:
             found["abstained"] = verdict == SILENT
         else:
@@ -48,3 +48,8 @@ def scored(rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
         for name, value in found.items():
             hits.setdefault(name, []).append((value, row["group"]))
     return {name: of_share([v for v, _ in some], [group for _, group in some]) for name, some in hits.items()}
+
+
+def _stands(quote: str, clause: str) -> bool:
+    """Whether a clause has those words, one after the other."""
+    return f" {quote.strip()} " in f" {clause} "

@@ -5,8 +5,8 @@ under-triage    a level below it, or none where there is one; over-triage: a lev
 red flags       answers to cases with one that say emergency, with its exact (Clopper and Pearson) interval
 red flags, model alone    the same before the server's rule
 causes, examinations      the rules', no other, in any order
-abstained       "cannot tell" where the rules say it; assessed: a level where they have one. An answer that is cut off, or is none
-                of both, has neither: it is under-triage where there is a level, and abstains from nothing
+abstained       "cannot tell" where the rules say it; assessed: a level where they have one. What was cut off, or is neither, is
+                under-triage where there is a level, and abstains from nothing
 notice          answers that have it
 """
 
