@@ -26,14 +26,14 @@ from shoal.evaluate import pieces
 from shoal.evaluate.answering import interleaved_speed, machine
 from shoal.evaluate.evaluation import Progress
 from shoal.evaluate.intervals import Figure
-from shoal.evaluate.measures import Answer, mean_depth
+from shoal.evaluate.measures import Answer
 from shoal.evaluate.pieces import Models, Piece, Run, wherever
 from shoal.inputs.chat import Encoded, encode_chat
 from shoal.loop import suites
 from shoal.loop.suites import SAFETY
 from shoal.model import files
 from shoal.model.model import Model
-from shoal.recipes.picks import Picks
+from shoal.recipes.picks import Picks, layers_of
 from shoal.recipes.recipe import CALIBRATION, SUITES, Answerer, Messages, Recipe, Row, conversation
 from shoal.recipes.sure import calibration
 
@@ -59,8 +59,8 @@ class Came:
 
 
 class ByEngine:
-    """A model that answers at a depth, `guided` as a service guides it; `depth_share`: the layers that its answers so far ran,
-    of all; `too_long`: how many of the questions so far do not fit the context, and are answered by nothing."""
+    """A model that answers at a depth, `guided` as a service guides it. Of what was last asked for: `heard`, None for a prompt
+    that does not fit the context and is answered by nothing; `sure`, the model's own probability of each answer."""
 
     def __init__(
         self, model: Model, depth: str, recipe: Recipe, tools: Sequence[Mapping[str, Any]], *, guided: bool = True,
@@ -70,11 +70,10 @@ class ByEngine:
         self._model, self._depth, self._tools, self._guided = model, depth, list(tools), guided
         self._engine, self._guide = engine or Engine(model), recipe.guide
         self._sampling = Sampling(temperature=0.0, max_tokens=recipe.most_tokens, logprobs=0)
-        self._answers: list[Answer] = []
         # what was answered to a prompt, and how surely: whole conversations begin as turns that were asked
         self._known: dict[tuple[tuple[int, ...], bytes], tuple[str, float, Answer]] = {}
-        self.too_long = 0
-        self.sure: list[float] = []  # probability that the model gave each answer that was last asked for
+        self.heard: list[Answer | None] = []
+        self.sure: list[float] = []
 
     def __call__(self, asked: Sequence[Messages]) -> list[str]:
         prompts = [self._prompt(messages) for messages in asked]
@@ -90,8 +89,7 @@ class ByEngine:
             answer = Answer(done.text, len(done.tokens), done.depth, len(key[0]))
             self._known[key] = self._in_our_words(done.text), math.exp(sum(logprobs)) if logprobs else 0.0, answer
         found = [self._known.get(key) for key in keys]
-        self.too_long += found.count(None)
-        self._answers += [one[2] for one in found if one is not None]
+        self.heard = [None if one is None else one[2] for one in found]
         self.sure = [0.0 if one is None else one[1] for one in found]
         return ["" if one is None else one[0] for one in found]
 
@@ -119,15 +117,17 @@ class ByEngine:
         return text if form is None or not self._tools else rewritten(text, self._tools, form)
 
     @property
-    def depth_share(self) -> float:
-        return mean_depth(self._answers) / self._model.config.layers
+    def ran(self) -> list[tuple[float, int]]:
+        """Of each answer the share of the layers that its tokens ran, and how many these were."""
+        layers = self._model.config.layers
+        return [(0.0, 0) if one is None else (one.depth / layers, one.run) for one in self.heard]
 
     @property
     def chosen(self) -> dict[str, float]:
-        """The share of the answers so far that each exit gave, the shallowest first."""
+        """The share of the answers that each exit gave, the shallowest first."""
         exits = dict(zip(self._model.config.exits, self._model.config.exit_names, strict=True))
-        counts = Counter(exits[answer.depth] for answer in self._answers)
-        return {name: counts[name] / max(1, len(self._answers)) for name in exits.values()}
+        counts = Counter(exits[answer.depth] for answer in self.heard if answer is not None)
+        return {name: counts[name] / max(1, counts.total()) for name in exits.values()}
 
 
 def measured(
@@ -193,22 +193,19 @@ def of_model(
     (model,) = models(place)
     engine, picks, found = Engine(model), Picks(recipe), dict[str, list[Came]]()
     for name, rows in asked.items():
-        tools, said, came = rows[0].get("tools", []), dict[str, list[str]](), dict[str, Came]()
+        tools, came = rows[0].get("tools", []), dict[str, tuple[Came, list[str], list[tuple[float, int]]]]()
         depths = _depths(model)
         for depth in sorted(depths, key=lambda depth: depth != FULL):  # whose pages are those of all others
             answerer = ByEngine(model, depth, recipe, tools, engine=engine)
             play = depth in (AUTO, FULL)
-            one, said[depth] = _came(recipe, name, _column(label, depth), rows, answerer, seed, play=play)
-            came[depth] = dataclasses.replace(
-                one, depth=depth, layers=answerer.depth_share, chosen=answerer.chosen, too_long=answerer.too_long
-            )
-        found[name] = [came[depth] for depth in depths]
+            came[depth] = _came(recipe, name, _column(label, depth), rows, answerer, seed, play=play)
+        found[name] = [dataclasses.replace(came[depth][0], depth=depth) for depth in depths]
         # a depth is picked by what is known: a safety suite asks one kind of thing alone
         for depth in depths if served and not name.startswith(SAFETY) else ():
-            picks.saw(rows, said[depth], depth, came[depth].layers)
+            picks.saw(rows, came[depth][1], depth, came[depth][2])
         if served and guide_of(rows[0]["messages"][:-1], tools, model.tokenizer) is not None:
             free = ByEngine(model, FULL, recipe, tools, guided=False, engine=engine)
-            one, _ = _came(recipe, name, f"{label} {UNGUIDED}", rows, free, seed)
+            one, *_ = _came(recipe, name, f"{label} {UNGUIDED}", rows, free, seed)
             found[name].append(dataclasses.replace(one, depth=UNGUIDED, languages=[]))
     return found, picks.all() if served else [], _examples(recipe, model, engine, asked) if served else []
 
@@ -293,17 +290,19 @@ def weak(
 
 def _came(
     recipe: Recipe, suite: str, who: str, rows: Sequence[Row], answerer: Answerer, seed: int, *, play: bool = True
-) -> tuple[Came, list[str]]:
-    """All measures of who answers, of whole conversations too where they are to `play`, and the answers to `rows`."""
+) -> tuple[Came, list[str], list[tuple[float, int]]]:
+    """All measures of who answers, of whole conversations too where they are to `play`; the answers to `rows`, and what these
+    ran of a model (`ByEngine.ran`). What is played is no row of the suite, and of those alone is told what ran."""
     answers = answerer([row["messages"][:-1] for row in rows])
-    figures = recipe.score(rows, answers)
+    figures, ran, more = recipe.score(rows, answers), list[tuple[float, int]](), dict[str, Any]()
     if isinstance(answerer, ByEngine):
-        figures[CALIBRATION] = calibration(recipe, rows, answers, answerer.sure)
+        figures[CALIBRATION], ran = calibration(recipe, rows, answers, answerer.sure), answerer.ran
+        more = {"layers": layers_of(ran), "chosen": answerer.chosen, "too_long": answerer.heard.count(None)}
     # the last row of a conversation holds all of it
     whole = list({conversation(row): row for row in rows}.values()) if play else []
     figures |= recipe.play(whole, answerer, seed) if whole else {}
     languages = list(by_language(recipe, suite, who, rows, answers)) if play else []
-    return Came(who, figures, languages, _samples(suite, rows, answers)), answers
+    return Came(who, figures, languages, _samples(suite, rows, answers), **more), answers, ran
 
 
 def _depths(model: Model) -> list[str]:

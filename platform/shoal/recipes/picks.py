@@ -20,18 +20,17 @@ class Picks:
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
         self._seen: dict[str, dict[str, tuple[list[Row], list[str]]]] = {}  # workload -> depth, the shallowest first
-        self._layers: list[tuple[float, int]] = []  # share at "auto", rows
+        self._ran: dict[str, list[tuple[float, int]]] = {}  # workload -> of its answers at "auto"
 
-    def saw(self, rows: Sequence[Row], answers: Sequence[str], depth: str, layers: float | None) -> None:
-        """Take the answers of a suite; `layers`: the share that ran for them, None where it is not the served model's."""
-        if layers is None:
-            return
-        if depth == AUTO:
-            self._layers.append((layers, len(rows)))
-        for row, answer in zip(rows, answers, strict=True):
-            some = self._seen.setdefault(self._recipe.workload(row), {}).setdefault(depth, ([], []))
+    def saw(self, rows: Sequence[Row], answers: Sequence[str], depth: str, ran: Sequence[tuple[float, int]]) -> None:
+        """Take the answers of a suite; `ran`: of each the share of the layers that its tokens ran, and how many these were."""
+        for row, answer, one in zip(rows, answers, ran, strict=True):
+            workload = self._recipe.workload(row)
+            some = self._seen.setdefault(workload, {}).setdefault(depth, ([], []))
             some[0].append(row)
             some[1].append(answer)
+            if depth == AUTO:
+                self._ran.setdefault(workload, []).append(one)
 
     def all(self) -> list[dict[str, Any]]:
         """Of each workload: its rows, the figure at each depth with its interval, and which depth is picked, None where none
@@ -48,7 +47,7 @@ class Picks:
                     "depths": {depth: figure.value for depth, figure in known.items()},
                     "intervals": {depth: figure.ends for depth, figure in known.items()},
                     "pick": self._pick(workload, known),
-                    "auto_layers": sum(s * n for s, n in self._layers) / max(1, sum(n for _, n in self._layers)),
+                    "auto_layers": layers_of(self._ran.get(workload, ())),
                 }
             )  # fmt: skip
         return found
@@ -64,3 +63,8 @@ class Picks:
             return None
         least = sign * known[FULL].value - MARGIN
         return next(depth for depth, figure in known.items() if depth != AUTO and sign * figure.value >= least)
+
+
+def layers_of(ran: Sequence[tuple[float, int]]) -> float:
+    """The share of the layers that ran, mean over all tokens of some answers: of each its share, and how many it has."""
+    return sum(share * tokens for share, tokens in ran) / max(1, sum(tokens for _, tokens in ran))

@@ -11,7 +11,7 @@ import pytest
 
 from shoal import cli
 from shoal.bench import augment
-from shoal.bench.augment import AUGMENTED, PLAIN, TAUGHT, Job, bootstrapped, compared, prepare, recipe_of, verdict
+from shoal.bench.augment import AUGMENTED, PLAIN, TAUGHT, Job, bootstrapped, compared, prepare, recipe_of
 from shoal.data.chats.augment import Augmenter
 from shoal.errors import DataError
 from shoal.loop.suites import freeze
@@ -75,7 +75,14 @@ def jobs() -> list[Job]:
 
 def told(plain: list[bool], augmented: list[bool], taught: list[bool]) -> dict[str, Any]:
     by = {PLAIN: plain, AUGMENTED: augmented, TAUGHT: taught}
-    return compared(jobs(), [{"new": by[job.arm]} for job in jobs()], {"new": [*map(str, range(len(plain)))]})["new"]
+    each = [*map(str, range(len(plain)))]
+    found = compared(
+        jobs(), [dict.fromkeys(("new", "old"), by[job.arm]) for job in jobs()], {"new": each, "old": each}, {"new"}
+    )
+    for arm in (AUGMENTED, TAUGHT):
+        assert {**found["old"][arm], "shown": found["new"][arm]["shown"]} == found["new"][arm]
+        assert found["old"][arm]["shown"] == augment.KNOWN, "of wordings that were learned from nothing is claimed"
+    return found["new"]
 
 
 def test_what_an_arm_adds_is_a_difference_in_pairs_with_an_interval() -> None:
@@ -87,8 +94,15 @@ def test_what_an_arm_adds_is_a_difference_in_pairs_with_an_interval() -> None:
     low, high = found[AUGMENTED]["interval"]
     assert 0.37 < low < 0.43 and 0.57 < high < 0.63, "a share of a half of 100: 1.96 * 0.05"
     assert found[TAUGHT]["interval"] == (0.0, 0.0)
-    assert [verdict(found[arm]) for arm in (AUGMENTED, TAUGHT)] == ["adds", "not shown"]
-    assert verdict(told(half, none, half)[AUGMENTED]) == "takes away"
+    assert [found[arm]["shown"] for arm in (AUGMENTED, TAUGHT)] == ["adds", "not shown"]
+    assert told(half, none, half)[AUGMENTED]["shown"] == "takes away"
+
+
+def test_nothing_is_claimed_of_wordings_that_were_learned_from() -> None:
+    """Half of the red flags are asked in these."""
+    claimed = {recipe.name: {suite for suite, _ in recipe.headline} for recipe in (medicine.RECIPE, law.RECIPE)}
+    assert "new-wordings" in claimed["medicine"] and not {"known-wordings", "red-flags"} & claimed["medicine"]
+    assert claimed["law"] == {"known-licences", "new-licences"}
 
 
 def test_seeds_that_disagree_widen_an_interval() -> None:

@@ -48,8 +48,7 @@ def picked(recipe: Recipe, by: Mapping[str, Mapping[str, int]]) -> dict[str, str
     picks = Picks(recipe)
     for of, depths in by.items():
         for depth, right in depths.items():
-            picks.saw(rows(of, 100), answers(right, 100), depth, 0.5)
-            picks.saw(rows(of, 100), answers(0, 100), depth, None)  # of another model
+            picks.saw(rows(of, 100), answers(right, 100), depth, [(0.5, 1)] * 100)
     return {row["workload"]: row["pick"] for row in picks.all()}
 
 
@@ -96,11 +95,20 @@ def test_rows_of_two_suites_are_one_workload_and_layers_a_mean_over_them() -> No
     picks = Picks(Exact())
     for count, share in ((100, 0.25), (300, 0.75)):
         for depth in ("full", "auto"):
-            picks.saw(rows("one", count), answers(count // 2, count), depth, share)
+            picks.saw(rows("one", count), answers(count // 2, count), depth, [(share, 1)] * count)
     (found,) = picks.all()
     assert found["rows"] == 400 and found["depths"] == {"full": 0.5, "auto": 0.5} and found["auto_layers"] == 0.625
     low, high = found["intervals"]["full"]
     assert 0.45 < low < 0.5 < high < 0.55
+
+
+def test_layers_at_auto_are_those_of_the_workload_s_own_answers() -> None:
+    """A token is a token: of "two" one answer of ten tokens ran a quarter, one of thirty all. Each had the mean of both."""
+    picks = Picks(Exact())
+    both, ran = [*rows("one", 2), *rows("two", 2)], [(0.25, 10), (0.25, 30), (0.25, 10), (1.0, 30)]
+    for depth in ("full", "auto"):
+        picks.saw(both, answers(4, 4), depth, ran)
+    assert {row["workload"]: row["auto_layers"] for row in picks.all()} == {"one": 0.25, "two": 0.8125}
 
 
 @pytest.mark.parametrize(

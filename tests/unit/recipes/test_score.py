@@ -14,6 +14,7 @@ import pytest
 
 from shoal.api.requests import guide_of
 from shoal.engine.guided import Grammars, StrayError
+from shoal.evaluate.measures import Answer
 from shoal.evaluate.pieces import Models
 from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import END_ID, Tokenizer
@@ -256,19 +257,20 @@ class Silent(measure.ByEngine):
 
     def __init__(self, model: Model, depth: str, *_: Any, guided: bool = True, engine: Any = None) -> None:
         self.asked.append((depth, guided))
-        self.too_long = 0
+        self.times = 0
 
     def __call__(self, some: Any) -> list[str]:
-        self.sure = [1.0] * len(some)
+        self.times += 1
+        self.sure, self.heard = [1.0] * len(some), [None if self.times > 1 else Answer("?", 1, 2, 3)] * len(some)
         return ["?" for _ in some]
 
     @property
-    def depth_share(self) -> float:
-        return 0.5
+    def ran(self) -> list[tuple[float, int]]:
+        return [(0.5 if one else 1.0, 4) for one in self.heard]
 
     @property
     def chosen(self) -> dict[str, float]:
-        return {"full": 1.0}
+        return {"middle": 1.0} if self.times == 1 else {"full": 1.0}
 
 
 @pytest.fixture
@@ -302,6 +304,8 @@ def test_beside_the_model_stands_what_it_does_where_nothing_guides_its_calls(
         assert names[: len(model.config.exits)] == [*(f"int8 {e}" for e in [*model.config.exit_names][:-1]), "int8"]
         assert silent[0] == ("full", True), "what it has read of a prompt the shallower find again"
         assert bool(workloads) == bool(examples) == served
+        for one in found["one"]:
+            assert (one.layers, one.chosen, one.too_long) == (0.5, {"middle": 1.0}, 0), "and nothing of what is played"
 
 
 def test_a_prompt_is_answered_once_and_counted_as_often_as_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,10 +329,10 @@ def test_a_prompt_is_answered_once_and_counted_as_often_as_it_is_asked(monkeypat
     one, two, long = ([{"role": "user", "content": "?" * size}] for size in (1, 2, 200))
     by = measure.ByEngine(model, "full", recipe, [])
     first = by([one, two, one, long])
-    assert len(asked) == 2 and first[0] == first[2] != first[1] and first[3] == "" and by.too_long == 1
+    assert len(asked) == 2 and first[0] == first[2] != first[1] and first[3] == "" and by.heard.count(None) == 1
     assert by.sure == pytest.approx([1 / math.e, 1 / math.e, 1 / math.e, 0.0])
     assert by([two]) == [first[1]] and len(asked) == 2 and by.sure == pytest.approx([1 / math.e])
-    assert by.chosen == {"full": 1.0} and len(by._answers) == 4
+    assert by.chosen == {"full": 1.0} and len(by.heard) == 1
 
 
 def test_no_call_that_a_service_would_guide_has_an_invented_number(new: Rows) -> None:
