@@ -89,6 +89,8 @@ def recipe_of(run: Path) -> Recipe:
     """The recipe that a folder is a run of. Raises DataError for one that is none, has no model, or nothing to augment."""
     try:
         told = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
+        if told.get("data"):
+            raise UsageError("recipe", got=f"{told['recipe']}, of a user's own data")
         recipe = named(str(told["recipe"]))
     except (OSError, ValueError, KeyError, UsageError) as error:  # the last: a user's own, or of no version known
         raise DataError(f"{run} is no run of a recipe of ours", got=str(error), do="make one: shoal recipe") from error

@@ -8,6 +8,7 @@ FOLDER/recipe.yaml    its name, what it is in a sentence, tokens of an answer, l
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -24,7 +25,7 @@ from shoal.data.chats.rows import group_of, is_augmented, numbered, unusable
 from shoal.errors import ConfigError, DataError, ShoalError, UsageError
 from shoal.evaluate.intervals import Figure, of_share
 from shoal.inputs import tools
-from shoal.machine import write_aside
+from shoal.machine import sha256_of, write_aside
 from shoal.recipes.baselines import MAJORITY, NEAREST, RULE, majority, nearest, rows_to_compare
 from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Messages, Recipe, Row, write_rows
 from shoal.recipes.shape import shaped
@@ -73,6 +74,11 @@ class Own(Recipe):
         (folder / SUITES).mkdir(parents=True, exist_ok=True)
         for name, to in ((LEARN, folder), (DEV, folder), (ASKED, folder / SUITES)):
             shutil.copyfile(self._folder / name, to / name)
+
+    def source(self) -> str:
+        """Of settings and rows, which may be edited: a run of others is another run."""
+        parts = "".join(sha256_of(self._folder / name) for name in (SETTINGS, LEARN, DEV, ASKED))
+        return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
     def rivals(self, folder: Path) -> Mapping[str, Answerer]:
         rows = rows_to_compare(folder / LEARN)

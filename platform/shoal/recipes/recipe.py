@@ -66,6 +66,10 @@ class Recipe(ABC):
     def rights(self, rows: Sequence[Row], answers: Sequence[str]) -> list[bool]:
         """Of each answer whether it is right: what the model's own probability of it is held against."""
 
+    def source(self) -> str:
+        """A digest of what the data are made of beside the seed; empty where Shoal itself makes them."""
+        return ""
+
     def guide(self, messages: Messages) -> Guide | None:
         """What the answer to a conversation must be, as a service would guide it; None: words."""
         return None

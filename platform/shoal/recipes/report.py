@@ -50,10 +50,14 @@ def markdown(recipe: Recipe, report: Mapping[str, Any]) -> str:
 
 
 def _took(report: Mapping[str, Any]) -> list[str]:
-    """A sentence on how long it took from an empty folder."""
+    """A sentence on how long it took from an empty folder, or from where it was broken off."""
     steps: Mapping[str, float] = report.get("seconds", {})
     each = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in steps.items())
-    return [f"From an empty folder to this page in {sum(steps.values()) / 60:.1f} minutes: {each}."] if steps else []
+    if not steps:
+        return []
+    if broken := report.get("broken_off"):
+        return [f"{each}. {', '.join(broken)}: broken off and gone on with, and what was before that is in no figure."]
+    return [f"From an empty folder to this page in {sum(steps.values()) / 60:.1f} minutes: {each}."]
 
 
 def _tables(recipe: Recipe, report: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:

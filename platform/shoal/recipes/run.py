@@ -5,7 +5,7 @@
           fresh/ learn-N/   a model that knows nothing, and what it was after each lesson
           model/ int8/      the fp32 model and the INT8 one, with their routers: what is served
           policy.yaml       what to serve them with: depths by workload, and what the recipe adds to answers
-          seconds.json      what each step took
+          seconds.json      what each step took, and begun.json how often it was begun
           report.json .md   what they are worth, written last
 
 Each step leaves a result whose presence means complete, so a second call goes on where the first stopped.
@@ -32,7 +32,8 @@ from shoal.progress import Tell
 from shoal.recipes import report
 from shoal.recipes.recipe import DEV, POLICY, SUITES, Recipe
 
-SETTINGS, REPORT, TOOK = "recipe.json", "report.json", "seconds.json"
+SETTINGS, REPORT, TOOK, BEGUN = "recipe.json", "report.json", "seconds.json", "begun.json"
+LEARN, QUANTIZE = GO_ON = ("learn", "quantize")  # steps that go on where they were broken off; others begin anew
 FORMAT, VERSION = "shoal.recipe", 1
 TOKENIZER_ROWS = 2_000  # that a tokenizer is fitted to
 INT8_SHARE = 0.1  # of the minutes
@@ -77,21 +78,32 @@ def run(recipe: Recipe, folder: Path, asked: Asked, tell: Tell, say: Callable[[s
             (folder / REPORT).unlink(missing_ok=True)  # it has another column
         steps: list[tuple[str, Path, Callable[[], None]]] = [
             ("data", folder / SUITES / "suites.json", lambda: _data(recipe, folder, asked.seed)),
-            ("learn", folder / "model" / "config.json", lambda: _learn(recipe, folder, asked, tell, say)),
-            ("quantize", folder / "int8" / "config.json", lambda: _quantize(recipe, folder, asked, tell, say)),
+            (LEARN, folder / "model" / "config.json", lambda: _learn(recipe, folder, asked, tell, say)),
+            (QUANTIZE, folder / "int8" / "config.json", lambda: _quantize(recipe, folder, asked, tell, say)),
             ("evaluate", folder / REPORT, lambda: _evaluate(recipe, folder, asked, tell)),
         ]
+        began = time.monotonic()  # Ray's start is the first step's
         with local_ray():
             for name, result, step in steps:
-                began = time.monotonic()
                 if result.exists():
                     say(f"{name}: done before -> {result.parent}")
                     continue
+                known = _read(folder / BEGUN)
+                write_aside(folder / BEGUN, json.dumps(known | {name: known.get(name, 0) + 1}) + "\n")
                 step()
-                took = time.monotonic() - began
+                took, began = time.monotonic() - began, time.monotonic()
                 write_aside(folder / TOOK, json.dumps(_read(folder / TOOK) | {name: took}) + "\n")
                 say(f"{name}: {took:.0f} s -> {result.parent}")
     return _reported(folder)
+
+
+def _took(folder: Path, evaluate: float) -> dict[str, Any]:
+    """Of the report ``seconds`` of each step, and the steps that were ``broken_off``: what they took before is not known."""
+    begun = _read(folder / BEGUN)
+    return {
+        "seconds": _read(folder / TOOK) | {"evaluate": evaluate},
+        "broken_off": [name for name in GO_ON if begun.get(name, 0) > 1],
+    }
 
 
 def _reported(folder: Path) -> dict[str, Any]:
@@ -129,7 +141,7 @@ def _check_open(recipe: Recipe, asked: Asked) -> None:
 
 def _same(recipe: Recipe, folder: Path, asked: Asked) -> None:
     """Note what is asked for. Raises DataError where the folder was begun for something else."""
-    told = {"format": FORMAT, "version": VERSION, "recipe": recipe.name, **asdict(asked)}
+    told = {"format": FORMAT, "version": VERSION, "recipe": recipe.name, "data": recipe.source(), **asdict(asked)}
     path = folder / SETTINGS
     if not path.exists():
         write_aside(path, json.dumps(told, indent=1) + "\n")
@@ -138,10 +150,10 @@ def _same(recipe: Recipe, folder: Path, asked: Asked) -> None:
         known = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is no JSON", do="choose another --out") from error
-    differs = [key for key in told if key not in ("workers", "beside") and known.get(key) != told[key]]
+    differs = [key for key in told if key not in ("workers", "beside") and known.get(key, "") != told[key]]
     if differs:
         got = ", ".join(f"{key} {told[key]}" for key in differs)
-        was = ", ".join(f"{key} {known.get(key)}" for key in differs)
+        was = ", ".join(f"{key} {known.get(key, 'of which nothing is noted')}" for key in differs)
         raise DataError(f"{folder} was begun with other settings", got=got, allowed=was, do="choose another --out")
 
 
@@ -265,7 +277,7 @@ def _evaluate(recipe: Recipe, folder: Path, asked: Asked, tell: Tell) -> None:
     found["asked"] = asdict(asked)
     found["costs"] = {label: {**cost, "served": served[label]} for label, cost in found["costs"].items()}
     found["data_sha256"] = {lesson.file: sha256_of(folder / lesson.file) for lesson in recipe.lessons}
-    found["seconds"] = _read(folder / TOOK) | {"evaluate": time.monotonic() - began}
+    found |= _took(folder, time.monotonic() - began)
     _write_policy(recipe, folder, found["workloads"])
     write_aside(folder / "report.md", report.markdown(recipe, found))
     write_aside(folder / REPORT, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
