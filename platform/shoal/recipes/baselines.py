@@ -7,8 +7,9 @@ Each is asked as a model is, and answers as a model does (`recipe.Answerer`).
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from shoal.recipes.recipe import Answerer, Messages
 MAJORITY, RULE, NEAREST = NAMES = ("majority", "keyword rule", "nearest")
 GRAMS, BUCKETS = 3, 4096  # characters that are compared at once, and numbers that they are counted under
 MOST_TURNS = 6_000  # of training that the nearest is looked for in
+ALL = object()  # what is of no kind that training has
+_CJK = re.compile(r"[\u4e00-\u9fff]")
 
 
 def rows_to_compare(path: Path, most: int = MOST_TURNS) -> list[dict[str, Any]]:
@@ -36,10 +39,19 @@ def reference(message: Mapping[str, Any]) -> str:
     return (message.get("content") or "") + "".join(written(one["name"], one["arguments"]) for one in calls)
 
 
-def majority(turns: Sequence[Mapping[str, Any]]) -> Answerer:
-    """Says what is said most in training."""
-    said = Counter(reference(turn["messages"][-1]) for turn in turns).most_common(1)[0][0]
-    return lambda asked: [said for _ in asked]
+def majority(turns: Sequence[Mapping[str, Any]], kind: Callable[[Messages], object] = lambda _: "") -> Answerer:
+    """Says what is said most in training where a question is of the same `kind`, such as its language [all are of one]."""
+    said: dict[object, Counter[str]] = {}
+    for turn in turns:
+        for of in (kind(turn["messages"][:-1]), ALL):
+            said.setdefault(of, Counter())[reference(turn["messages"][-1])] += 1
+    return lambda asked: [said.get(kind(messages), said[ALL]).most_common(1)[0][0] for messages in asked]
+
+
+def language_of(messages: Messages) -> str:
+    """Of what the user said last; what tools gave may be in another."""
+    said = [str(message["content"]) for message in messages if message["role"] == "user"]
+    return "zh" if said and _CJK.search(said[-1]) else "en"
 
 
 def nearest(turns: Sequence[Mapping[str, Any]]) -> Answerer:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from shoal.recipes.baselines import language_of, majority
 from shoal.recipes.law import RECIPE, licences, score, words
 from shoal.recipes.law.clauses import LICENCES, OF_SPLIT
 from shoal.recipes.law.questions import ANSWER, SILENT, questions, said_again
@@ -207,7 +208,7 @@ def test_keywords_do_better_where_they_were_taken_from() -> None:
     asked = [[row["messages"][:-1] for row in rows] for rows in (known, new)]
     right = [values(rows, licences.keywords(some))["right"] for rows, some in zip((known, new), asked, strict=True)]
     assert right[0] > 0.8 and right[1] < right[0] - 0.2
-    assert values(new, licences.majority(known)(asked[1]))["right"] < 0.5
+    assert values(new, majority(known, language_of)(asked[1]))["right"] < 0.5
 
 
 def test_what_is_said_again_is_of_what_is_learned_from() -> None:

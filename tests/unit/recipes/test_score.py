@@ -22,7 +22,7 @@ from shoal.inputs.tools import call
 from shoal.loop.suites import freeze
 from shoal.model.model import Model
 from shoal.recipes import customer_service, law, measure
-from shoal.recipes.baselines import majority, nearest, reference
+from shoal.recipes.baselines import language_of, majority, nearest, reference
 from shoal.recipes.customer_service import baselines, score
 from shoal.recipes.customer_service.conversations import CALL, PLAIN, TOLD, conversations
 from shoal.recipes.customer_service.service import serving
@@ -30,7 +30,7 @@ from shoal.recipes.customer_service.shop import TOOLS, Shop
 from shoal.recipes.law.questions import questions
 from shoal.recipes.measure import some_of, weak
 from shoal.recipes.recipe import SUITES, Answerer, Messages, conversation, write_rows
-from shoal.recipes.splits import SUITE, TRAIN
+from shoal.recipes.splits import LANGUAGES, SUITE, TRAIN
 
 Rows = list[dict[str, Any]]
 
@@ -184,6 +184,11 @@ def test_the_nearest_answer_is_one_of_training_and_the_majority_the_commonest(ne
         values(learned, nearest(learned))["call or not"] > 0.95
     )
     assert len(set(answers(new, majority(learned)))) == 1
+    by_language = answers(new, majority(learned, language_of))
+    for language in LANGUAGES:
+        (said,) = {text for text, row in zip(by_language, new, strict=True) if row["language"] == language}
+        spoken = [reference(turn["messages"][-1]) for turn in learned if turn["language"] == language]
+        assert spoken.count(said) == max(map(spoken.count, spoken)), "and not the commonest in another language"
 
 
 def test_how_sure_a_model_is_is_held_against_what_is_right_in_its_kind(known: Rows) -> None:

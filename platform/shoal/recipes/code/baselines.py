@@ -23,6 +23,12 @@ _ASKED = (
 )  # fmt: skip
 
 
+def kind(messages: Messages) -> tuple[bool, bool]:
+    """Whether a question has a test, and code: what is to be mended has both, what is to be explained has code."""
+    text = str(messages[-1]["content"])
+    return "assert" in text, "```" in text
+
+
 def rule(asked: Sequence[Messages]) -> list[str]:
     """Says what keywords find."""
     return [_ruled(str(messages[-1]["content"])) for messages in asked]

@@ -59,7 +59,7 @@ class Code(Recipe):
 
     def rivals(self, folder: Path) -> Mapping[str, Answerer]:
         rows = rows_to_compare(folder / WHOLE, COMPARED)
-        return {MAJORITY: majority(rows), RULE: baselines.rule, NEAREST: nearest(rows)}
+        return {MAJORITY: majority(rows, baselines.kind), RULE: baselines.rule, NEAREST: nearest(rows)}
 
     def score(self, rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
         return score.scored(rows, answers)

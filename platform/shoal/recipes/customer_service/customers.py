@@ -9,7 +9,7 @@ from typing import Any
 
 from shoal.api.policy import ChatPage, Policy
 from shoal.evaluate.intervals import Figure
-from shoal.recipes.baselines import MAJORITY, MOST_TURNS, NEAREST, RULE, majority, nearest
+from shoal.recipes.baselines import MAJORITY, MOST_TURNS, NEAREST, RULE, language_of, majority, nearest
 from shoal.recipes.customer_service import baselines, score, shop
 from shoal.recipes.customer_service.conversations import ASK, PLAIN, Conversation, conversations, said_again
 from shoal.recipes.customer_service.service import serving
@@ -61,7 +61,7 @@ class CustomerService(Recipe):
                 if len(turns) >= MOST_TURNS:
                     break
         return {
-            MAJORITY: majority(turns),
+            MAJORITY: majority(turns, language_of),
             RULE: baselines.rule,
             NEAREST: nearest(turns),
         }

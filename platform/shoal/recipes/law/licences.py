@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from shoal.api.policy import ChatPage, Policy
 from shoal.evaluate.intervals import Figure
-from shoal.recipes.baselines import MAJORITY, NEAREST, RULE, nearest, rows_to_compare
+from shoal.recipes.baselines import MAJORITY, NEAREST, RULE, language_of, majority, nearest, rows_to_compare
 from shoal.recipes.law import score, words
 from shoal.recipes.law.questions import SILENT, asked, questions, said_again
 from shoal.recipes.law.synonyms import SYNONYMS
@@ -84,7 +83,7 @@ class Law(Recipe):
 
     def rivals(self, folder: Path) -> Mapping[str, Answerer]:
         rows = rows_to_compare(folder / LEARN)
-        return {MAJORITY: majority(rows), RULE: keywords, NEAREST: nearest(rows)}
+        return {MAJORITY: majority(rows, language_of), RULE: keywords, NEAREST: nearest(rows)}
 
     def score(self, rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
         return score.scored(rows, answers)
@@ -104,17 +103,6 @@ class Law(Recipe):
         return [row["messages"][:-1], asked([text], "Is there a warranty?")]
 
 
-def majority(rows: Sequence[Row]) -> Answerer:
-    """Says what is said most in training in that language."""
-    said = {
-        language: Counter(row["messages"][-1]["content"] for row in rows if row["language"] == language).most_common(1)[
-            0
-        ][0]
-        for language in {row["language"] for row in rows}
-    }
-    return lambda some: [said[_language(messages)] for messages in some]
-
-
 def keywords(some: Sequence[Messages]) -> list[str]:
     """Looks for keywords of the wordings that are learned from, and for a clause with words of that matter."""
     return [_ruled(messages) for messages in some]
@@ -122,7 +110,7 @@ def keywords(some: Sequence[Messages]) -> list[str]:
 
 def _ruled(messages: Messages) -> str:
     *clauses, question = str(messages[-1]["content"]).split("\n")
-    language = _language(messages)
+    language = language_of(messages)
     for keys, pattern, permitted in _MATTERS:
         if re.search(keys, question, re.I):
             clause = next((one for one in clauses if re.search(pattern, one, re.I)), None)
@@ -131,7 +119,3 @@ def _ruled(messages: Messages) -> str:
             verdict = words.PERMITTED if permitted else words.FORBIDDEN
             return f"{verdict[language]}: {clause}"
     return words.SILENT[language]
-
-
-def _language(messages: Messages) -> str:
-    return "zh" if re.search(r"[\u4e00-\u9fff]", str(messages[-1]["content"])) else "en"
