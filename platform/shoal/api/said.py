@@ -6,6 +6,11 @@ Its value is a regular expression (RE2's, which takes time in proportion to the 
 have there is what it matches, as a word of its own, in the conversation's messages of system, user and tools: what the model
 itself has said is no evidence. Where nothing was said an argument cannot be given, and no tool called that needs it.
 
+    {"product": {"type": "string", "x-said": {"words": 4}}}
+
+In place of an expression: any run of so many words at most, of what has no form that could be told. A letter of a script that
+puts no spaces between words is a word here.
+
 A word of its own is one that goes on at neither end: a letter of the English alphabet, a digit or "_" at an end of it has none
 beside it. At an end that is another letter, as of "#1234", "12%" or "单1234", anything may stand.
 
@@ -20,7 +25,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from shoal.api.bodies import Function, Message
@@ -28,8 +34,15 @@ from shoal.errors import RequestError
 from shoal.inputs.tools import SAID, SAID_IN_TEXT, marked, parts, unmarked
 
 MOST = 1000  # different values of one argument; of more the last said
-LONGEST = 200  # letters of a value that overlaps another
+LONGEST = 200  # letters of a value that overlaps another, and of a run of words
+WORDS, MOST_WORDS = "words", 8  # of a run
+TAIL = 4000  # letters, the last that were said, that runs are looked for in
 _SPLIT = "\0"
+# Thai, Lao, Burmese, Khmer, kana, and Chinese letters
+_SPACELESS = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+_WORD = re.compile("sm*|w[wm]*(?:jw[wm]*)*")  # in the kinds of a text's letters
 _EDGE, _NO_EDGE = r"\b", r"\B"  # between a letter of words (RE2's: English, digits, "_") and any other; elsewhere
 
 
@@ -43,7 +56,7 @@ def may_be_called(tools: Mapping[str, Function], messages: Sequence[Message]) ->
     if not any(every.values()):
         return dict(tools)
     texts = _said_by_others(messages)
-    said = {mark[SAID]: _found(SAID, str(mark[SAID]), texts) for marks in every.values() for mark in marks.values()}
+    said = {str(mark[SAID]): _choices(mark[SAID], texts) for marks in every.values() for mark in marks.values()}
     filled = {name: _filled(tool, every[name], said) for name, tool in tools.items()}
     return {name: tool for name, tool in filled.items() if tool is not None}
 
@@ -96,7 +109,7 @@ def _filled(
     properties = dict(schema.get("properties", {}))
     for argument, mark in marks.items():
         rest = unmarked(mark)
-        values = _values(rest, said[mark[SAID]])
+        values = _values(rest, said[str(mark[SAID])])
         if values:
             properties[argument] = {**rest, "enum": values}
         elif argument in schema.get("required", ()):
@@ -125,6 +138,35 @@ def _matches_nothing(pattern: str) -> bool:
         return bool(pc.match_substring_regex(pa.scalar(""), pattern).as_py())
     except pa.ArrowInvalid:
         return False
+
+
+def _choices(mark: Any, texts: Sequence[str]) -> list[str]:
+    """What may be given where `mark` is an argument's `x-said`, each once, the last said last. Raises RequestError."""
+    if isinstance(mark, str):
+        return _found(SAID, mark, texts)
+    return [*reversed([*itertools.islice(dict.fromkeys(_runs(mark[WORDS], "\n".join(texts))), MOST)])]
+
+
+def _runs(most: int, text: str) -> Iterator[str]:
+    """Runs of `most` words or fewer with spaces alone between them, in the end of a text, from the last on."""
+    end = text[-TAIL:]
+    words = [found.span() for found in _WORD.finditer("".join(map(_kind, end)))]
+    for last in range(len(words) - 1, -1, -1):
+        for first in range(last, max(-1, last - most), -1):
+            start, stop = words[first][0], words[last][1]
+            apart = first < last and end[words[first][1] : words[first + 1][0]].strip(" ")
+            if apart or stop - start > LONGEST:
+                break
+            if start or len(end) == len(text):  # else it may be half a word
+                yield end[start:stop]
+
+
+def _kind(letter: str) -> str:
+    """A letter of `_WORD`: "s" of a script without spaces, "w" of others, "m" a mark on it, "j" what joins, "-" else."""
+    kind = unicodedata.category(letter)[0]
+    if kind in "LN":
+        return "s" if _SPACELESS.match(letter) else "w"
+    return "m" if kind == "M" else "j" if letter in "'\u2019-" else "-"
 
 
 def _found(keyword: str, pattern: str, texts: Sequence[str]) -> list[str]:
@@ -184,11 +226,18 @@ def _apart(value: str, left: str, right: str) -> bool:
     return all(side == _EDGE or not _in_words(letter) for side, letter in ends)
 
 
+def _is_mark(mark: Any) -> bool:
+    if isinstance(mark, Mapping):
+        most = mark.get(WORDS)
+        return len(mark) == 1 and type(most) is int and 1 <= most <= MOST_WORDS
+    return isinstance(mark, str) and bool(mark)
+
+
 def _check(name: str, parameters: Mapping[str, Any], marks: Mapping[str, Mapping[str, Any]]) -> None:
     where = f"tools: {SAID} of {name}"
     for mark in marks.values():
-        if mark.get("type") not in ("string", "integer") or not isinstance(mark[SAID], str) or not mark[SAID]:
-            allowed = "a regular expression beside type string or integer"
+        if mark.get("type") not in ("string", "integer") or not _is_mark(mark[SAID]):
+            allowed = f'a regular expression, or {{"{WORDS}": 1 to {MOST_WORDS}}}, beside type string or integer'
             raise RequestError(where, param="tools", got=str(mark)[:120], allowed=allowed)
         in_text = mark.get(SAID_IN_TEXT, "-")
         if not isinstance(in_text, str) or not in_text or _matches_nothing(in_text):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from shoal.api.bodies import ChatRequest
-from shoal.api.said import may_be_called
+from shoal.api.said import MOST, may_be_called
 from shoal.api.tools import Offer
 from shoal.engine.events import Guide
 from shoal.engine.guided import Grammars, StrayError
@@ -136,6 +136,49 @@ def test_of_values_that_overlap_each_was_said(pattern: str, text: str, found: li
     assert choosable([{"role": "user", "content": text}], **{"x-said": pattern}) == found
 
 
+@pytest.mark.parametrize(
+    ("most", "text", "found"),
+    [
+        (2, "Is the red-hot lamp sold?", [
+            "Is", "Is the", "the", "the red-hot", "red-hot", "red-hot lamp", "lamp", "lamp sold", "sold",
+        ]),
+        (2, "A lamp, a tent\nor pots", ["A", "A lamp", "lamp", "a", "a tent", "tent", "or", "or pots", "pots"]),
+        (3, "有面包机吗。", ["有", "有面", "面", "有面包", "面包", "包", "面包机", "包机", "机", "包机吗", "机吗", "吗"]),
+        (1, "เอา กาแฟ", ["เ", "อ", "ก", "า", "แ", "ฟ"]),
+        (2, "买一个iPhone 15", ["买", "买一", "一", "一个", "个", "个iPhone", "iPhone", "iPhone 15", "15"]),
+        (1, "l\u2019eau, o'clock -x- हिन्दी 'a'", ["l\u2019eau", "o'clock", "x", "हिन्दी", "a"]),
+        (1, "a b a", ["b", "a"]),  # what was said last stands last
+        (8, "?!", []),
+        (1, "a" * 201 + " b", ["b"]),
+        (1, "x" * 100 + " a" * 1990, ["a"]),  # what half of is looked at is not half of what was said
+    ],
+)  # fmt: skip
+def test_any_run_of_words_that_was_said(most: int, text: str, found: list[str]) -> None:
+    """A thing that has no form of its own: with spaces alone between its words, in a script without spaces by its letters."""
+    assert choosable([{"role": "user", "content": text}], **{"x-said": {"words": most}}) == found
+
+
+def test_of_runs_the_last_are_kept_and_a_long_chat_takes_no_longer() -> None:
+    chat = [{"role": "user", "content": " ".join(f"w{number}" for number in range(1500))}] * 30
+    found = choosable(chat, **{"x-said": {"words": 8}})
+    assert len(found) == MOST and found[-1] == "w1499" and found[-2] == "w1498 w1499"
+    assert choosable([{"role": "user", "content": "字" * 300_000}], **{"x-said": {"words": 8}}) == [
+        "字" * count for count in range(8, 0, -1)
+    ]
+
+
+def test_a_product_is_one_that_was_said() -> None:
+    """As a customer spells it, in the shop of customer service and anywhere."""
+    find = tool("find", strict=True, product={"type": "string", "x-said": {"words": 4}})
+    free = guide([{"role": "user", "content": "Do you sell a garden lamp?"}], [find])
+    assert follows(free, FOUND) and follows(free, FOUND.replace("lamp", "garden lamp"))
+    for bad in ("tent", "lam", "a  garden lamp", "lamp?", ""):
+        assert not follows(free, FOUND.replace("lamp", bad)), bad
+    number = tool("find", strict=True, product={"type": "integer", "x-said": {"words": 1}})
+    asks = guide([{"role": "user", "content": "Send 12 of them"}], [number])
+    assert follows(asks, FOUND.replace('"lamp"', "12")) and not follows(asks, FOUND.replace('"lamp"', "13"))
+
+
 def test_of_a_thousand_values_and_more_the_last_are_kept() -> None:
     many = " ".join(f"A{number:04d}" for number in range(1500))
     assert choosable([{"role": "user", "content": many}]) == [f"A{number:04d}" for number in range(500, 1500)]
@@ -181,9 +224,14 @@ def test_beside_a_format_too() -> None:
 @pytest.mark.parametrize(
     ("schema", "reason"),
     [
+        ({"type": "boolean", "x-said": {"words": 1}}, "beside type string or integer"),
         ({"type": "boolean", "x-said": "a"}, "beside type string or integer"),
         ({"x-said": "a"}, "beside type string or integer"),
-        ({"type": "string", "x-said": True}, "a regular expression beside"),
+        ({"type": "string", "x-said": True}, "a regular expression, or .*1 to 8.*, beside"),
+        ({"type": "string", "x-said": {"words": 0}}, "a regular expression, or"),
+        ({"type": "string", "x-said": {"words": 9}}, "a regular expression, or"),
+        ({"type": "string", "x-said": {"words": True}}, "a regular expression, or"),
+        ({"type": "string", "x-said": {"words": 2, "letters": 3}}, "a regular expression, or"),
         ({"type": "string", "x-said": "(?=a)"}, "a regular expression of RE2"),
         ({"type": "string", "x-said": "(a"}, "a regular expression of RE2"),
         ({"type": "array", "items": {"type": "string", "x-said": "a"}}, "at a property of parameters itself"),
