@@ -78,9 +78,13 @@ def _ask(url: str) -> None:
 
 
 def _resident(pid: int) -> int:
-    """Bytes of a process and of those that it started; pages that several share are counted for each."""
-    first = psutil.Process(pid)
-    return int(sum(one.memory_info().rss for one in (first, *first.children(recursive=True))))
+    """Bytes of a process and of those that it started; pages that several share are counted for each. Raises ResourceError for
+    one that has ended."""
+    try:
+        first = psutil.Process(pid)
+        return int(sum(one.memory_info().rss for one in (first, *first.children(recursive=True))))
+    except psutil.Error as error:
+        raise ResourceError("the service's memory", got=str(error), do="see its log") from error
 
 
 def _on_disk(folder: Path) -> int:

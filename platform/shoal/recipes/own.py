@@ -12,6 +12,8 @@ import hashlib
 import json
 import re
 import shutil
+import tempfile
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +28,7 @@ from shoal.errors import ConfigError, DataError, ShoalError, UsageError
 from shoal.evaluate.intervals import Figure, of_share
 from shoal.inputs import tools
 from shoal.machine import sha256_of, write_aside
-from shoal.recipes.baselines import MAJORITY, NEAREST, RULE, majority, nearest, rows_to_compare
+from shoal.recipes.baselines import MAJORITY, NEAREST, RULE, language_of, majority, nearest, rows_to_compare
 from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Messages, Recipe, Row, write_rows
 from shoal.recipes.shape import shaped
 
@@ -35,6 +37,7 @@ LEAST_GROUPS = 60  # fewer leave nothing to measure on
 LENGTHS = (256, 384, 640, 1024)  # tokens of a row
 BYTES_A_TOKEN = 2  # at least, in most texts of the kind that the tokenizer is fitted to
 DOCUMENTS = (".txt", ".md")
+_ENDS = " .!?。"  # of NFKC, in which "！" is "!"
 _WORD = re.compile(r"[\u3400-\u9fff]|\w+")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 
@@ -82,7 +85,7 @@ class Own(Recipe):
 
     def rivals(self, folder: Path) -> Mapping[str, Answerer]:
         rows = rows_to_compare(folder / LEARN)
-        return {MAJORITY: majority(rows), RULE: keywords(rows), NEAREST: nearest(rows)}
+        return {MAJORITY: majority(rows, language_of), RULE: keywords(rows), NEAREST: nearest(rows)}
 
     def score(self, rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
         """exact: the reference, letter by letter; overlap: F1 of words, or of characters of Chinese; answered: anything."""
@@ -149,7 +152,7 @@ def begun(source: Path, folder: Path) -> dict[str, int]:
     before: int | None = None
     for row in _of_documents(source) if source.is_dir() else _of_rows(source):
         copied = is_augmented(row) and row.get("group") is None
-        group = before if copied and before is not None else group_of(row)
+        group = before if copied and before is not None else _group(row)
         before = before if is_augmented(row) else group
         part = _part(group)
         if (part != LEARN and is_augmented(row)) or _size(row) > BYTES_A_TOKEN * LENGTHS[-1]:
@@ -166,9 +169,16 @@ def begun(source: Path, folder: Path) -> dict[str, int]:
     row_tokens = next(length for length in LENGTHS if longest <= BYTES_A_TOKEN * length)
     name = re.sub(r"[^a-z0-9-]+", "-", folder.name.lower()).strip("-") or "own"
     told = Settings(name, f"made of {source.name}", min(256, max(16, answers // BYTES_A_TOKEN)), row_tokens)
-    for part, rows in parts.items():
-        write_rows(folder / part, rows)
-    write_aside(folder / SETTINGS, "".join(f"{key}: {json.dumps(value)}\n" for key, value in asdict(told).items()))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        beside.chmod(0o755)  # others may read it, as what `mkdir` makes
+        for part, rows in parts.items():
+            write_rows(beside / part, rows)
+        write_aside(beside / SETTINGS, "".join(f"{key}: {json.dumps(value)}\n" for key, value in asdict(told).items()))
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     return {**{Path(part).stem: len(rows) for part, rows in parts.items()}, "dropped": dropped}
 
 
@@ -189,16 +199,25 @@ def _apart(parts: dict[str, list[Row]]) -> int:
     return gone
 
 
+def _group(row: Row) -> int:
+    """The group that a row names, or what it asks."""
+    return _asks(row) if row.get("group") is None else group_of(row)
+
+
 def _asks(row: Row) -> int:
-    """A number for what a row asks, in whatever case and spaces; of a document's for the whole paragraph, whatever its file is
-    called."""
+    """A number for what a row asks, in whatever case, width and spaces, and whatever it ends with; of a document's for the
+    whole paragraph, whatever its file is called."""
     messages: Messages = row["messages"]
     if row.get("task") == "documents":
         asked, answered = (str(message["content"]) for message in messages[-2:])
         begins = asked.removeprefix(f"{Path(str(row['group'])).stem}: ")
         messages = [{"role": "user", "content": f"{begins} {answered}"}]
-    plain = [{**one, "content": " ".join(str(one["content"]).casefold().split())} for one in messages]
-    return group_of({"messages": plain})
+    return group_of({"messages": [{**one, "content": _plain(str(one["content"]))} for one in messages]})
+
+
+def _plain(text: str) -> str:
+    """A text without what makes no other question of it: "ＷＨＥＮ" is "when", and a "?" at the end, or none, is neither."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(_ENDS)
 
 
 def _part(group: int) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 from shoal import cli
 from shoal.data.chats.rows import group_of
 from shoal.errors import ConfigError, DataError, UsageError
-from shoal.recipes import report
+from shoal.recipes import own, report
 from shoal.recipes.named import named
 from shoal.recipes.own import ASKED, LEARN, SETTINGS, Own, begun, keywords, overlap
 from shoal.recipes.recipe import DEV, SUITES
@@ -107,6 +107,33 @@ def test_a_paragraph_of_two_documents_is_on_one_side_and_so_is_a_question_in_cap
     asked = [{row["messages"][0]["content"].lower() for row in p} for p in read(tmp_path / "rows").values()]
     plain = [{" ".join(text.split()) for text in some} for some in asked]
     assert sum(map(len, plain)) == len(set.union(*plain))
+
+
+@pytest.mark.parametrize(
+    "other", ["Ｗｈａｔ　ｉｓ {n}？", "What is {n}", "what is {n} ?", "What is {n}?!", "ＷＨＡＴ IS {n}。"]
+)
+def test_a_question_in_wide_letters_or_with_another_end_is_on_one_side(tmp_path: Path, other: str) -> None:
+    some = [chat(text.format(n=n), f"It is {n}.") for n in range(200) for text in ("What is {n}?", other)]
+    begun(file_of(tmp_path / "rows.jsonl", some), tmp_path / "own")
+    numbers = [{row["messages"][-1]["content"] for row in part} for part in read(tmp_path / "own").values()]
+    assert all(numbers) and sum(map(len, numbers)) == len(set.union(*numbers)) == 200
+
+
+def test_a_folder_is_there_whole_or_not_at_all(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of one could be neither run nor begun again."""
+    real = own.write_rows
+
+    def breaks(path: Path, some: Any) -> None:
+        if path.name == ASKED:
+            raise KeyboardInterrupt
+        real(path, some)
+
+    monkeypatch.setattr(own, "write_rows", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        begun(rows, tmp_path / "own")
+    assert not (tmp_path / "own").exists() and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    monkeypatch.setattr(own, "write_rows", real)
+    assert begun(rows, tmp_path / "own")["learn"] and (tmp_path / "own" / SETTINGS).is_file()
 
 
 def test_other_forms_are_read(tmp_path: Path) -> None:
