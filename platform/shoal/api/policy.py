@@ -14,7 +14,7 @@ answers.
     page: {path: medicine, system: ..., examples: [...]}    words of the page that the model was made for
 
 Notable: a flag's words are beginnings of words, whatever their case, or parts of a sentence in a script without spaces; all
-that `+` joins must stand in one sentence, in any order. A line that ends is no end of a sentence, nor is the point of 2.5.
+that `+` joins must stand in one sentence, in any order. A line that ends is no end of a sentence, nor is a point of "2.5 p.m."
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ LANGUAGES = ("en", "zh")
 WORKLOAD = "workload"  # of `metadata`
 LOOK_BACK = 40  # characters before a word that may take it back
 _CJK = re.compile(r"[\u3400-\u9fff]")
-# ends a sentence of text that is `plain`; points are looked at once, not from each of them on
-_SENTENCE = re.compile(r"[!?;。]+|(?<!\.)\.+(?=\s|$)|\n\s*\n")
+# ends a sentence of text that is `plain`; points are looked at once, not from each of them on, and that of "3 p.m." is none
+_SENTENCE = re.compile(r"[!?;。]+|(?<!\.)(?<!\b\w)\.+(?=\s|$)|\n\s*\n")
 _END = "\0"  # of a sentence: part of no word, and no space
 _SPACE = re.compile(r"[^\S\n]+")
 _LINE = re.compile(r"\s*\n\s*")
