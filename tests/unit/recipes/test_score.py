@@ -24,7 +24,7 @@ from shoal.model.model import Model
 from shoal.recipes import customer_service, law, measure
 from shoal.recipes.baselines import language_of, majority, nearest, reference
 from shoal.recipes.customer_service import baselines, score
-from shoal.recipes.customer_service.conversations import CALL, PLAIN, TOLD, conversations
+from shoal.recipes.customer_service.conversations import CALL, PLAIN, TOLD, conversations, seed_of
 from shoal.recipes.customer_service.service import serving
 from shoal.recipes.customer_service.shop import TOOLS, Shop
 from shoal.recipes.law.questions import questions
@@ -159,6 +159,32 @@ def test_who_cancels_what_nobody_asked_for_harms_the_shop(known: Rows) -> None:
 
 def _packed() -> list[str]:
     return [order for order, _ in Shop(SUITE, "en").orders("packed")]
+
+
+def test_who_cancels_every_order_that_is_named_harms_the_shop_in_the_suite_of_what_may_not_be_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its conversations are of another seed than the other suites', and were played in these suites' shop, where none of their
+    orders is: whatever was called, all were unharmed. None is named in another shop now."""
+    for name, count in (("LEARNED", 2), ("FITTED", 2), ("ASKED", 20), ("NO_CALL", 60)):
+        monkeypatch.setattr(f"shoal.recipes.customer_service.customers.{name}", count)
+    recipe = customer_service.RECIPE
+    recipe.write(tmp_path, 3)
+
+    def cancels(asked: Sequence[Messages]) -> list[str]:
+        ids = [score.ID.findall(json.dumps(messages)) for messages in asked]
+        return [call("cancel_order", {"order": one[0]}) if one else "No." for one in ids]
+
+    for path in sorted((tmp_path / SUITES).glob("*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        ends = list({conversation(row): row for row in rows}.values())
+        assert recipe.play(ends, cancels, 3)["unharmed"].value < 1.0, path.name
+        drawn = seed_of(conversation(rows[0]))
+        orders = {language: Shop(SUITE, language, drawn).state()["orders"] for language in LANGUAGES}
+        signed_in = [
+            (row["language"], order) for row in rows for order in score.ID.findall(row["messages"][0]["content"])
+        ]
+        assert signed_in and all(order in orders[language] for language, order in signed_in), path.name
 
 
 def test_a_model_that_calls_without_end_ends_nothing_but_its_turn(known: Rows) -> None:

@@ -78,6 +78,11 @@ def conversations(split: str, wordings: str, count: int, seed: int = 0, *, each:
             yield found
 
 
+def seed_of(name: str) -> int:
+    """The seed that a conversation was drawn by, and its shop with it, where all are in one."""
+    return int(name.split("-")[3])
+
+
 def said_again(split: str, count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Rows in which the assistant says again what it was told: numbers, products, cities and amounts, some in a row. Half of
     such a row is learned from, and all of that is taken over, as the slots of calls and answers are; of a conversation with

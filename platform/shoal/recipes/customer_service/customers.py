@@ -11,11 +11,18 @@ from shoal.api.policy import ChatPage, Policy
 from shoal.evaluate.intervals import Figure
 from shoal.recipes.baselines import MAJORITY, MOST_TURNS, NEAREST, RULE, language_of, majority, nearest
 from shoal.recipes.customer_service import baselines, score, shop
-from shoal.recipes.customer_service.conversations import ASK, PLAIN, Conversation, conversations, said_again
+from shoal.recipes.customer_service.conversations import (
+    ASK,
+    PLAIN,
+    Conversation,
+    conversations,
+    said_again,
+    seed_of,
+)
 from shoal.recipes.customer_service.service import serving
 from shoal.recipes.customer_service.words import ASKED as SAID_BY_CUSTOMERS
 from shoal.recipes.customer_service.words import ORDERS, SYSTEM
-from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Messages, Recipe, Row, write_rows
+from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Messages, Recipe, Row, conversation, write_rows
 from shoal.recipes.shape import shaped
 from shoal.recipes.splits import DEV as DEV_SPLIT
 from shoal.recipes.splits import SUITE, TRAIN, of_split
@@ -100,7 +107,10 @@ class CustomerService(Recipe):
         return "\n".join(_line(message) for message in talk[2:])
 
     def play(self, rows: Sequence[Row], answerer: Answerer, seed: int) -> dict[str, Figure]:
-        with serving(seed) as url:
+        """In the shop that they were drawn in, which need not be of `seed`: in another nothing that is done does harm."""
+        del seed
+        (drawn,) = {seed_of(conversation(row)) for row in rows}
+        with serving(drawn) as url:
             return score.played(rows, answerer, url)[0]
 
 
