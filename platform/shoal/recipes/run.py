@@ -29,7 +29,7 @@ from shoal.machine import need_disk, need_memory, sha256_of, write_aside
 from shoal.model.model import Model
 from shoal.model.net import Net
 from shoal.progress import Tell
-from shoal.recipes import report
+from shoal.recipes import own, report
 from shoal.recipes.recipe import DEV, POLICY, SUITES, Recipe
 
 SETTINGS, REPORT, TOOK, BEGUN = "recipe.json", "report.json", "seconds.json", "begun.json"
@@ -68,6 +68,8 @@ def run(recipe: Recipe, folder: Path, asked: Asked, tell: Tell, say: Callable[[s
         raise UsageError("--minutes", got=asked.minutes, allowed="above 0, at most 10,000")
     if asked.workers < 1:
         raise UsageError("--workers", got=asked.workers, allowed="1 or more")
+    if (folder / own.SETTINGS).exists():
+        raise UsageError("--out", got=str(folder), allowed="another folder: in this one a recipe's own data lie")
     need_disk(folder, DISK)
     need_memory(MEMORY)
     _check_open(recipe, asked)

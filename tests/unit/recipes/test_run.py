@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from shoal.bench.augment import recipe_of
-from shoal.errors import DataError
+from shoal.errors import DataError, UsageError
 from shoal.recipes import report, run
 from shoal.recipes.law import RECIPE as LAW
 from shoal.recipes.named import named
@@ -73,6 +73,13 @@ def test_other_rows_or_settings_of_one_s_own_are_another_run(mine: Path, tmp_pat
     assert told(named(str(mine)), tmp_path / "out")["seconds"]
     with pytest.raises(DataError, match="begun with other settings"):
         told(LAW, tmp_path / "out")
+
+
+def test_a_run_in_the_folder_of_one_s_own_data_is_refused_before_it_writes_there(mine: Path) -> None:
+    before = sorted(path.name for path in mine.iterdir())
+    with pytest.raises(UsageError, match="own data lie"):
+        told(named(str(mine)), mine)
+    assert sorted(path.name for path in mine.iterdir()) == before
 
 
 def test_of_one_s_own_no_synonyms_of_ours_are_taken_whatever_its_name(mine: Path, tmp_path: Path) -> None:
