@@ -8,7 +8,7 @@ A model that a recipe made goes on learning, for as many updates each and from a
 
 Each arm with each seed is a job in a process of its own, two at once. What is compared are the same answers of the suites, in
 pairs; an interval is of a bootstrap over seeds and groups of answers, as a recipe's report has it over groups. Of suites in
-wordings that were learned from (all but the recipe's `headline`) the figures are told, and nothing is claimed.
+wordings that were learned from, all but those of the recipe's `headline`, the figures are told and nothing is claimed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from shoal.recipes.recipe import SUITES, Messages, Recipe
 PLAIN, AUGMENTED, TAUGHT = ARMS = ("plain", "augmented", "taught")
 ROWS, TAUGHT_ROWS = 1_000, 600  # of the recipe that an arm goes on with, and questions that a teacher is asked
 AT_ONCE, ASKED_AT_ONCE = 2, 8  # jobs, and questions
-KNOWN = "wordings that were learned from"  # in place of a verdict
+NO_CLAIM = "nothing is claimed"  # in place of a verdict
 RATE = 0.25  # of the recipe's learning rate: it has learned already
 
 Hits = dict[str, list[bool]]  # suite -> of each of its answers whether it is right
@@ -196,7 +196,7 @@ def compared(
                 "right": float(arms[arm].mean()), "added": float(added.mean()), "interval": bootstrapped(added, groups[suite]),
                 "each": [float(value) for value in added.mean(1)],
             }  # fmt: skip
-            found[suite][arm]["shown"] = verdict(found[suite][arm]) if suite in claimed else KNOWN
+            found[suite][arm]["shown"] = verdict(found[suite][arm]) if suite in claimed else NO_CLAIM
     return found
 
 

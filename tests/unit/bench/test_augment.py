@@ -81,7 +81,7 @@ def told(plain: list[bool], augmented: list[bool], taught: list[bool]) -> dict[s
     )
     for arm in (AUGMENTED, TAUGHT):
         assert {**found["old"][arm], "shown": found["new"][arm]["shown"]} == found["new"][arm]
-        assert found["old"][arm]["shown"] == augment.KNOWN, "of wordings that were learned from nothing is claimed"
+        assert found["old"][arm]["shown"] == augment.NO_CLAIM, "of wordings that were learned from nothing is claimed"
     return found["new"]
 
 
