@@ -68,9 +68,9 @@ CITIES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 # An order's number must have been said, and so must what looks like one in words, with a return's label; and a product, which
-# has no form of its own.
+# has no form of its own but that no digit is in it.
 _ORDER = {"order": {"type": "string", SAID: "[A-Z][0-9]{4}", SAID_IN_TEXT: "[A-Z]+[0-9]+"}}
-_PRODUCT = {"product": {"type": "string", SAID: {"words": 4}}}
+_PRODUCT = {"product": {"type": "string", "pattern": "^[^0-9]+$", SAID: {"words": 4}}}
 _FUNCTIONS: tuple[tuple[str, str, dict[str, Any], list[str]], ...] = (
     ("track_order", "Where a parcel is", {**_ORDER, "route": {"type": "boolean"}}, ["order"]),
     (
