@@ -212,9 +212,9 @@ def test_the_nearest_answer_is_one_of_training_and_the_majority_the_commonest(ne
     assert len(set(answers(new, majority(learned)))) == 1
     by_language = answers(new, majority(learned, language_of))
     for language in LANGUAGES:
-        (said,) = {text for text, row in zip(by_language, new, strict=True) if row["language"] == language}
+        (commonest,) = {text for text, row in zip(by_language, new, strict=True) if row["language"] == language}
         spoken = [reference(turn["messages"][-1]) for turn in learned if turn["language"] == language]
-        assert spoken.count(said) == max(map(spoken.count, spoken)), "and not the commonest in another language"
+        assert spoken.count(commonest) == max(map(spoken.count, spoken)), "and not the commonest in another language"
 
 
 def test_how_sure_a_model_is_is_held_against_what_is_right_in_its_kind(known: Rows) -> None:
