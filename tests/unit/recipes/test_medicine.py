@@ -127,6 +127,20 @@ def test_what_is_out_of_scope_is_a_hundred_rows_of_many_wordings_none_of_them_le
     assert len({row["group"] for row in cases(SUITE, TRAIN, 400) if row["task"] == OUT}) <= 32
 
 
+def test_rows_of_one_pattern_in_a_language_are_a_group() -> None:
+    """All have nearly one answer: 100 of them are no hundred pieces of evidence that a model knows it."""
+    for language, known in (("en", TRAIN), ("zh", SUITE)):
+        rows = [row for row in cases(SUITE, known, 400) if row["language"] == language]
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            groups.setdefault(row["group"], []).append(row)
+        assert len([some for some in groups.values() if some[0]["task"] == ASSESS]) == len(rules.PATTERNS)
+        for some in groups.values():
+            assert len({(row["task"], tuple(row["right"]["causes"])) for row in some if not row["red_flag"]}) <= 2
+    found = score.scored(rows, answers(rows))
+    assert found["causes"].groups == len(rules.PATTERNS) and found["causes"].rows > 100
+
+
 def test_cases_of_different_splits_are_different(new: Rows) -> None:
     """Nothing that is asked was learned from, and no unseen wording stands in what was."""
     learned = [said(row) for row in cases(TRAIN, TRAIN, 400)]

@@ -65,7 +65,7 @@ def cases(split: str, wordings: str, count: int, seed: int = 0, *, flags: float 
                 raise ValueError(f"there are no {count} different cases")
             continue
         known.add(key)
-        yield _row(text, case, kind, language, form, of or f"{language}-{split}-{wordings}-{seed}-{len(known)}")
+        yield _row(text, case, kind, language, form, f"{language}: {of}")
 
 
 def asked(text: str, form: str) -> list[dict[str, str]]:
@@ -108,10 +108,11 @@ def out_of_scope(language: str, wordings: str) -> Sequence[str]:
 def _drawn(
     kind: str, split: str, wordings: str, language: str, draws: random.Random, flags: float
 ) -> tuple[str, Case | None, str]:
-    """What is said, the case where there is one, and the group of what is out of scope: its wording is all that differs."""
+    """What is said, the case where there is one, and what has one answer or nearly so: a pattern, a symptom that is too little,
+    or the wording of what is out of scope. Rows of one are a group in a language: a model knows it or does not."""
     if kind == OUT:
         text = draws.choice(out_of_scope(language, wordings))
-        return text.format(months=draws.randrange(1, 12)), None, f"{language}: {text}"
+        return text.format(months=draws.randrange(1, 12)), None, text
     said_as = {one: said for one in words.SYMPTOMS[language] if (said := words.symptom_said(language, one, wordings))}
     number, some = draws.choice([one for one in combinations_of(split) if said_as.keys() >= set(one[1])])
     symptoms = list(some) if kind == ASSESS else [draws.choice(some)]
@@ -133,4 +134,4 @@ def _drawn(
         age=case.age, sex=draws.choice(words.SEXES[language]), symptoms=listed, days=words.DAYS[language][days],
         history=words.HISTORY[language][history],
     )  # fmt: skip
-    return text.strip(), case, ""
+    return text.strip(), case, rules.PATTERNS[number].causes["en"][0] if kind == ASSESS else symptoms[0]
