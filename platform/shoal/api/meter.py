@@ -19,8 +19,7 @@ class Meter:
     first: float | None = None
     last: float = 0.0
     tokens: list[int] = field(default_factory=list)
-    depth: int = 0
-    spent: float | None = None
+    told: Token | None = None  # the last of them
     left: float = 0.0  # when it went on at another version
     cut: bool = False  # it was ended by its length
     nll: float | None = None  # nats of a sample of its tokens
@@ -31,7 +30,7 @@ class Meter:
             if isinstance(event, Token):
                 self.first = self.first or self.last
                 self.tokens.append(event.token)
-                self.depth, self.spent = event.depth, event.spent
+                self.told = event
             elif isinstance(event, Finished):
                 self.cut = event.reason == "length"
                 self.nll = None if event.signals is None else event.signals.answer_nll
@@ -56,9 +55,7 @@ class Meter:
             raise DeadlineError("the request ran out of its time", param="deadline", got=request.deadline)
         again = replace(request, id=f"{request.id}.stable", deadline=left, priority=request.priority - 1)
         self.left = time.monotonic()
-        if not self.tokens:
-            return again
-        return again.after(self.tokens, self.depth, self.spent)
+        return again if self.told is None else again.after(self.tokens, self.told)
 
     def ours(self, event: Event, request: Request) -> Event:
         """An event of `rest` as one of `request`."""

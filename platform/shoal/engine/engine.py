@@ -176,6 +176,8 @@ class Engine:
             look=self._look(request, layers) if chosen else None,
             tolerance=None if chosen else request.quality_tolerance,
             spent=request.spent,
+            ran=request.ran,
+            drawn=len(request.answer) if request.ran else 0,  # of tokens that nobody counted none
             watched=request.signals,
             end_ids=self.model.tokenizer.ends,
         )

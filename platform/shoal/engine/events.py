@@ -181,6 +181,7 @@ class Request:
     client: str = ""  # and so do the clients of one payer
     answer: Sequence[int] = ()  # the first tokens of its answer, given by another engine: this one goes on after them
     spent: float = 0.0  # nats of its tolerance, on those
+    ran: int = 0  # layers that ran for those, one after the other; 0: nobody counted
     # with `answer`: the depth is what a router chose and not the client's, which may look again, within `quality_tolerance`
     routed: bool = False
     adapter: str = ""  # identity of a loaded adapter that it is answered with; "": none
@@ -196,6 +197,7 @@ class Request:
         if not isinstance(self.depth, str):
             _check_whole("depth", self.depth)
         _check_whole("priority", self.priority)
+        _check_whole("ran", self.ran)
         _keep(self, "answer", self.answer, Sequence, tuple, "token ids")
         for token in self.answer:
             _check_whole("answer", token)
@@ -204,18 +206,18 @@ class Request:
             if value is not None and not (_is_number(value) and value >= 0):
                 raise RequestError(name, param=name, got=value, allowed="a finite number, 0 or more")
 
-    def after(self, tokens: Sequence[int], depth: int, spent: float | None) -> Request:
-        """What another engine is to do once `tokens` of the answer were told, the last of which was made with `depth` layers;
-        `spent`: nats of its tolerance so far, None where none was measured."""
-        routed = (self.depth == AUTO or self.routed) and spent is None
-        tolerance = self.quality_tolerance if routed or spent is not None else None
+    def after(self, tokens: Sequence[int], last: Token) -> Request:
+        """What another engine is to do once `tokens` of the answer were told, of which `last` is what was told at last."""
+        routed = (self.depth == AUTO or self.routed) and last.spent is None
+        tolerance = self.quality_tolerance if routed or last.spent is not None else None
         return replace(
             self,
             answer=(*self.answer, *tokens),
-            depth=depth,
+            depth=last.depth,
             routed=routed,
             quality_tolerance=tolerance,
-            spent=spent or 0.0,
+            spent=last.spent or 0.0,
+            ran=last.ran,
         )
 
 
@@ -232,8 +234,9 @@ class TokenLogprob:
 class Token:
     """One token of the answer; what ends it (``<|end|>`` or a stop token) is not part of it. `text` is what became
     complete with it: it may be empty, and never holds half a character. `depth`: layers that the request runs with. `spent`:
-    nats that the answer has lost so far, where it has a tolerance and is verified. Nobody changes one; it is not declared
-    frozen because of what that costs (`plan.py`)."""
+    nats that the answer has lost so far, where it has a tolerance and is verified; `ran`: layers that have run one after the
+    other for all of it, 0 where nobody counts. Nobody changes one; it is not declared frozen because of what that costs
+    (`plan.py`)."""
 
     request: str
     token: int
@@ -241,6 +244,7 @@ class Token:
     logprob: TokenLogprob | None = None
     depth: int = 0
     spent: float | None = None
+    ran: int = 0
 
 
 @dataclass(frozen=True)
@@ -277,7 +281,7 @@ class Finished:
     error: RequestError | None = None  # set when reason is "error" or "deadline"
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()  # if asked for, one a token of the prompt; the first is None
     spent: float | None = None  # nats that the whole answer lost, where it has a tolerance and was verified
-    mean_depth: float = 0.0  # layers that ran one after the other for a token: with drafts fewer than `depth`
+    mean_depth: float = 0.0  # layers that ran one after the other for a token of it: with drafts fewer than `depth`
     signals: Signals | None = None  # where the engine has any
     first_depth: int = 0  # layers that its answer began with: fewer where the router's second look went deeper
 

@@ -52,7 +52,7 @@ class Running:
     tolerance: float | None = None  # nats a token that it may lose by drafts; None: full depth does not look at it
     spent: float = 0.0  # nats so far
     acceptance: Record | None = None  # what is known of its drafts, once it decodes (`drafting`)
-    ran: int = 0  # layers that ran one after the other for its answer's tokens that were drawn here: its time
+    ran: int = 0  # layers that ran one after the other for tokens of its answer, here and before: its time
     drawn: int = 0  # as many tokens
     watched: bool = False  # its signals are asked for
     heard: Heard = field(default_factory=Heard)  # of them, so far

@@ -263,7 +263,7 @@ class Scheduler(Planning):
             self.metrics.generation_tokens += 1
             self.metrics.measured += running.tolerance is not None
             spent = None if running.tolerance is None else running.spent
-            self._events.append(Token(running.id, token, text, sampled.logprob, running.layers, spent))
+            self._events.append(Token(running.id, token, text, sampled.logprob, running.layers, spent, running.ran))
         if stopped:
             self._finish(running, "stop")
         elif answered >= sampling.max_tokens:

@@ -5,7 +5,7 @@ twice or left out: a token is a function of the weights, the tokens before it, t
 of the same weights gives the very tokens that the lost one would have given. For that a request has its seed before it is
 first sent, and keeps the depth that its first replica chose; a second look of the router that is still to come is the other's.
 Prompt and answer are computed again there, as after a preemption. An answer with a tolerance keeps what it has spent of it; its
-tokens also depend on what was drafted, and so on the replica.
+tokens also depend on what was drafted, and so on the replica. What has run for it is counted on.
 
 Weights never mix: once anything of an answer was told, only a replica of the weights that it began with may go on, with any of
 its choices. Where none is left, it ends with an error that says so.
@@ -61,8 +61,7 @@ class Progress:
     resumed: float = 0.0  # when its present replica got it
     first: float | None = None  # when its first token came
     tokens: list[int] = field(default_factory=list)
-    depth: int = 0  # layers that its first token was made with
-    spent: float | None = None  # nats of its tolerance, where that is measured
+    told: Token | None = None  # the last of them
     losses: int = 0
     tries: int = 0  # since the last event
     refused: frozenset[str] = frozenset()  # names of replicas that are not what it wants
@@ -102,9 +101,7 @@ class Progress:
             deadline=left,
             priority=self.request.priority - 1,  # it has waited already
         )
-        if not self.tokens:
-            return rest
-        return rest.after(self.tokens, self.depth, self.spent)
+        return rest if self.told is None else rest.after(self.tokens, self.told)
 
     def patience(self, now: float) -> float:
         """Seconds that it may still wait for a replica, 0 or more: a full one may ask for any number."""
@@ -116,7 +113,7 @@ class Progress:
         self.tries, self.last = 0, now
         if isinstance(event, Token):
             self.tokens.append(event.token)
-            self.depth, self.spent = event.depth, event.spent
+            self.told = event
             self.first = self.first or now
         if event.request == self.request.id:
             return event

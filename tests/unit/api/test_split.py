@@ -51,7 +51,7 @@ class Engine:
                         await asyncio.Event().wait()
                     assert self.error is not None
                     raise self.error
-                yield [Token(request.id, self.first + place, "x", depth=2)]
+                yield [Token(request.id, self.first + place, "x", depth=2, ran=2 * place + 2)]
             yield [self.end or Finished(request.id, "length", depth=2, completion_tokens=4, total_seconds=1.0)]
         finally:
             self.open -= 1
@@ -96,7 +96,7 @@ def test_what_fails_at_the_canary_goes_on_at_the_stable_version(error: Exception
         assert note.version == ("2.canary" if at else "1.stable")
         (rest,) = made.stable.asked  # type: ignore[attr-defined]
         assert (rest.answer, rest.prompt) == (tuple(range(at)), [5, 6])
-        assert rest.depth == (2 if at else "auto") and rest.id != "r"
+        assert rest.depth == (2 if at else "auto") and rest.id != "r" and rest.ran == 2 * at
         assert rest.sampling.seed == canary.asked[0].sampling.seed is not None, "the same draws"
         trial = made.trial
         assert trial is not None and trial.running == canary.open == 0

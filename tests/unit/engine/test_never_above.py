@@ -43,7 +43,7 @@ ROUTED = looked_at_again(lambda length: EXITS[length % 3], lambda length: EXITS[
 def going_on(request: Request, events: Told) -> Request:
     """`request` as it is sent to another replica after `events`."""
     sent = [one for one in events if isinstance(one, Token)]
-    return request.after([one.token for one in sent], sent[-1].depth, sent[-1].spent) if sent else request
+    return request.after([one.token for one in sent], sent[-1]) if sent else request
 
 
 def ended(events: Told) -> bool:

@@ -88,7 +88,7 @@ def test_its_signals_are_told_where_they_are_asked_for() -> None:
 
 
 @pytest.mark.parametrize(("ran", "drawn", "mean"), [(0, 0, 0.0), (6, 4, 1.5)])
-def test_its_mean_depth_is_of_the_tokens_that_were_drawn_here(ran: int, drawn: int, mean: float) -> None:
+def test_its_mean_depth_is_of_the_tokens_that_were_counted(ran: int, drawn: int, mean: float) -> None:
     one = made(answered=5)
     one.ran, one.drawn = ran, drawn
     assert one.finished("stop", 20.0, None).mean_depth == mean

@@ -228,7 +228,7 @@ def test_an_answer_goes_on_elsewhere_with_the_look_that_it_still_has(cut: int, t
     request = dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, speculative=0))
     (whole,) = answers(Engine(routed, units=400), [request]).values()
     sent = [one for one in whole if isinstance(one, Token)][:cut]
-    rest = request.after([one.token for one in sent], sent[-1].depth, sent[-1].spent) if sent else request
+    rest = request.after([one.token for one in sent], sent[-1]) if sent else request
     other = Engine(routed, units=400)
     (after,) = answers(other, [rest]).values()
     got = [*sent, *[one for one in after if isinstance(one, Token)]]
@@ -236,6 +236,10 @@ def test_an_answer_goes_on_elsewhere_with_the_look_that_it_still_has(cut: int, t
     assert [(one.token, one.depth, one.text) for one in got] == [(one.token, one.depth, one.text) for one in wanted]
     near([one.logprob for one in got], [one.logprob for one in wanted])
     assert other.stats()["second_looks_total"] == (cut <= 5)
+    end, uncut = after[-1], whole[-1]
+    assert isinstance(end, Finished) and isinstance(uncut, Finished)
+    if cut == 0 or cut > 5:  # a look that is made anew has no sums of pages to begin with
+        assert end.mean_depth == uncut.mean_depth, "of all of the answer, the look among it"
 
 
 def test_choices_of_one_prompt_are_looked_at_each_by_itself() -> None:
@@ -249,7 +253,7 @@ def test_choices_of_one_prompt_are_looked_at_each_by_itself() -> None:
 def test_what_may_go_deeper_must_fit_at_full_depth() -> None:
     routed, page = model(to(EXITS[0]), to(EXITS[-1]), 5), MODEL.config.page
     engine = Engine(routed, units=1 + 3 * -(-len(LONG) // page))
-    begun = ask(LONG).after([60, 61], EXITS[0], None)
+    begun = ask(LONG).after([60, 61], Token("", 61, "", depth=EXITS[0]))
     with pytest.raises(RequestError, match="never fit"):
         engine.submit(begun)
     engine.submit(dataclasses.replace(begun, routed=False))

@@ -394,11 +394,11 @@ def test_after_it_the_depth_is_the_one_that_the_first_replica_chose_and_the_answ
 
 def test_an_answer_whose_tolerance_is_measured_takes_along_what_it_has_spent() -> None:
     progress = at_100()
-    for token, spent in ((65, 0.0), (66, 0.35)):
-        progress.take(Token("r", token, "x", depth=4, spent=spent), 101.0)
+    for token, spent, ran in ((65, 0.0, 4), (66, 0.35, 9)):
+        progress.take(Token("r", token, "x", depth=4, spent=spent, ran=ran), 101.0)
     progress.losses = 1
     rest = progress.to_send(102.0)
-    assert (rest.answer, rest.depth, rest.quality_tolerance, rest.spent) == ((65, 66), 4, 0.2, 0.35)
+    assert (rest.answer, rest.depth, rest.quality_tolerance, rest.spent, rest.ran) == ((65, 66), 4, 0.2, 0.35, 9)
 
 
 def test_what_had_begun_at_another_version_keeps_its_beginning_when_its_replica_is_lost() -> None:
