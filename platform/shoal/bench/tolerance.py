@@ -19,6 +19,7 @@ from shoal.config import AUTO, GROUPS
 from shoal.data.chats.heldout import Question
 from shoal.engine.engine import Engine
 from shoal.engine.events import Completion, Request, Sampling
+from shoal.engine.front import settle
 from shoal.errors import UsageError
 from shoal.evaluate.evaluation import MOST_TOKENS, TASKS, Quality, Sizes, heldout_questions, leave_a_core, score
 from shoal.evaluate.measures import Answer
@@ -38,6 +39,7 @@ class Way:
     engine: Engine | None = None
     rates: dict[str, list[float]] = field(default_factory=dict)  # by task, tokens a second of each turn
     answers: dict[str, list[Completion]] = field(default_factory=dict)  # of the last turn
+    counts: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of it, by task: `_counts`
 
     def run(self, task: str, asked: Sequence[Question], temperature: float) -> None:
         """Answer `asked`, and keep what came and how fast."""
@@ -48,7 +50,9 @@ class Way:
         requests = [
             Request(question.prompt, sampling, depth=self.depth, quality_tolerance=self.tolerance) for question in asked
         ]
+        before = _counts(self.engine)
         self.answers[task] = done = self.engine.generate(requests)
+        self.counts[task] = tuple(a - b for a, b in zip(_counts(self.engine), before, strict=True))
         ends = [answer.finished for answer in done if answer.finished is not None]
         after = sum(max(0, end.completion_tokens - 1) for end in ends)
         seconds = sum(end.total_seconds - end.first_token_seconds for end in ends)
@@ -76,6 +80,7 @@ def tolerance(
         for way in ways:
             way.engine = Engine(loaded, max_batch=batch, units=_units(loaded, asked, batch, rounds))
         for turn in range(rounds + 1):  # one that is not counted
+            settle()  # as a server does: a look through all that is in memory takes as long as a turn of short answers
             for task, questions in asked.items():
                 for way in ways:
                     way.run(task, questions, temperature)
@@ -86,6 +91,12 @@ def tolerance(
         rows += found
     what = {"bench": "tolerance", "model": str(model), "quantization": loaded.config.quantization}
     show(console, tables, {**what, "prompts": prompts, "rounds": rounds, "temperature": temperature, "rows": rows})
+
+
+def _counts(engine: Engine) -> tuple[int, ...]:
+    """Steps, their rows without those of drafts, drafts, and how many of these stood, since it began."""
+    metrics = engine.scheduler.metrics
+    return metrics.steps, metrics.rows, metrics.drafts, metrics.drafts_accepted
 
 
 def _units(model: Model, asked: dict[str, list[Question]], batch: int, rounds: int) -> int:
@@ -124,6 +135,10 @@ def _row(way: Way, batch: int, asked: dict[str, list[Question]]) -> dict[str, An
         "way": way.name,
         "tokens_per_s": {task: statistics.median(rates) for task, rates in way.rates.items()},
         "turns": way.rates,  # tokens a second in each
+        "counts": {  # in the last turn
+            task: dict(zip(("steps", "rows", "drafts", "stood"), counts, strict=True))
+            for task, counts in way.counts.items()
+        },
         "cached_tokens": {  # of prompts, in the last turn
             task: sum(answer.finished.cached_tokens for answer in answers if answer.finished is not None)
             for task, answers in way.answers.items()

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from shoal.engine.acceptance import Kinds, Record
 from shoal.engine.events import MAX_DRAFTS
 from shoal.engine.plan import Outcome, Plan
-from shoal.engine.price import Prices
+from shoal.engine.price import ALIKE, Price, Prices
 from shoal.engine.running import Running
 
 ADVANCE = 1.5  # steps without drafts, whose time drafting may lose at most before it is known
@@ -86,6 +86,7 @@ class Drafting:
         self.kinds = Kinds()
         self._left = ADVANCE  # steps without drafts, whose time all drafting may still lose
         self._now = 0  # steps in which somebody could draft
+        self._measured = 0  # requests of the last of them that was measured
         self._counted: dict[Running, int] = {}  # who drafts how much; nobody else does, whatever comes into the step
         self._could = False  # has somebody of the step room for drafts?
         self._denied = 0  # answers that were not audited because drafts did not pay
@@ -125,14 +126,14 @@ class Drafting:
             return False
         if self._max_batch is not None:
             return batch <= self._max_batch
-        price = self.prices.at(batch)
+        price = self._price(batch)
         if not price.plain:
             if batch <= FEW:
                 return True
         else:
             record = self._record(running, groups, running.request.quality_tolerance)
             answers = [(record.share, record.most)] * batch
-            if (self._left > 0 or record.credit) and best(answers, batch, price.shares())[0] > WORTH:
+            if (self._left > 0 or record.credit) and best(answers, price.batch, price.shares())[0] > WORTH:
                 return True
         self._denied += 1
         return self._denied % AGAIN == 0
@@ -144,10 +145,12 @@ class Drafting:
             return
         self._now += 1
         self._left = min(ADVANCE, self._left + LOSS)
-        alone = all(work.count == 1 and work.sample for work in plan.works)
+        alone, batch = all(work.count == 1 and work.sample for work in plan.works), len(plan.works)
+        if alone:
+            self._measured = batch
         if not self._counted:
             if alone:
-                self.prices.at(len(plan.works)).learn_plain(seconds)
+                self.prices.at(batch).learn_plain(seconds)
             return
         # one that would end the answer, or could not be drawn, is none of `drafted`, and was a draft all the same
         drafted = [
@@ -158,12 +161,11 @@ class Drafting:
         most, rows = 0, 0
         for _, _, count in drafted:
             most, rows = max(most, count), rows + count
-        batch = sum(work.sample and work.count == 1 for work in plan.works)
-        price = self.prices.at(batch)
         if alone and rows:
-            price.learn(most, rows, seconds)
+            self.prices.learn(batch, most, rows, seconds)
         elif alone and not drafted:  # all were left out for want of units
-            price.learn_plain(seconds)
+            self.prices.at(batch).learn_plain(seconds)
+        price = self._price(sum(work.sample and work.count == 1 for work in plan.works))
         extra = price.extra(most, rows) if price.plain and rows else 0.0
         for running, sampled, count in drafted:
             good = len(sampled.after)
@@ -171,21 +173,21 @@ class Drafting:
             if sampled.drafted:  # an end says nothing of the drafts before it
                 running.acceptance.add(good, min(good + 1, count))
             # each pays its share of the step by its rows, and gains its tokens' share of one without
-            gained = good / batch - extra * count / rows
+            gained = good / price.batch - extra * count / rows
             self._left += running.acceptance.earn(gained, self._now)
 
     def _chosen(self, rooms: Sequence[tuple[Running, int]], batch: int) -> dict[Running, int]:
         """Which of `rooms` draft how much, in a step of `batch` requests."""
-        price = self.prices.at(batch)
+        price = self._price(batch)
         if not price.plain:
             return {}
         may = [(running, room) for running, room in rooms if self._left > 0 or _record(running).credit]
         if not may:
             return {}
         answers = [(_record(running).share, room) for running, room in may]
-        rate, drafts = best(answers, batch, price.shares())
+        rate, drafts = best(answers, price.batch, price.shares())
         if rate > WORTH:
-            if price.look(rate):
+            if self.prices.at(batch).look(rate):
                 return {}
             return {running: count for (running, _), count in zip(may, drafts, strict=True) if count}
         if self._left > 0:
@@ -193,6 +195,12 @@ class Drafting:
                 if _record(running).task.due(self._now):
                     return {running: min(TRY, room)}
         return {}
+
+    def _price(self, batch: int) -> Price:
+        """By which drafts of a step with `batch` requests are judged. Beside a prompt there are fewer that decode than before it
+        and after, and what such a step takes is no measure: it is judged as the last that was measured, in which a token that
+        drafts give now will be one less to compute."""
+        return self.prices.known(self._measured if batch < self._measured <= ALIKE * batch else batch)
 
     def _room(self, running: Running) -> int:
         """As many as it asks for and its answer has room for."""

@@ -27,6 +27,7 @@ UNKNOWN = 1.0, 0.15, 0.3
 AGAIN = 128  # of so many steps one's time is lost by steps without drafts that pay
 # deviation of what a step without drafts has come to cost, for each with drafts since: its texts are others by then
 WANDERS = 0.05
+ALIKE = 2  # times as many requests, up to which steps are thought to cost alike where one was not measured of late
 ROW = 0.1  # what a draft's row is thought to cost, in shares of what a row of a step without drafts does
 
 
@@ -35,7 +36,7 @@ class Price:
 
     def __init__(self, batch: int, cheap: float, like: Price | None = None) -> None:
         """`cheap`: what group 1 costs of a step without drafts, it is thought; `like`: a batch size that more is known of."""
-        self._batch, self._cheap = batch, cheap
+        self.batch, self._cheap = batch, cheap
         self._plain, self._steps = 0.0, 0
         self._like = like
         self._seen = 0  # steps with drafts
@@ -108,13 +109,13 @@ class Price:
         return fixed / self.plain, each / self.plain, row / self.plain
 
     def _unknown(self) -> list[float]:
-        scales = (1.0, 1.0, 1 / self._batch)
+        scales = (1.0, 1.0, 1 / self.batch)
         return [(self.plain * share * scale) ** 2 for share, scale in zip(UNKNOWN, scales, strict=True)]
 
     def _known(self) -> list[float]:
         if not self._costs:
             like = self._like
-            guess = [0.0, self._cheap * self.plain, ROW * self.plain / self._batch]
+            guess = [0.0, self._cheap * self.plain, ROW * self.plain / self.batch]
             self._costs = list(like._costs) if like is not None and like._costs else guess
             self._doubt = [[x if i == j else 0.0 for j in range(3)] for i, x in enumerate(self._unknown())]
         return self._costs
@@ -126,12 +127,38 @@ class Prices:
     def __init__(self, cheap: float) -> None:
         self._cheap = cheap
         self._sizes: dict[int, Price] = {}
+        self._steps = 0  # with drafts, that were measured at any size ...
+        self._seen: dict[int, int] = {}  # ... and the last of them at each
+        self._known: dict[int, Price] = {}  # since the last of those
 
     def at(self, batch: int) -> Price:
         """Of steps with `batch` requests; begun with what the nearest batch size costs that has been measured."""
         if batch not in self._sizes:
             self._sizes[batch] = Price(batch, self._cheap, _nearest(self._sizes, batch))
         return self._sizes[batch]
+
+    def learn(self, batch: int, most: int, rows: int, seconds: float) -> None:
+        """Take in a step with `batch` requests, as `Price.learn`."""
+        price = self.at(batch)
+        if price.plain:
+            self._steps += 1
+            self._seen[batch] = self._steps
+            self._known.clear()
+        price.learn(most, rows, seconds)
+
+    def known(self, batch: int) -> Price:
+        """What a step with `batch` requests is thought to cost: as one of the nearest size that is `ALIKE`, where drafts were
+        measured at that one since they last were at its own. What was known of its own is of other texts."""
+        if batch not in self._known:
+            last = self._seen.get(batch, 0)
+            since = {size: seen for size, seen in self._seen.items() if seen > last and _alike(size, batch)}
+            size = min(since, key=lambda size: (abs(size - batch), -since[size])) if since else batch
+            self._known[batch] = self.at(size)
+        return self._known[batch]
+
+
+def _alike(one: int, other: int) -> bool:
+    return max(one, other) <= ALIKE * min(one, other)
 
 
 def _nearest(sizes: Mapping[int, Price], batch: int) -> Price | None:

@@ -36,7 +36,8 @@ def test_each_way_answers_every_batch_size(
     heldout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_router(lively()).save(heldout / "model")
-    said = io.StringIO()
+    said, settled = io.StringIO(), list[int]()
+    monkeypatch.setattr(tolerance, "settle", lambda: settled.append(1))
     tolerance.tolerance(
         Console(file=said, width=200), model=heldout / "model", data=heldout, batches=(1, 3), tolerances=(0.0, 1.0), prompts=12,
         rounds=1, temperature=0.0,
@@ -59,6 +60,12 @@ def test_each_way_answers_every_batch_size(
         assert found == rows[0]["cached_tokens"]["customer service"] > 12 * 8, (
             "each prompt, in every way and batch size"
         )
+        counts = row["counts"]["customer service"]
+        tokens = 12 * 48  # at most
+        assert 12 / row["batch"] <= counts["steps"] <= 2 * tokens and counts["steps"] <= counts["rows"]
+        assert 0 <= counts["stood"] <= counts["drafts"] and (counts["drafts"] > 0) <= (kind in ("verified", "auto"))
+    assert any(row["counts"]["customer service"]["drafts"] for row in rows)
+    assert len(settled) == 2 * 2, "before each turn of each batch size"
     depths = {row["way"]: row["mean_depth"] for row in rows if row["batch"] == 1}
     assert (depths["shallow"], depths["middle"], depths["full"]) == (1, 2, 4)
     assert "1 at once, greedy" in said.getvalue() and " of 12" in said.getvalue()
