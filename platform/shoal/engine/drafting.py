@@ -1,8 +1,8 @@
 """Which requests draft how many tokens in a step: as many as give most tokens a second, by what is measured.
 
-What a step costs is known by batch size, by the drafts of the longest and by the rows of all (`price`); how many of its drafts
-will stand, of each answer, from those like it and from its own (`acceptance`). So in one step an answer may draft beside one
-that does not.
+What a step costs is known by batch size, by the drafts of the longest and by the rows of all (`price`), where no prompt was in
+it; one beside a prompt is judged as the last without. How many of its drafts will stand is known of each answer, from those
+like it and from its own (`acceptance`). So in one step an answer may draft beside one that does not.
 
 What is not known is tried: by an answer whose task nobody has drafted for, and again after ever more steps, of all and of its
 own, where it did not pay. What that may lose is counted, in steps without drafts, whatever was expected: the drafts of a task
@@ -197,9 +197,9 @@ class Drafting:
         return {}
 
     def _price(self, batch: int) -> Price:
-        """By which drafts of a step with `batch` requests are judged. Beside a prompt there are fewer that decode than before it
-        and after, and what such a step takes is no measure: it is judged as the last that was measured, in which a token that
-        drafts give now will be one less to compute."""
+        """By which drafts of a step with `batch` requests are judged. Beside a prompt fewer decode than before it and after.
+        What such a step takes is no measure, so it is judged as the last that was one: a token that drafts give now is one less
+        to compute in steps like that."""
         return self.prices.known(self._measured if batch < self._measured <= ALIKE * batch else batch)
 
     def _room(self, running: Running) -> int:
