@@ -505,9 +505,9 @@ class Stream:
             sum(work.drafts for work in works),
             self.of(len(running)),
         )
-        drafts = self.longer * self.dearer * (self.fixed + self.each * most + self.row * rows) if rows else 0
+        price = self.longer * self.dearer * (self.fixed + self.each * most + self.row * rows) if rows else 0
         prompts = len(begin) * (self.prompt or 0)
-        seconds = plain * bool(running) + drafts + prompts
+        seconds = plain * bool(running) + price + prompts
         self.drafting.learn(Plan(works), Outcome(samples), seconds)
         self.seconds, self.steps = self.seconds + seconds, self.steps + 1
         tokens = 0

@@ -128,23 +128,24 @@ def test_an_answer_that_an_end_closes_spent_at_most_its_tolerance_a_token() -> N
     assert 0 < most <= 1.0
 
 
-def test_layers_that_ran_elsewhere_for_an_answer_are_counted_on() -> None:
+@pytest.mark.parametrize(("name", "stand"), [("lively", False), ("eager", True)])
+def test_layers_that_ran_elsewhere_for_an_answer_are_counted_on(name: str, stand: bool) -> None:
     """Two engines that draft, then one that does not; where a step is cut in two, all that it ran is told with its first."""
-    request, moved = ask(1, 0.0, max_tokens=24), 0
-    *sent, end = told(engine(LIVELY), [request])[request.id]
+    model, request, moved = MODELS[name], ask(1, 0.0, max_tokens=24), 0
+    *sent, end = told(engine(model), [request])[request.id]
     for one in range(1, 24, 5):
         for two in range(one, 25, 4):
             tokens = [each for each in sent[:one] if isinstance(each, Token)]
             rest = request.after([each.token for each in tokens], tokens[-1])
-            tokens = [each for each in told(engine(LIVELY), [rest])[request.id] if isinstance(each, Token)][: two - one]
+            tokens = [each for each in told(engine(model), [rest])[request.id] if isinstance(each, Token)][: two - one]
             if tokens:
                 rest = rest.after([each.token for each in tokens], tokens[-1])
             before = rest.ran
-            (*_, last) = told(engine(LIVELY, speculative_max_batch=0), [rest])[request.id]
+            (*_, last) = told(engine(model, speculative_max_batch=0), [rest])[request.id]
             assert isinstance(last, Finished) and last.completion_tokens == 24
             assert last.mean_depth == pytest.approx((before + 4 * (24 - two)) / 24)
-            moved += before < 4 * two
-    assert moved and isinstance(end, Finished) and 0 < end.mean_depth < 4
+            moved += before != 4 * two
+    assert moved and isinstance(end, Finished) and (end.mean_depth < 4) == stand, "a draft that falls takes layers, too"
 
 
 def test_a_token_that_another_engine_gave_took_no_layers_here() -> None:
