@@ -3,13 +3,14 @@ and processes that tests start are as a user's are."""
 
 from __future__ import annotations
 
+import gc
 import importlib.abc
 import importlib.util
 import sys
 from collections.abc import Callable
 from functools import cache
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 
 class AtImport(importlib.abc.MetaPathFinder):
@@ -42,6 +43,12 @@ def one_thread(torch: ModuleType) -> None:
 def measured_once(meter: ModuleType) -> None:
     """The rate of matrix products, for which each run of training would compute for a tenth of a second."""
     meter.matmul_rate = cache(meter.matmul_rate)
+
+
+def kept_frozen(front: ModuleType) -> None:
+    """What a replica has loaded it hides from Python's collector, which first looks through all that is hidden: here, each
+    time, through what all test files have imported (tests/conftest.py)."""
+    front.gc = SimpleNamespace(collect=gc.collect, freeze=lambda: None, unfreeze=lambda: None)
 
 
 def read_once(run: ModuleType) -> None:

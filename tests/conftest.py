@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import budget
-from tests.at_import import AtImport, measured_once, one_thread, read_once
+from tests.at_import import AtImport, kept_frozen, measured_once, one_thread, read_once
 from tests.neighbours import end_what_is_not_asked_for, scheduler
 
 # Nothing is timed: a busy machine must not fail a test.
@@ -17,6 +17,7 @@ settings.register_profile("shoal", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("shoal")
 sys.meta_path[:0] = [
     AtImport("torch", one_thread),
+    AtImport("shoal.engine.front", kept_frozen),
     AtImport("shoal.train.meter", measured_once),
     AtImport("shoal.train.run", read_once),
 ]

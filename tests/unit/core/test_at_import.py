@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 from pathlib import Path
@@ -36,3 +37,9 @@ def test_this_process_asked_for_it() -> None:
 def test_all_runs_of_this_process_have_one_rate_of_matrix_products() -> None:
     torch, loop = importlib.import_module("torch"), importlib.import_module("shoal.train.loop")
     assert loop.matmul_rate(torch.device("cpu")) == loop.matmul_rate(torch.device("cpu"))
+
+
+def test_what_all_files_have_imported_stays_hidden_from_the_collector_where_a_service_settles() -> None:
+    hidden = gc.get_freeze_count()
+    importlib.import_module("shoal.engine.front").settle()
+    assert 0.9 * hidden < gc.get_freeze_count() <= hidden, "some of it goes when nobody has it any more"
