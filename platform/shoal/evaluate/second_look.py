@@ -71,10 +71,12 @@ def fitted(config: ModelConfig, router: Router, prompts: Prompts, *, seed: int =
     looks = _Looks.of(config, router, later, prompts.some(order[half:three]))
     groups = prompts.groups[order[half:three]]
     worst = float(looks.losses.max().clamp(min=0))
-    found = thresholds(
-        {*(looks.first.flatten() - table.offset).tolist(), *looks.second.flatten().tolist()},
-        lambda bound: promised(looks.lost(*looks.twice(bound, table.offset)).clamp(min=0), worst, groups),
-    )
+
+    def regrets(bounds: Tensor) -> Tensor:
+        lost = [looks.lost(*looks.twice(bound, table.offset)) for bound in bounds.tolist()]
+        return promised(torch.stack(lost).clamp(min=0), worst, groups)
+
+    found = thresholds({*(looks.first.flatten() - table.offset).tolist(), *looks.second.flatten().tolist()}, regrets)
     even = torch.full((1, len(looks.first)), 1 / len(looks.first))
     _, at = _beside(looks, [bound for _, bound in found], table.offset, even)
     table.thresholds = [kept for kept, row in zip(found, at, strict=True) if row["twice"] < row["once"]]
@@ -117,15 +119,15 @@ def routed(
     places = {layers: place for place, layers in enumerate(config.exits)}
     if not twice or later is None or rest is None:
         gaps = torch.cat([prompts.gaps, prompts.gaps.new_zeros(len(prompts.gaps), 1)], dim=1)
-        depths = [router.choose(x, tolerance, budget) for x in prompts.features]
+        depths = router.choices(prompts.features, tolerance, budget)
         at = torch.tensor([places[depth] for depth in depths])
         return torch.tensor(depths) / config.layers, gaps[torch.arange(len(gaps)), at]
     assert later.after == rest.after, "the rest of the answers begins elsewhere than the second look"
-    first = [router.choose(x, tolerance, again=later) for x in prompts.features]
+    first = router.choices(prompts.features, tolerance, again=later)
     looks = (prompts.answers > rest.after).tolist()
     second = [
-        max(depth, later.choose(x, tolerance)) if look else depth
-        for x, depth, look in zip(rest.features, first, looks, strict=True)
+        max(depth, again) if look else depth
+        for depth, again, look in zip(first, later.choices(rest.features, tolerance), looks, strict=True)
     ]
     head = prompts.answers.clamp(max=rest.after) / prompts.answers
     share = (head * torch.tensor(first) + (1 - head) * torch.tensor(second)) / config.layers

@@ -40,6 +40,7 @@ HIGHEST_PRICE = 100.0  # nats for all layers: every prompt takes the first exit
 LEAST_PROMPTS = 8  # to fit, calibrate and test on
 NLL = -3  # place of the mean exit-1 NLL among the features
 SURE = 1.644854  # standard deviations above a mean, that 95 % of a normal distribution are below
+AT_ONCE = 2**20  # gaps that are looked at together, as a router is calibrated
 EXTRA = 3  # columns of a page's sums beside the hidden state: NLL sum, NLL count, patch count
 
 
@@ -193,6 +194,15 @@ class Router(nn.Module):
             return self.exits[costs.index(min(costs))]
         return self._first_within(quantile, self.bound(tolerance) - shift)
 
+    def choices(
+        self, x: Tensor, tolerance: float | None = None, budget: float | None = None, again: Router | None = None
+    ) -> list[int]:
+        """What `choose` gives each of the prompts x [M, 2D + 3], whose gaps are predicted at once."""
+        with torch.no_grad():
+            both = torch.stack(self(x)).masked_fill(~torch.isfinite(x).all(-1, keepdim=True), math.nan)
+        told = zip(x, *both.tolist(), strict=True)
+        return [self.choose(row, tolerance, budget, (mean, quantile), again) for row, mean, quantile in told]
+
     def bound(self, tolerance: float | None = None) -> float:
         """What the predicted quantile of an exit must be within at `tolerance` [the default]: `NEVER` where none will do."""
         tolerance = self.calibration.default_tolerance if tolerance is None else tolerance
@@ -316,7 +326,7 @@ def _spent(
 ) -> tuple[Tensor, Tensor]:
     """Share of the layers and gap [M] of what `choose` gives each of the prompts x [M, 2D + 3], with gaps [M, A]."""
     full = torch.cat([gaps, gaps.new_zeros(len(gaps), 1)], dim=1)
-    depths = [router.choose(row, tolerance, budget) for row in x]
+    depths = router.choices(x, tolerance, budget)
     at = torch.tensor([router.exits.index(depth) for depth in depths])
     return torch.tensor(depths) / router.exits[-1], full[torch.arange(len(x)), at]
 
@@ -330,11 +340,15 @@ def _calibrate(router: Router, x: Tensor, gaps: Tensor, groups: Tensor) -> None:
     cost = torch.tensor([e / router.exits[-1] for e in router.exits])
     rows, worst = torch.arange(len(x)), float(full.max().clamp(min=0))
 
-    def regret(bound: float) -> float:
-        within = torch.cat([quantile <= bound, torch.ones(len(x), 1, dtype=torch.bool)], dim=1)
-        return promised(full[rows, within.float().argmax(1)].clamp(min=0), worst, groups)
+    def regrets(bounds: Tensor) -> Tensor:
+        within = quantile <= bounds[:, None, None]
+        picked = torch.cat([within, torch.ones_like(within[..., :1])], dim=-1).float().argmax(-1)
+        return promised(full[rows, picked].clamp(min=0), worst, groups)
 
-    router.calibration.thresholds = thresholds(quantile.flatten().tolist(), regret)
+    some = max(1, AT_ONCE // len(x))
+    router.calibration.thresholds = thresholds(
+        quantile.flatten().tolist(), lambda bounds: torch.cat([*map(regrets, bounds.split(some))])
+    )
     gap = torch.cat([mean, mean.new_zeros(len(mean), 1)], dim=1).double()
     budgets = torch.arange(round(100 * float(cost[0])), 100) / 100
     low, high = torch.zeros(len(budgets), dtype=torch.float64), torch.full((len(budgets),), HIGHEST_PRICE).double()
@@ -345,9 +359,11 @@ def _calibrate(router: Router, x: Tensor, gaps: Tensor, groups: Tensor) -> None:
     router.calibration.prices = [(round(b, 2), p) for b, p in zip(budgets.tolist(), high.tolist(), strict=True)]
 
 
-def thresholds(bounds: Iterable[float], regret: Callable[[float], float]) -> list[tuple[float, float]]:
-    """For each of `TOLERANCES` the largest of `bounds` up to which what is lost stays within it; `NEVER` where none does."""
-    tried = [(bound, regret(bound)) for bound in sorted(bounds)]
+def thresholds(bounds: Iterable[float], regrets: Callable[[Tensor], Tensor]) -> list[tuple[float, float]]:
+    """For each of `TOLERANCES` the largest of `bounds` up to which what is lost stays within it; `NEVER` where none does.
+    `regrets`: what is lost at each of some bounds [B], in fp64."""
+    rising = torch.tensor(sorted(bounds), dtype=torch.float64)
+    tried = [*zip(rising.tolist(), regrets(rising).tolist(), strict=True)]
     found = []
     for tolerance in TOLERANCES:
         # up to the first that is too much: a larger one that happens to fit again promises nothing
@@ -356,27 +372,30 @@ def thresholds(bounds: Iterable[float], regret: Callable[[float], float]) -> lis
     return found
 
 
-def promised(lost: Tensor, worst: float, groups: Tensor) -> float:
-    """What the mean of prompts like those that lose `lost` [M], at most `worst` each, is within: its upper bound in 95 % of
-    draws of `groups` [M] (risk-controlling prediction sets, arXiv 2101.02703, section 3.2), and no less than one more prompt
-    loses in expectation (conformal risk control, arXiv 2208.02814, with its 1/(n+1) correction), which is more where none, or
-    all, have lost something."""
-    return max((float(lost.sum()) + worst) / (len(lost) + 1), _upper(lost, groups))
+def promised(lost: Tensor, worst: float, groups: Tensor) -> Tensor:
+    """What the mean of prompts like those that lose `lost` [..., M], at most `worst` each, is within, [...] in fp64: its upper
+    bound in 95 % of draws of `groups` [M] (risk-controlling prediction sets, arXiv 2101.02703, section 3.2), and no less than
+    one more prompt loses in expectation (conformal risk control, arXiv 2208.02814, with its 1/(n+1) correction), which is more
+    where none, or all, have lost something."""
+    return ((lost.double().sum(-1) + worst) / (lost.shape[-1] + 1)).clamp(min=_upper(lost, groups))
 
 
-def _upper(values: Tensor, groups: Tensor) -> float:
-    """The upper bound of a mean [M], with the scatter of the sums of `groups` [M] about it and their skew, as L. Chen, "Testing
-    the mean of skewed distributions", JASA 90 (1995), corrects a normal bound; infinite for fewer than two groups. Most prompts
-    lose nothing and some much: where few of these were drawn, mean and scatter are both too small."""
+def _upper(values: Tensor, groups: Tensor) -> Tensor:
+    """The upper bound of the mean of values [..., M], [...] in fp64, with the scatter of the sums of `groups` [M] about it and
+    their skew, as L. Chen, "Testing the mean of skewed distributions", JASA 90 (1995), corrects a normal bound; infinite for
+    fewer than two groups. Most prompts lose nothing and some much: where few of these were drawn, mean and scatter are both too
+    small."""
     kinds, of = groups.unique(return_inverse=True)
+    mean = values.double().mean(-1)
     if len(kinds) < 2:
-        return math.inf
-    off = torch.zeros(len(kinds), dtype=torch.float64).index_add_(0, of, values.double() - values.double().mean())
-    square, cube = float(off @ off), float((off**3).sum())
-    scatter = math.sqrt(square * len(kinds) / (len(kinds) - 1)) / len(values)
-    skew = max(0.0, cube) / (6 * square**1.5) if square > 0 else 0.0  # a sixth of it, by the root of how many groups
+        return torch.full_like(mean, math.inf)
+    sums = mean.new_zeros(*mean.shape, len(kinds)).index_add_(-1, of, values.double() - mean[..., None])
+    square, cube = sums.square().sum(-1), (sums**3).sum(-1)
+    scatter = (square * len(kinds) / (len(kinds) - 1)).sqrt() / values.shape[-1]
+    # a sixth of it, by the root of how many groups
+    skew = torch.where(square > 0, cube.clamp(min=0) / (6 * square**1.5), 0.0)
     wide = SURE + skew * (1 + 2 * SURE**2) + 4 * skew**2 * (SURE + 2 * SURE**3)
-    return float(values.double().mean()) + wide * scatter
+    return mean + wide * scatter
 
 
 def _step_down(table: list[tuple[float, float]], at: float) -> float:

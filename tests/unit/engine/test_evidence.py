@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from shoal.engine.audits import MOST, RATE, Evidence
 from shoal.model.router import NEVER, Router, promised, thresholds
@@ -109,11 +110,11 @@ def simulated(seed: int, answers: int, error: float, quiet: int = 0) -> tuple[li
     router = Router(LIVELY.config)
     full = torch.cat([gaps, torch.zeros(count, 1)], 1)
 
-    def regret(bound: float) -> float:
-        within = torch.cat([seen[:400] <= bound, torch.ones(400, 1, dtype=torch.bool)], 1)
-        return promised(full[torch.arange(400), within.float().argmax(1)], float(full.max()), torch.arange(400))
+    def regrets(bounds: Tensor) -> Tensor:
+        within = torch.cat([seen[:400] <= bounds[:, None, None], torch.ones(len(bounds), 400, 1, dtype=torch.bool)], 2)
+        return promised(full[torch.arange(400), within.float().argmax(2)], float(full.max()), torch.arange(400))
 
-    router.calibration.thresholds = thresholds(seen[:400].flatten().tolist(), regret)
+    router.calibration.thresholds = thresholds(seen[:400].flatten().tolist(), regrets)
     assert router.bound(0.05) > NEVER
     evidence, x = Evidence(), torch.zeros(2 * LIVELY.config.width + 3)
     spent: list[float] = []

@@ -54,10 +54,22 @@ def test_knobs_are_monotone_and_their_ends_are_definitions():
         assert spent[0] == config.layers and spent == sorted(spent, reverse=True)
 
 
+def test_many_prompts_are_sent_where_each_would_be_alone():
+    config, x, gaps = synthetic(60)
+    router, again = (fit_router(config, x[:40], gaps[:40], seed=seed, steps=20) for seed in range(2))
+    again.calibration.offset = 0.02
+    rows = x[40:].clone()
+    rows[3, 0] = math.nan
+    for asked in ({}, {"tolerance": 0.2}, {"budget": 0.6}, {"tolerance": 0.1, "again": again}):
+        depths = router.choices(rows, **asked)
+        assert depths == [router.choose(row, **asked) for row in rows]
+        assert depths[3] == config.layers and len({*depths}) > 1
+
+
 @pytest.mark.parametrize("budget", [0.25, 0.4, 0.55, 0.7, 0.83])
 def test_17_a_budget_is_kept_on_prompts_that_calibration_never_saw(wide_router, budget):
     router, x, _ = wide_router
-    depths = [router.choose(row, budget=budget) for row in x]
+    depths = router.choices(x, budget=budget)
     assert sum(depths) / len(depths) / router.exits[-1] == pytest.approx(budget, abs=0.03)
 
 
@@ -71,7 +83,7 @@ def wide_router():
 def test_17_ends_of_the_knobs_are_full_depth_and_mean_depth_falls_between(wide_router):
     router, x, _ = wide_router
     for name, values in (("tolerance", (0, 0.01, 0.03, 0.1, 0.3, 1.0)), ("budget", (1, 0.9, 0.61, 0.6, 0.3, 0.05))):
-        means = [sum(router.choose(row, **{name: value}) for row in x[:300]) / 300 for value in values]
+        means = [sum(router.choices(x[:300], **{name: value})) / 300 for value in values]
         assert means[0] == router.exits[-1] and means == sorted(means, reverse=True) and means[-1] < means[0] / 2
 
 
@@ -136,6 +148,21 @@ def test_the_bound_of_a_mean_counts_what_groups_share_by_its_formula():
     assert _upper(torch.tensor([0.0, 0.0, 3.0]), torch.arange(3)) == pytest.approx(1 + wide * math.sqrt(6 * 3 / 2) / 3)
     assert _upper(torch.tensor([0.0, 3.0, 3.0]), torch.arange(3)) == pytest.approx(2 + z * math.sqrt(6 * 3 / 2) / 3)
     assert _upper(torch.zeros(3), torch.arange(3)) == 0.0
+    rows, groups = torch.rand(5, 2, 9), torch.arange(9) // 2
+    assert _upper(rows, groups).flatten().tolist() == pytest.approx(
+        [float(_upper(row, groups)) for row in rows.view(-1, 9)]
+    )
+
+
+def test_bounds_are_tried_some_at_a_time_to_the_same_tables(monkeypatch):
+    config, x, gaps = synthetic(40)
+    router = fit_router(config, x, gaps, steps=2)
+    found = []
+    for some in (1, 100, 2**20):
+        monkeypatch.setattr("shoal.model.router.AT_ONCE", some)
+        _calibrate(router, x, gaps, torch.arange(40))
+        found.append(router.calibration.thresholds)
+    assert found[0] == found[1] == found[2] and len({bound for _, bound in found[0]}) > 3
 
 
 def test_the_bound_of_a_mean_is_nearly_what_it_says_where_few_prompts_lose_much():
@@ -143,7 +170,7 @@ def test_the_bound_of_a_mean_is_nearly_what_it_says_where_few_prompts_lose_much(
     (20,000 of them), where mean and scatter alone gave 12.3. No bound is exact without a limit on what one may lose."""
     draws, share = torch.Generator().manual_seed(0), 0.15
     lost = torch.empty(1500, 120).exponential_(generator=draws) * (torch.rand(1500, 120, generator=draws) < share)
-    above = sum(_upper(row, torch.arange(120)) < share for row in lost) / len(lost)
+    above = float((_upper(lost, torch.arange(120)) < share).double().mean())
     assert 0.03 < above < 0.09
 
 
