@@ -132,38 +132,39 @@ def test_200_steps_read_the_same_rows_at_world_sizes_1_2_and_4(corpus: Path) -> 
     assert whole == ids(2) == ids(4) and len({row for step in whole for row in step}) > 50
 
 
-READER = """
-import hashlib, os, sys
-from shoal.data.batches import PretrainBatches
+def read_on(corpus: Path, log: Path) -> None:
+    """From where `log` says that reading was ended, in whatever way."""
+    done = log.read_text().count("\n")  # the cursor: what was read for good
+    with log.open("r+") as file:
+        file.truncate(sum(len(line) for line in file if line.endswith("\n")))  # a torn line was not
+    batches = make(corpus)
+    with log.open("a") as file:
+        for step in range(done, 400):
+            print(step, digest(batches, step), file=file, flush=True)
 
-corpus, log = sys.argv[1:]
-done = open(log).read().count("\\n")  # the cursor: what was read for good
-with open(log, "r+") as file:
-    file.truncate(sum(len(line) for line in file if line.endswith("\\n")))  # a torn line was not
-batches = PretrainBatches(corpus, seed=1, batch_rows=12)
-with open(log, "a") as file:
-    for step in range(done, 400):
-        (batch,) = batches.at(step)
-        print(step, hashlib.sha256(batch.tokens.numpy().tobytes()).hexdigest(), file=file, flush=True)
-"""
+
+def digest(batches: PretrainBatches, step: int) -> str:
+    (batch,) = batches.at(step)
+    return hashlib.sha256(batch.tokens.numpy().tobytes()).hexdigest()
+
+
+READER = f"import sys; from pathlib import Path; from {__name__} import read_on; read_on(*map(Path, sys.argv[1:]))"
 
 
 def test_reading_that_is_killed_loses_and_repeats_nothing(corpus: Path, tmp_path: Path) -> None:
+    """Begun in one process, and gone on with in another."""
     log = tmp_path / "log"
     log.touch()
-    command = [sys.executable, "-c", READER, str(corpus), str(log)]
-    reader = subprocess.Popen(command)
-    while log.read_text().count("\n") < 20:
-        assert reader.poll() is None
-        time.sleep(0.001)
-    reader.kill()  # -9
-    reader.wait()
-    before = log.read_text().count("\n")
-    assert 20 <= before < 400
-    subprocess.run(command, check=True)
+    told = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", READER, str(corpus), str(log)], env=told) as reader:
+        while log.read_text().count("\n") < 20:
+            assert reader.poll() is None
+            time.sleep(0.001)
+        reader.kill()  # -9
+    assert 20 <= log.read_text().count("\n") < 400
+    read_on(corpus, log)
     whole = make(corpus)
-    lines = [f"{n} {hashlib.sha256(whole.at(n)[0].tokens.numpy().tobytes()).hexdigest()}" for n in range(400)]
-    assert log.read_text().splitlines() == lines
+    assert log.read_text().splitlines() == [f"{n} {digest(whole, n)}" for n in range(400)]
 
 
 def test_a_start_at_any_cursor_opens_only_the_shards_that_it_reads(
