@@ -88,7 +88,7 @@ def beside(count: int) -> Run:
         if min(count, cores(), len(some)) < 2:
             yield from here(some)
             return
-        context, threads = multiprocessing.get_context("spawn"), max(1, cores() // count)
+        context, threads = _once_imported(some), max(1, cores() // count)
         ending, end = context.Pipe(duplex=False)
         try:
             with ProcessPoolExecutor(count, mp_context=context, initializer=_begun, initargs=(threads, ending)) as pool:
@@ -105,6 +105,14 @@ def beside(count: int) -> Run:
             ending.close()
 
     return run
+
+
+def _once_imported(some: Sequence[Piece]) -> Any:
+    """What starts processes as copies of one that computes nothing, and has imported what `some` pieces need: each that did so
+    by itself would take seconds of a processor for torch alone."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(sorted({__name__, *(piece.do.__module__ for piece in some)}))
+    return context
 
 
 def _in_order(asked: Sequence[Future[Any]]) -> Iterator[Any]:
