@@ -698,10 +698,13 @@ def sequence(rng: random.Random) -> SchedulerMachine:
     return machine
 
 
-def test_a_thousand_sequences_of_anything() -> None:
+@pytest.mark.parametrize(
+    "seeds", [range(300), pytest.param(range(300, 1000), marks=pytest.mark.drill)], ids=["few", "more"]
+)
+def test_a_thousand_sequences_of_anything(seeds: range) -> None:
     """What hypothesis searches, in bulk; the counts say that each thing that may happen did, often."""
     seen: Counter[str] = Counter()
-    for seed in range(1000):
+    for seed in seeds:
         machine = sequence(random.Random(seed))
         metrics = machine.h.scheduler.metrics
         seen.update(machine.ended.values())
@@ -711,4 +714,4 @@ def test_a_thousand_sequences_of_anything() -> None:
         seen.update(told=sum(map(bool, machine.told.values())))
     ends = ["stop", "length", "cancelled", "deadline", "error"]
     for what in (*ends, "preempted", "found", "refused", "shallow", "scored", "accepted", "rejected", "told"):
-        assert seen[what] > 100, (what, seen)
+        assert seen[what] > len(seeds) / 10, (what, seen)
