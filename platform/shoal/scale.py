@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from shoal import presets
-from shoal.data.needs import SMALL, Work
+from shoal.data.needs import SMALL, Work, of_a_rank
 from shoal.errors import ConfigError, did_you_mean
 from shoal.model.cost import kv_bytes_stored, parameters
 from shoal.on_ray.corpus_tasks import TASKS_OF_BANDS
@@ -36,7 +36,6 @@ GATEWAY_EVENTS = 3800  # a second
 BYTES_A_TOKEN = 4.0  # of English text with a vocabulary of 65,536
 BYTES_A_DOCUMENT = 5000.0  # of web pages' text
 STORED = 6  # bytes of a token in the shards: a number, 4, and which document it is of, 2
-ORDER = 20  # bytes of a row while a rank draws the order of its modality's rows, measured and logged; 8 stay
 SOURCE_FILES = (1e9, 32e6, 1e6)  # bytes of each
 
 
@@ -188,7 +187,7 @@ class Corpus:
     tasks: int  # of all passes
     tokens: float
     rows: float  # of the preset's training length
-    order: float  # bytes that each rank of a training run holds while it draws the order of the rows
+    a_rank: float  # bytes that each rank of a training run holds of it: the index, and some of the order of the rows
     stored: float  # bytes of the shards
     files: int  # of the corpus
     meanwhile: int  # objects in the work folder, gone at the end
@@ -208,7 +207,7 @@ def corpus(size: float, preset: str, file: float = SOURCE_FILES[0]) -> Corpus:
         work.tasks(TASKS_OF_BANDS),
         tokens,
         tokens / length,
-        tokens / length * ORDER,
+        sum(of_a_rank(tokens / length, shards).values()),
         tokens * STORED,
         shards + SMALL,
         meanwhile,
@@ -320,14 +319,14 @@ def tables(found: dict[str, Any]) -> str:
 
 def _corpus_tables(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| text | files of | parts | tasks | tokens | rows | their order, a rank | shards | files | files meanwhile | "
+        "| text | files of | parts | tasks | tokens | rows | of them a rank holds | shards | files | files meanwhile | "
         "CPU hours |",
         "|" + "---|" * 11,
     ]
     for row in rows:
         lines.append(
             f"| {row['bytes'] / 1e12:g} TB | {row['file'] / 1e6:,.0f} MB | {row['parts']:,} | {row['tasks']:,} | "
-            f"{row['tokens'] / 1e12:.2f} trillion | {row['rows'] / 1e6:,.0f} million | {row['order'] / 1e9:.1f} GB | "
+            f"{row['tokens'] / 1e12:.2f} trillion | {row['rows'] / 1e6:,.0f} million | {row['a_rank'] / 1e6:,.0f} MB | "
             f"{row['stored'] / 1e12:.1f} TB | {row['files']:,} | {row['meanwhile']:,} | {row['cpu_hours']:,.0f} |"
         )
     parts = list(rows[0]["memory"])

@@ -92,7 +92,7 @@ def realised_mix(directory: Path, index: Index) -> dict[str, float]:
         modality, row = at
         return int((rows[modality][row][1] != PADDING).sum())
 
-    read = order.first(MIXED)  # not `at`, which holds all rows in their order
+    read = [order.at(position) for position in range(MIXED)]
     tokens: Counter[str] = Counter()
     with ThreadPoolExecutor(AT_ONCE) as threads:  # where the shards are in S3, a row takes an answer
         for (modality, _), count in zip(read, threads.map(held, read), strict=True):

@@ -1,5 +1,5 @@
 """What preparing a corpus takes, on paper: parts, tasks, files, and the memory of the command that asks for it, which holds a
-line for each source file, task, shard and object, and nothing for each document.
+line for each source file, task, shard and object, and nothing for each document. And what a rank of a training run holds of it.
 
 Bytes of memory are what Python allocates; `tests/unit/on_ray/test_needs.py` holds each against what is truly made.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from shoal.data import order
 from shoal.data.identities import HELDOUT
 from shoal.data.parts import LEAST_PARTS, MOST_PARTS, PART_BYTES, PART_FILES, SAMPLED_WHOLE
 from shoal.data.shards import BATCH_BYTES, SHARD_BYTES
@@ -25,6 +26,8 @@ PART = 630  # of a part: its keys, and what its task is asked
 SHARD = 800
 OBJECT = 130  # of the names in S3, where it is made there
 WRITTEN = 2900  # ... and of each shard, for a while, as the index is written
+READ = 1700  # of a shard, in each rank of a training run, as the index is read; two thirds stay
+PLACE, SORTED = 8, 44  # of a row of a span of the order: where it stays, and besides of the span that is drawn
 
 
 @dataclass(frozen=True)
@@ -75,3 +78,10 @@ class Work:
             "objects": objects * OBJECT,
             "their index": shards * WRITTEN,
         }
+
+
+def of_a_rank(rows: float, shards: int) -> dict[str, float]:
+    """Bytes that each rank of a training run holds of a corpus of one modality by what they are for, when they are most: of the
+    order of its rows `order.SPANS` spans, and one more that is drawn."""
+    span = rows / 2 ** order.span_bits(math.ceil(rows))
+    return {"index": shards * READ, "order": (PLACE * order.SPANS + SORTED) * span}

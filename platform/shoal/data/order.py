@@ -1,12 +1,13 @@
 """The order in which rows are trained on: pure functions of seed, epoch and position, so that a cursor is one integer.
 
-Notable: only the raw stream of numpy's PCG64 is used, which numpy promises never to change; its shuffles are not promised.
+Notable: only the raw stream of numpy's PCG64 is used, which numpy promises never to change; its shuffles are not promised. An
+order of many rows is never whole in memory (decision 0086): one span of it is, the rows whose numbers begin with the same bits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from math import gcd
 
@@ -17,32 +18,72 @@ from shoal.errors import ConfigError, UsageError
 
 PARTS = 1000  # a mix is kept to a tenth of a percent
 WINDOW = 1024  # rows that are sorted by length together
-DRAWN = 2**20  # numbers that `opening` draws at once
+SPAN = 2**20  # rows of an order that are held at once at most, in the mean over its spans
+SPANS = 8  # spans that stay: of each modality the one that is read, and the next while a step ahead is asked for
+DRAWN = 2**16  # numbers of the stream that are drawn at once
+BITS = 64  # of each of them
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=SPANS)
 def permutation(count: int, *key: int) -> np.ndarray:
     """The numbers 0 to count - 1 in an order that depends on `key` alone."""
-    raw = np.random.PCG64(np.random.SeedSequence(key)).random_raw(count)
+    raw = _numbers(*key).random_raw(count)
     order = np.argsort(raw, kind="stable")
     order.setflags(write=False)
     return order
 
 
-@lru_cache(maxsize=16)
-def opening(count: int, most: int, *key: int) -> np.ndarray:
-    """The first `most` numbers of `permutation`, of which no more is held: all of it takes 20 bytes a number to draw."""
-    stream = np.random.PCG64(np.random.SeedSequence(key))
-    values, places = np.empty(0, np.uint64), np.empty(0, np.int64)
+def _numbers(*key: int) -> np.random.PCG64:
+    return np.random.PCG64(np.random.SeedSequence(key))
+
+
+def permuted(count: int, place: int, *key: int) -> int:
+    """``permutation(count, *key)[place]``, of which no more is held than the span that `place` is in: all of it takes 8 bytes a
+    number, and 20 while it is sorted. A span is drawn in one pass over the stream, some 4 ns a number of all."""
+    bits = span_bits(count)
+    if not bits:
+        return int(permutation(count, *key)[place])
+    ends = _ends(count, bits, *key)
+    span = int(np.searchsorted(ends, place, side="right"))
+    before = int(ends[span - 1]) if span else 0
+    return int(_span(count, bits, span, *key)[place - before])
+
+
+def span_bits(count: int) -> int:
+    """How many of a number's highest bits tell its span: as few as leave each of the spans `SPAN` numbers in the mean."""
+    return ((count - 1) // SPAN).bit_length()
+
+
+@lru_cache(maxsize=SPANS)
+def _ends(count: int, bits: int, *key: int) -> np.ndarray:
+    """int64 [2^bits]: how many numbers of the stream are in the spans up to each, which their highest `bits` bits tell."""
+    found = np.zeros(2**bits, np.int64)
+    for _, spans in _stream(count, bits, *key):
+        found += np.bincount(spans.view(np.int64), minlength=2**bits)
+    return found.cumsum()
+
+
+@lru_cache(maxsize=SPANS)
+def _span(count: int, bits: int, span: int, *key: int) -> np.ndarray:
+    """The part of `permutation` that one span is: where its numbers stand in the stream, by their size, equal ones as they
+    come."""
+    values, places, start = list[np.ndarray](), list[np.ndarray](), 0
+    for raw, spans in _stream(count, bits, *key):
+        mine = np.flatnonzero(spans == span)
+        values.append(raw[mine])
+        places.append(start + mine)
+        start += len(raw)
+    order = np.concatenate(places)[np.argsort(np.concatenate(values), kind="stable")]
+    order.setflags(write=False)
+    return order
+
+
+def _stream(count: int, bits: int, *key: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The numbers that `permutation` sorts, uint64, `DRAWN` at a time, and the span of each."""
+    stream = _numbers(*key)
     for start in range(0, count, DRAWN):
         raw = stream.random_raw(min(DRAWN, count - start))
-        # of equal numbers the earlier comes first, so what is no less than all that are held has no place among them
-        some = np.flatnonzero(raw < values[-1]) if len(values) == most else np.arange(len(raw))
-        values, places = np.concatenate([values, raw[some]]), np.concatenate([places, start + some])
-        least = np.argsort(values, kind="stable")[:most]
-        values, places = values[least], places[least]
-    places.setflags(write=False)
-    return places
+        yield raw, raw >> np.uint64(BITS - bits)
 
 
 def parse_mix(mix: str | Mapping[str, float]) -> dict[str, float]:
@@ -118,15 +159,6 @@ class RowOrder:
         name, occurrence = self.mix.at(position)
         return name, shuffled(self.counts[name], occurrence, self.seed, self._key(name))
 
-    def first(self, count: int) -> list[tuple[str, int]]:
-        """`at` of the positions before `count`, without an order of all rows in memory."""
-
-        def row(name: str, occurrence: int) -> int:
-            epoch, place = divmod(occurrence, self.counts[name])
-            return int(opening(self.counts[name], count, self.seed, self._key(name), epoch)[place])
-
-        return [(name, row(name, occurrence)) for name, occurrence in map(self.mix.at, range(count))]
-
     def _key(self, name: str) -> int:
         return MODALITIES.index(name) if name in MODALITIES else len(MODALITIES)
 
@@ -134,7 +166,7 @@ class RowOrder:
 def shuffled(count: int, occurrence: int, *key: int) -> int:
     """Which of `count` rows is taken at the n-th `occurrence`: each once an epoch, shuffled anew for every epoch."""
     epoch, place = divmod(occurrence, count)
-    return int(permutation(count, *key, epoch)[place])
+    return permuted(count, place, *key, epoch)
 
 
 def length_groups(lengths: np.ndarray, budget: int, *key: int) -> list[np.ndarray]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from torch import nn
 
 from shoal import presets, scale
 from shoal.cli import main
-from shoal.data.order import permutation
 from shoal.data.shards import open_index
 from shoal.errors import ConfigError
 from shoal.model.cost import kv_bytes_stored, parameters
@@ -122,19 +120,6 @@ def test_10_tb_are_prepared_by_a_head_of_8_gb_unless_in_small_files() -> None:
     memory = {file: sum(scale.corpus(10e12, "7b", file).memory.values()) for file in scale.SOURCE_FILES}
     assert memory[1e9] < memory[32e6] < 2e9 and memory[1e6] > 4e9
     assert sum(scale.corpus(1e12, "7b").memory.values()) < memory[1e9]
-
-
-def test_an_order_of_rows_takes_as_much_as_is_said() -> None:
-    """While it is drawn. That numpy's sort has room for half of the numbers besides, Python does not count."""
-    tracemalloc.start()
-    try:
-        permutation.cache_clear()
-        permutation(10**6, 1)
-        held, most = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-        permutation.cache_clear()
-    assert held == pytest.approx(8e6, rel=0.02) and most + 4e6 == pytest.approx(scale.ORDER * 1e6, rel=0.02)
 
 
 def test_what_gpus_exchange_follows_the_definition() -> None:

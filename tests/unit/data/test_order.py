@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import tracemalloc
 from collections import Counter
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from shoal.data import order
 from shoal.data.documents import MODALITIES
 from shoal.data.order import (
-    DRAWN,
+    SPAN,
     Mix,
     RowOrder,
     cut,
     length_groups,
-    opening,
     padding,
     parse_mix,
     permutation,
+    permuted,
     shuffled,
 )
 from shoal.errors import ConfigError, UsageError
@@ -103,34 +105,92 @@ def test_the_order_is_that_of_numpys_promised_stream() -> None:
     assert permutation(10, 7, 0).tolist() == [6, 3, 4, 9, 0, 2, 8, 7, 5, 1]
 
 
-@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 64), st.integers(0, 2**32))
-@settings(deadline=None)
-def test_the_first_of_an_order_are_those_of_the_whole(count: int, most: int, drawn: int, seed: int) -> None:
+class Coarse:
+    """A stream of numbers of which only the highest `bits` bits are told, so that many are equal."""
+
+    def __init__(self, stream: np.random.PCG64, bits: int) -> None:
+        self._stream, self._bits = stream, np.uint64(64 - bits)
+
+    def random_raw(self, count: int) -> np.ndarray:
+        return self._stream.random_raw(count) >> self._bits << self._bits
+
+
+@pytest.fixture
+def forget() -> Iterator[Callable[[], None]]:
+    """Forgets what is known of orders; so it is after the test, too."""
+
+    def clear() -> None:
+        for known in (permutation, order._ends, order._span):
+            known.cache_clear()
+
+    yield clear
+    clear()
+
+
+@given(st.integers(1, 150), st.integers(1, 70), st.integers(5, 64), st.integers(0, 2**32), st.integers(1, 64))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_an_order_by_spans_is_the_order(
+    forget: Callable[[], None], count: int, span: int, drawn: int, seed: int, bits: int
+) -> None:
+    """Also where spans have few numbers or none, and where many numbers are equal."""
+    real = order._numbers
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("shoal.data.order.DRAWN", drawn)
-        opening.cache_clear()
-        assert opening(count, most, seed, 1).tolist() == permutation(count, seed, 1)[:most].tolist()
-    opening.cache_clear()
+        patch.setattr(order, "SPAN", span)
+        patch.setattr(order, "DRAWN", drawn)
+        patch.setattr(order, "_numbers", lambda *key: Coarse(real(*key), bits))
+        forget()
+        found = [permuted(count, place, seed, 1) for place in range(count)]
+        assert found == permutation(count, seed, 1).tolist()
 
 
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 99), st.integers(0, 99))
-@settings(deadline=None)
-def test_the_first_rows_are_those_at_their_positions(short: int, long: int, count: int, seed: int) -> None:
-    """Also where a modality's rows come again."""
-    order = RowOrder({"text": 0.7, "film": 0.3}, {"text": short, "film": long}, seed)
-    assert order.first(count) == [order.at(position) for position in range(count)]
+def test_an_order_of_many_rows_is_that_of_numpys_promised_stream() -> None:
+    """Of more rows than a span may have, beside the whole that is sorted."""
+    count = SPAN + SPAN // 2
+    raw = np.random.PCG64(np.random.SeedSequence((7, 0, 3))).random_raw(count)
+    wanted = np.argsort(raw, kind="stable")
+    places = [0, 1, count // 2 - 1, count // 2, count // 2 + 1000, count - 1]
+    assert [shuffled(count, 3 * count + place, 7, 0) for place in places] == wanted[places].tolist()
 
 
-def test_to_find_the_first_rows_takes_no_memory_for_the_others() -> None:
+def test_an_order_of_more_rows_takes_no_more_memory(
+    forget: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it was 3.1 GB a rank of the rows of 10 TB, and 1.2 GB an epoch from then on."""
+    forget()
+    monkeypatch.setattr("shoal.data.order.SPAN", 2**13)
+    monkeypatch.setattr("shoal.data.order.DRAWN", 2**13)
+
     def peak(count: int) -> int:
         tracemalloc.start()
         try:
-            RowOrder({"text": 1.0}, {"text": count}, 5).first(1000)
+            rows = RowOrder({"text": 1.0}, {"text": count}, 5)
+            for position in range(0, 2 * count, 2**11):  # two epochs
+                rows.at(position)
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
 
-    assert peak(4 * DRAWN) < 1.1 * peak(2 * DRAWN)
+    peak(2**14)
+    assert peak(2**18) < 1.2 * peak(2**17)
+
+
+def test_a_span_is_drawn_once_while_it_is_read(forget: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three modalities, where each step's rows are looked up twice: a step ahead, too."""
+    drawn, real = Counter[int](), order._stream
+
+    def stream(count: int, bits: int, *key: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        drawn[count] += 1
+        return real(count, bits, *key)
+
+    monkeypatch.setattr(order, "SPAN", 64)
+    monkeypatch.setattr(order, "_stream", stream)
+    forget()
+    counts = {"text": 512, "image": 511, "code": 510}
+    rows = RowOrder({"text": 0.4, "image": 0.3, "code": 0.3}, counts, 5)
+    for step in range(100):
+        read = [rows.at(position) for position in range(8 * step, 8 * step + 16)]
+        assert len(set(read)) == len(read)
+    assert drawn == {512: 1 + 5, 511: 1 + 4, 510: 1 + 4}, "how many each span has, and each that was reached"
 
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=200), st.integers(1, 200), st.integers(0, 9))

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 
 from shoal import presets
-from shoal.data import needs, parts, tables
+from shoal.data import needs, order, parts, tables
 from shoal.data.documents import SourceSpec
 from shoal.data.kept import digest, digest_of_list
 from shoal.data.needs import Work
 from shoal.data.operators.pipeline import Operators
+from shoal.data.order import RowOrder
 from shoal.data.pack import Row
 from shoal.data.parts import Packed, split_files
-from shoal.data.shards import INDEX, Index, Shard, ShardWriter, open_index, write_index
+from shoal.data.shards import INDEX, Index, Shard, ShardWriter, open_index, read_index, write_index
 from shoal.data.sources.files import Entry, File, Local, list_files
 from shoal.on_ray.corpus_tasks import TASKS_OF_BANDS, Decision
 from shoal.on_ray.prepare import WORK, _Job, _stamps, prepare
@@ -181,6 +182,20 @@ def test_memory_of_shards_and_of_writing_their_index_is_as_is_said(tmp_path: Pat
     index = Index(16384, 65536, 16, 256, "0" * 64, 0, {"text": 1.0}, {}, {}, {}, tuple(packed.shards))
     _, most, _ = taken(lambda: write_index(tmp_path, index))
     assert most / 800 == pytest.approx(needs.WRITTEN, rel=FIFTH)
+
+
+def test_memory_of_a_rank_is_as_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index of 800 shards, and the order of two million rows, of which nine spans are drawn one after the other. Python
+    does not count that numpy's sort has room for half of a span's numbers besides."""
+    monkeypatch.setattr(order, "SPAN", 2**17)
+    shards_ = tuple(shard(part, number) for part in range(100) for number in range(8))
+    write_index(tmp_path, Index(16384, 65536, 16, 256, "0" * 64, 0, {"text": 1.0}, {}, {}, {}, shards_))
+    held, most, _ = taken(lambda: read_index(tmp_path / INDEX))
+    said = needs.of_a_rank(2**21, 800)
+    assert most == pytest.approx(said["index"], rel=FIFTH) and held == pytest.approx(2 / 3 * said["index"], rel=FIFTH)
+    rows = RowOrder({"text": 1.0}, {"text": 2**21}, seed=5)
+    _, most, _ = taken(lambda: [rows.at(position) for position in range(2**16, 9 * 2**17, 2**17)])
+    assert most + 4 * 2**17 == pytest.approx(said["order"], rel=FIFTH)
 
 
 def test_memory_of_names_in_s3_is_as_is_said() -> None:
