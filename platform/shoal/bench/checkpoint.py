@@ -7,12 +7,14 @@ seconds, rounded up to whole updates, and a checkpoint costs what its turn took 
 lets them lie, for at most `train.run.SHARE`.
 
 How many rounds there are follows from the first `PILOT` of them: as many as their spread asks for, so that the interval of the
-median is no wider than that share to either side, and no more than the time and `rounds` allow. Each has a line as it ends.
+median is no wider than half of that share to either side, and no more than the time and `rounds` allow. Each has a line as it
+ends. Updates are small where nobody says otherwise, a row each, so that a turn is little longer than its period.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -39,17 +41,27 @@ OF_MEDIAN = 1.2533 * 1.96  # half of the 95 % interval of a median, over spread 
 
 
 def checkpoint(
-    console: Console, *, preset: str, tokens: int, every: float, rounds: int, seconds: float, threads: int | None = None
+    console: Console,
+    *,
+    preset: str,
+    tokens: int | None = None,
+    every: float,
+    rounds: int,
+    seconds: float,
+    threads: int | None = None,
 ) -> None:
-    """A checkpoint each `every` seconds of training with `tokens` an update, on `threads` (default: all cores that this process
-    may use, so that none is left for the writer, as in a run). At most `rounds`, of which none but the first is begun that
-    would not end within `seconds`."""
-    until = time.monotonic() + seconds
+    """A checkpoint each `every` seconds of training with `tokens` an update (default: a row of the preset), on `threads`
+    (default: all cores that this process may use, so that none is left for the writer, as in a run). At most `rounds`, of which
+    none but the first is begun that would not end within `seconds`."""
+    until, load = time.monotonic() + seconds, os.getloadavg()[0]
     torch.set_num_threads(threads or cores())
+    console.print(f"load {load:.2f} before; preparing rows, the model and its moments", highlight=False)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data")
-        corpus(data, presets.get(preset).model)
-        plan = pretrain_plan(preset, str(data), folder, steps=10**6, batch_tokens=tokens, accumulate=1)
+        model = presets.get(preset).model
+        corpus(data, model)
+        asked = tokens or model.train_length
+        plan = pretrain_plan(preset, str(data), folder, steps=10**6, batch_tokens=asked, accumulate=1)
         found = _Turns(plan, Path(folder, "run"), every, console).rounds(rounds, until)
     table = Table(
         "MiB", "updates a turn", "s without", "s with", "stalled s", "to its name s", "writer's CPU s", "slowed by", "95 %",
@@ -68,7 +80,8 @@ def checkpoint(
         f"{found['rounds']} pairs, of {found['wanted']} that the spread asks for; the loop lets checkpoints lie "
         f"{found['apart_s']:.0f} s apart, for at most {SHARE:.0%}"
     )
-    show(console, [table], {"bench": "checkpoint", "preset": preset, "batch_tokens": tokens, **found})
+    told = {"bench": "checkpoint", "preset": preset, "batch_tokens": asked, "load_before": round(load, 2), **found}
+    show(console, [table], told)
 
 
 class _Turns:
@@ -105,7 +118,7 @@ class _Turns:
             slowed.append((beside[-1] - without[-1]) / self._every)
             longest = max(longest, time.monotonic() - began)
             if len(slowed) == PILOT:
-                wanted = max(PILOT, math.ceil((OF_MEDIAN * stdev(slowed) / SHARE) ** 2))
+                wanted = max(PILOT, math.ceil((OF_MEDIAN * stdev(slowed) / (SHARE / 2)) ** 2))
             self._say(f"pair {len(slowed)}: {without[-1]:.2f} s without, {beside[-1]:.2f} with: {slowed[-1]:+.2%}")
         cost = median(one.stalled + one.busy for one in saved)
         return {

@@ -282,25 +282,27 @@ def train(
 @bench.command("checkpoint")
 def checkpoint(
     preset: Annotated[str, typer.Option(help="What is trained.")] = "small",
-    tokens: Annotated[int, typer.Option(help="Tokens of an update, at least a row of the preset.")] = 8192,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of an update. [a row of the preset]")] = None,
     every: Annotated[float, typer.Option(help="Seconds from one checkpoint to the next.")] = 10.0,
     rounds: Annotated[
         int,
         typer.Option(
             help="Pairs of turns of updates, with a checkpoint and without, at most: as many as their spread asks for."
         ),
-    ] = 9,
+    ] = 20,
     seconds: Annotated[
         float, typer.Option(help="Seconds from the start on: no pair but the first is begun that would end later.")
-    ] = 300.0,
+    ] = 600.0,
     threads: Annotated[int | None, typer.Option(help="CPUs that training computes with. [all]")] = None,
 ) -> None:
     """What checkpoints beside training slow it by, a line a pair; it ends within --seconds, or with its first pair."""
     from shoal.bench.checkpoint import checkpoint as run
 
-    given = {"--every": every, "--rounds": rounds, "--seconds": seconds, "--threads": 1 if threads is None else threads}
+    given: dict[str, float | None] = {
+        "--tokens": tokens, "--every": every, "--rounds": rounds, "--seconds": seconds, "--threads": threads,
+    }  # fmt: skip
     for name, value in given.items():
-        if not 0 < value < math.inf:
+        if value is not None and not 0 < value < math.inf:
             raise UsageError(name, got=value, allowed="a number above 0")
     run(out, preset=preset, tokens=tokens, every=every, rounds=rounds, seconds=seconds, threads=threads)
 

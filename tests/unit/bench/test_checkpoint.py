@@ -21,11 +21,13 @@ from shoal.train.run import SHARE
 
 def test_checkpoints_beside_training(capsys: pytest.CaptureFixture[str]) -> None:
     said = io.StringIO()
-    checkpoint(Console(file=said, width=200), preset="test", tokens=768, every=0.05, rounds=3, seconds=600, threads=1)
+    checkpoint(Console(file=said, width=200), preset="test", every=0.05, rounds=3, seconds=600, threads=1)
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told["rounds"] == 3 <= told["wanted"], "no more than were allowed"
+    assert told["batch_tokens"] == 96 and told["load_before"] >= 0, "a row, and what the machine did before"
     lines = said.getvalue().splitlines()
-    assert "an update takes" in lines[0] and [line.split(":")[0] for line in lines[1:4]] == [
+    assert lines[0].startswith("load ") and "before; preparing" in lines[0]
+    assert "an update takes" in lines[1] and [line.split(":")[0] for line in lines[2:5]] == [
         "pair 1",
         "pair 2",
         "pair 3",
@@ -51,10 +53,10 @@ def test_checkpoints_are_measured_no_longer_than_they_may_be(capsys: pytest.Capt
 def test_as_many_pairs_are_measured_as_their_spread_asks_for(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three where checkpoints cost the same each time; of others as many as bring the median's interval to a share of 2 %."""
+    """Three where checkpoints cost the same each time; else as many as bring the median's interval to 1 % to either side."""
     whole = _Turns._beside
     monkeypatch.setattr(_Turns, "_train", lambda turns, updates: 1.0)
-    for spread, pairs in ((0.0, 3), (0.01, 3), (0.02, 7)):
+    for spread, pairs in ((0.0, 3), (0.005, 3), (0.01, 7)):
         costs = cycle([0.0, spread, -spread])
 
         def beside(turns: _Turns, costs: Iterator[float] = costs) -> tuple[float, object]:
@@ -91,6 +93,7 @@ def test_of_what_is_written_beyond_the_standard_library_no_text_is_nearly_anothe
     "given",
     [
         "checkpoint --every 0",
+        "checkpoint --tokens 0",
         "checkpoint --rounds 0",
         "checkpoint --seconds 0",
         "data --seconds 0",
