@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,7 +17,12 @@ def add(found: hashlib._Hash, name: str, tensor: Tensor) -> None:
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """sha256 of names, types, shapes and values."""
+    return digest_as_they_come(sorted(tensors.items()))
+
+
+def digest_as_they_come(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """`digest` of tensors that come in the order of their names."""
     found = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in tensors:
         add(found, name, tensor)
     return found.hexdigest()

@@ -6,7 +6,7 @@ Letters: M rows (tokens), I input width, O output width, V vocabulary, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -223,10 +223,17 @@ def export_int8(net: nn.Module, state: Mapping[str, Tensor] | None = None) -> di
     """The state of the INT8 twin of `net`: int8 weights with fp32 scales where `net` has a `Weight`, every other tensor as it
     is. `state`: other values for it, whose head may be its own where that of `net` is tied. Raises CheckpointError naming a
     weight that is not finite."""
-    given = net.state_dict() if state is None else state
-    made = {name: tensor.detach() for name, tensor in given.items()}
-    names = [name for name, module in net.named_modules() if isinstance(module, Weight)]
-    for name in dict.fromkeys([*names, *(["output"] if "output.weight" in made else [])]):
-        weight, scale = quantize_rows(made[f"{name}.weight"], f"{name}.weight")
-        made[f"{name}.weight"], made[f"{name}.weight_scale"] = weight, scale
-    return made
+    return dict(as_int8(net, (net.state_dict() if state is None else state).items()))
+
+
+def as_int8(net: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """As `export_int8`, of tensors that come one after the other, none of which is held: each in its place, and the scales,
+    which are small, in the end."""
+    names = dict.fromkeys([name for name, module in net.named_modules() if isinstance(module, Weight)] + ["output"])
+    scales: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        made, (module, _, what) = tensor.detach(), name.rpartition(".")
+        if what == "weight" and module in names:
+            made, scales[module] = quantize_rows(made, name)
+        yield name, made
+    yield from ((f"{name}.weight_scale", scales[name]) for name in names if name in scales)

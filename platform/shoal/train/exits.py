@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,9 +21,10 @@ from shoal.config import GROUPS, ModelConfig
 from shoal.data.batches import Batch
 from shoal.errors import CheckpointError
 from shoal.model.block import ExitMlp
-from shoal.model.digests import digest
 from shoal.model.net import Net
 from shoal.train.parallel import Ranks
+
+T = TypeVar("T")
 
 SOLVED_ON = 2.7  # tokens for each inner channel of an exit that its last matrix is solved on
 RIDGE = 3e-3  # of the mean channel's energy, added to each: the best of 3e-4 to 1 for SmolLM2-135M (docs/log.md)
@@ -150,17 +152,15 @@ def is_exits(name: str, config: ModelConfig) -> bool:
     return kind == "exit_mlps" or (kind == "exit_norms" and rest.partition(".")[0] != str(config.layers))
 
 
-def backbone(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors of a net of `config` that full depth reads."""
+def backbone(state: Mapping[str, T], config: ModelConfig) -> dict[str, T]:
+    """What the `state` of a net of `config` has, by name, of the tensors that full depth reads."""
     return {name: tensor for name, tensor in state.items() if not is_exits(name, config)}
 
 
-def need_unchanged(before: str, backbone: Mapping[str, Tensor]) -> str:
-    """The `digest` of the `backbone`. Raises CheckpointError where it is not the one from `before`."""
-    after = digest(backbone)
+def need_unchanged(before: str, after: str) -> None:
+    """Raises CheckpointError where the `digest` of the backbone is not the one from `before`."""
     if after != before:
         raise CheckpointError(
             "training changed the backbone, so nothing is written", got=after[:16], allowed=before[:16],
             do="report it: it must stay as it was",
         )  # fmt: skip
-    return after

@@ -62,17 +62,22 @@ def count(config: ModelConfig, rank: int) -> int:
     return c.layers * rank * sum(inputs + outputs for inputs, outputs in sides)
 
 
-def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of the net as it was before `adapt_`, with what was trained added in."""
-    out = {name: tensor for name, tensor in state.items() if not name.endswith((".lora_a", ".lora_b"))}
-    for name in [name.removesuffix(".lora_a") for name in state if name.endswith(".lora_a")]:
-        out[f"{name}.weight"] = out[f"{name}.weight"] + SCALE * state[f"{name}.lora_b"] @ state[f"{name}.lora_a"]
-    return out
+def is_thin(name: str) -> bool:
+    """Is a tensor of a net of `adapt_` one that was put there?"""
+    return name.endswith((".lora_a", ".lora_b"))
+
+
+def merged(name: str, tensor: Tensor, thin: Mapping[str, Tensor]) -> Tensor:
+    """A tensor of the net as it was before `adapt_`, with what was trained added in: the `thin` matrices, by name."""
+    base = name.removesuffix(".weight")
+    if f"{base}.lora_a" not in thin or base == name:
+        return tensor
+    return tensor + SCALE * thin[f"{base}.lora_b"] @ thin[f"{base}.lora_a"]
 
 
 def save(run: str | Path, state: Mapping[str, Tensor]) -> None:
     """Write the thin matrices in the `state` of a net of `adapt_` to a run's folder, as ``NAME.lora_a`` [r, I] and
     ``NAME.lora_b`` [O, r]; `SCALE` is not in them."""
-    thin = {name: tensor.contiguous() for name, tensor in state.items() if name.endswith((".lora_a", ".lora_b"))}
+    thin = {name: tensor.contiguous() for name, tensor in state.items() if is_thin(name)}
     with aside(Path(run) / FILE) as beside:
         save_file(thin, str(beside), metadata={"format": "pt"})

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from shoal.config import ModelConfig, TrainConfig
 from shoal.data.models import here
@@ -20,6 +19,8 @@ from shoal.errors import CheckpointError, UsageError
 from shoal.model import described
 from shoal.model.net import Net
 from shoal.train.plan import FitPlan, planned, run_beside
+
+T = TypeVar("T")
 
 DENSE_LENGTH = 8192  # tokens, where a quarter of the context is no less
 LONGER = 4  # dense lengths in the longest row that is measured and learned from
@@ -69,8 +70,8 @@ def freeze_(net: Net) -> None:
         parameter.requires_grad_(name in biases)
 
 
-def backbone(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors of a net of `config` that the dense one has as well."""
+def backbone(state: Mapping[str, T], config: ModelConfig) -> dict[str, T]:
+    """What the `state` of a net of `config` has, by name, of the tensors that the dense one has as well."""
     biases = bias_names(config)
     return {name: tensor for name, tensor in state.items() if name not in biases}
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shoal.config import ModelConfig
@@ -21,14 +22,16 @@ from shoal.errors import CheckpointError, ConfigError, ResourceError, last_line
 from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model import checkpoint, described, smooth
-from shoal.model.digests import digest
-from shoal.model.linears import export_int8
+from shoal.model.digests import digest, digest_as_they_come
+from shoal.model.linears import as_int8
 from shoal.model.net import Net
 from shoal.train import exits, fresh, lora, sparse
 from shoal.train.feed import Feed, shard_tokenizer
 from shoal.train.loss import LossModel
 from shoal.train.parallel import Ranks
 from shoal.train.plan import FitPlan
+
+T = TypeVar("T")
 
 SMOOTHED_BY = 2  # updates whose rows say how large the activations become
 
@@ -108,43 +111,46 @@ class Start:
         return sparse.dense_(net) if plan.biases_only else net
 
     def export(self, plan: FitPlan, model: LossModel, ranks: Ranks) -> str:
-        """Write the model's directory, INT8 when the plan quantises. Returns the sha256 of the backbone where something was
-        added to it, else "". Raises CheckpointError, on all ranks, where it cannot be written, or the backbone should have
-        stayed and did not."""
+        """Write the model's directory, INT8 when the plan quantises, with tensors as they come, so that no rank holds all.
+        Returns the sha256 of the backbone where something was added to it, else "". Raises CheckpointError, on all ranks, where
+        it cannot be written, or the backbone should have stayed and did not."""
         model.trained_only = False
-        after = ""
-        tensors = ((name.removeprefix("net."), tensor) for name, tensor in whole_tensors(model, ranks))
+        names = [name.removeprefix("net.") for name in model.state_dict()]
+        thin = [name for name in names if lora.is_thin(name)]
+        whole = [name for name in names if not lora.is_thin(name)]
+        told = sorted(_backbone(plan, dict.fromkeys(whole), plan.model)) if plan.adapts else []
+        tensors, after = whole_tensors(model, ranks, [*thin, *told, *whole]), ""
         with ranks.alike():
             try:
-                if not ranks.first:
-                    pass
-                elif plan.train.lora_rank or plan.quantize or plan.adapts:
+                if ranks.first:
                     with _unwritten(plan):
-                        config, state, after = self._made_over(plan, dict(tensors))
-                        self._save(plan, config, state.items())
-                else:  # as they come, so that no rank holds the whole
-                    with _unwritten(plan):
-                        self._save(plan, plan.model, tensors)
+                        after = self._write(plan, tensors, len(thin), len(told))
             finally:
                 for _ in tensors:  # what is left of the walk that all must go
                     pass
         return str(ranks.agree(self.backbone if plan.frozen else after))
 
-    def _made_over(self, plan: FitPlan, state: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor], str]:
-        """Configuration and weights that are written of what was trained, and the sha256 of the backbone that something was
-        added to. Raises CheckpointError where it should have stayed and did not."""
+    def _write(self, plan: FitPlan, tensors: Iterator[tuple[str, Tensor]], thin: int, told: int) -> str:
+        """As `export` of all ranks, of tensors of which so many are `thin` matrices, which are held, and so many more are
+        `told` by a digest, the backbone in the order of its names, before all come for the file."""
+        learned = dict(itertools.islice(tensors, thin))
+        made = ((name, self._made(plan, name, tensor, learned)) for name, tensor in tensors)
+        after = digest_as_they_come(itertools.islice(made, told)) if told else ""
         if plan.frozen:
-            state = {name: tensor.to(self.dtypes[name]) for name, tensor in state.items()}
-            exits.need_unchanged(self.backbone, _backbone(plan, state, plan.model))
-        if plan.train.lora_rank:
-            lora.save(plan.run, state)
-            state = lora.merged(state)
-        after = digest(_backbone(plan, state, plan.model)) if plan.adapts else ""
+            exits.need_unchanged(self.backbone, after)
+        if learned:
+            lora.save(plan.run, learned)
         if not plan.quantize:
-            return plan.model, state, after
-        whole = Net(plan.model)
-        whole.load_state_dict(state)
-        return dataclasses.replace(plan.model, quantization="w8a8"), export_int8(whole), after
+            self._save(plan, plan.model, made)
+            return after
+        with torch.device("meta"):
+            shape = Net(plan.model)
+        self._save(plan, dataclasses.replace(plan.model, quantization="w8a8"), as_int8(shape, made))
+        return after
+
+    def _made(self, plan: FitPlan, name: str, tensor: Tensor, learned: Mapping[str, Tensor]) -> Tensor:
+        """A tensor as it is written: of the type that it had where it was frozen, with the thin matrices."""
+        return lora.merged(name, tensor.to(self.dtypes[name]) if plan.frozen else tensor, learned)
 
     def _save(self, plan: FitPlan, config: ModelConfig, state: Iterable[tuple[str, Tensor]]) -> None:
         with written(plan.model_place) as folder:
@@ -173,16 +179,18 @@ def _unwritten(plan: FitPlan) -> Iterator[None]:
         raise CheckpointError(f"cannot write {plan.model_place}", got=last_line(error), do=do) from error
 
 
-def whole_tensors(model: nn.Module, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
-    """The state of `model`, tensor by tensor, each gathered from all ranks when it is asked for; for rank 0, on its CPU. All
-    ranks walk to the end: those that do would wait for who does not."""
-    for name, tensor in model.state_dict().items():
+def whole_tensors(model: LossModel, ranks: Ranks, names: Sequence[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the net of `model`, those of `names` in their order [all], each gathered from all ranks when it is asked
+    for; for rank 0, on its CPU. All ranks walk to the end: those that do would wait for who does not."""
+    state = {name.removeprefix("net."): tensor for name, tensor in model.state_dict().items()}
+    for name in names or state:
+        tensor = state[name]
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         yield name, whole.detach().cpu() if ranks.first else whole
 
 
-def _backbone(plan: FitPlan, state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors of a net of `config` to which `plan` adds others."""
+def _backbone(plan: FitPlan, state: Mapping[str, T], config: ModelConfig) -> dict[str, T]:
+    """What the `state` of a net of `config` has, by name, of the tensors to which `plan` adds others."""
     return (sparse if plan.biases_only else exits).backbone(state, config)
 
 

@@ -166,7 +166,7 @@ def fresh_weights_are_those_of_one_process(replicas: int) -> None:
     parallel.shard_(model, ranks, replicas=replicas)
     fresh.fill_(model, net, 7, ranks.device)
     wanted = Net(config).init_(7).state_dict()
-    found = {name.removeprefix("net."): tensor for name, tensor in whole_tensors(model, ranks)}
+    found = dict(whole_tensors(model, ranks))
     assert list(found) == list(wanted) and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
