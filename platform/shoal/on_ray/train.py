@@ -38,7 +38,7 @@ from shoal.on_ray.train_records import following_actor, following_file, records,
 from shoal.train.bucket import ask_to_stop, bucket_of, commanding, has_lease
 from shoal.train.log import Record, Report, ignore
 from shoal.train.loop import FitResult, fit
-from shoal.train.needs import disk_needed, memory_needed, saved_at_once
+from shoal.train.needs import copied_whole, disk_needed, memory_needed, saved_at_once
 from shoal.train.plan import FitPlan, located
 from shoal.train.refusal import check, need_groups
 from shoal.train.run import COMMAND, LESS_MEMORY, stop_file
@@ -132,7 +132,8 @@ def preflight(plan: FitPlan, workers: int, cpus: float, use_gpu: bool, resources
                 got=f"{have:g} in the cluster",
                 do=f"use at most {room} worker(s), or add nodes" if room else "add nodes that have some",
             )
-    host = saved_at_once(plan, workers) + (0 if use_gpu else memory_needed(plan, workers))
+    trains = saved_at_once(plan, workers) + (0 if use_gpu else memory_needed(plan, workers))
+    host = max(trains, copied_whole(plan))
     need, have = workers * host, resources.get("memory", float("inf"))
     if need > have:
         raise ResourceError(

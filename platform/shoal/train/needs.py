@@ -38,6 +38,13 @@ def saved_at_once(plan: FitPlan, world: int) -> int:
     return checkpoint_bytes(plan) * plan.replicas // world
 
 
+def copied_whole(plan: FitPlan) -> int:
+    """Bytes of whole weights that each worker holds on the host before it keeps its shards: the teacher's, which is a copy, and
+    an imported model's, whose numbers become fp32. Others are mapped: workers of a machine share the file's pages. New weights
+    are drawn shard by shard."""
+    return 4 * parameters(plan.model).total * (plan.has_teacher + bool(plan.model.of_open_models)) if plan.init else 0
+
+
 def memory_needed(plan: FitPlan, world: int, *, low: int = 4) -> int:
     """The sum of `memory_parts`."""
     return sum(memory_parts(plan, world, low=low).values())

@@ -9,10 +9,11 @@ import torch
 
 from shoal import Model
 from shoal.errors import ConfigError, ResourceError, UsageError
+from shoal.model.cost import parameters
 from shoal.on_ray.train import parse_workers, preflight, train
 from shoal.train.needs import memory_needed, saved_at_once
 from shoal.train.parallel import Ranks
-from shoal.train.plan import finetune_plan, pretrain_plan
+from shoal.train.plan import finetune_plan, pretrain_plan, quantize_plan
 from shoal.train.refusal import check, need_memory_of_gpu
 from shoal.train.run import enough_memory
 from shoal.train.settings import settings
@@ -105,6 +106,23 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic(
     with pytest.raises(ResourceError, match="GiB"):
         train(pretrain_plan("test", str(shards), str(tmp_path / "run"), steps=1))
     assert not (tmp_path / "run").exists()
+
+
+def test_copies_of_what_a_run_starts_from_are_counted(tmp_path: Path) -> None:
+    """By hand, for 8 workers with GPUs, whose shares of a checkpoint are small: the teacher of INT8, and what was imported, in
+    fp32. Of our own weights there is no copy."""
+    Model.from_preset("test").save(tmp_path / "model")
+    resources, ours = {"CPU": 8.0, "GPU": 8.0}, (str(tmp_path / "model"), "data", str(tmp_path / "run"))
+    rounded, tuned = quantize_plan(*ours), finetune_plan(*ours)
+    open_ = dataclasses.replace(rounded, model=dataclasses.replace(rounded.model, tied=False))
+    assert open_.model.of_open_models and not tuned.model.of_open_models
+    for plan, copies in ((rounded, 1), (open_, 2)):
+        whole = 8 * 4 * copies * parameters(plan.model).total
+        assert saved_at_once(plan, 8) < whole / 8
+        preflight(plan, 8, 1.0, True, {**resources, "memory": float(whole)})
+        with pytest.raises(ResourceError, match="of memory"):
+            preflight(plan, 8, 1.0, True, {**resources, "memory": whole - 1.0})
+    preflight(tuned, 8, 1.0, True, {**resources, "memory": 8.0 * saved_at_once(tuned, 8)})
 
 
 def test_a_failed_allocation_says_what_helps(shards: Path, chats: Path, tmp_path: Path, alone: Ranks) -> None:
