@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from functools import cache
 from itertools import combinations, cycle, islice
 
 import pytest
 from rich.console import Console
 
+from shoal.bench import train
 from shoal.bench.checkpoint import _Turns, checkpoint
 from shoal.bench.data import _files, _texts, data
 from shoal.cli import main
@@ -17,6 +19,13 @@ from shoal.data.operators.grams import words
 from shoal.data.operators.near import nearly_equal
 from shoal.errors import UsageError
 from shoal.train.run import SHARE
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the standard library that is trained on; what is prepared of it is none of these."""
+    monkeypatch.setattr(train, "SAMPLE", 20_000)
+    monkeypatch.setattr(train, "ROWS", 40)
 
 
 def test_checkpoints_beside_training(capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,7 +63,7 @@ def test_as_many_pairs_are_measured_as_their_spread_asks_for(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three where checkpoints cost the same each time; else as many as bring the median's interval to 1 % to either side."""
-    whole = _Turns._beside
+    whole = cache(_Turns._beside)  # one checkpoint of a run is saved
     monkeypatch.setattr(_Turns, "_train", lambda turns, updates: 1.0)
     for spread, pairs in ((0.0, 3), (0.005, 3), (0.01, 7)):
         costs = cycle([0.0, spread, -spread])
