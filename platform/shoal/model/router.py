@@ -12,6 +12,7 @@ routed exactly as a fresh one (docs/architecture.md, "Depth").
 Letters: n prompt tokens, D width, P page, A early exits (all but full depth), M calibration prompts.
 """
 
+# long: what is promised stands beside what decides by it, and what comes of it
 from __future__ import annotations
 
 import itertools
