@@ -39,7 +39,7 @@ class Medicine(Recipe):
     measures = score.MEASURES
     least_is_best = score.LEAST_IS_BEST
     served = "causes"  # urgency is raised by the server's rule as well
-    headline = ((Path(NEW).stem, ("urgency", "abstained")),)
+    headline = ((Path(NEW).stem, ("urgency", "abstained")), (Path(VOCABULARY).stem, ("urgency", "causes")))
     always_full = (DIAGNOSIS,)  # a wrong answer costs more than time
     synonyms = SYNONYMS
 
