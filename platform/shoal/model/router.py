@@ -339,7 +339,7 @@ def _calibrate(router: Router, x: Tensor, gaps: Tensor, groups: Tensor) -> None:
     mean, quantile = router(x)
     full = torch.cat([gaps, gaps.new_zeros(len(gaps), 1)], dim=1)
     cost = torch.tensor([e / router.exits[-1] for e in router.exits])
-    rows, worst = torch.arange(len(x)), float(full.max().clamp(min=0))
+    rows, worst = torch.arange(len(x)), float(full.max())
 
     def regrets(bounds: Tensor) -> Tensor:
         within = quantile <= bounds[:, None, None]

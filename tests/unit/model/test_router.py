@@ -300,6 +300,19 @@ def test_where_few_lost_anything_the_worst_prompt_counts_once_more(monkeypatch):
     assert found[0.05] == 3 and found[0.01] < -1e8, "0.018 is the least that the correction leaves"
 
 
+def test_what_one_prompt_gains_at_an_early_exit_pays_for_no_other():
+    """Of nine prompts each second is better at the first exit than at full depth. The others lose what they lose: up to bound i
+    (i + 2) // 2 of them."""
+    router = Known(Model.from_preset("test").config)
+    x = torch.tensor([[0.0, 0.0, i, 100.0 + i] for i in range(9)])
+    tables = []
+    for gain in (0.0, -5.0):
+        gaps = torch.tensor([[gain if i % 2 else 0.09, 0.0] for i in range(9)])
+        _calibrate(router, x, gaps, torch.arange(9))
+        tables.append(router.calibration.thresholds)
+    assert tables[0] == tables[1] and -1e8 < dict(tables[0])[0.075] < 8
+
+
 def test_a_bound_beyond_one_that_is_too_much_promises_nothing():
     """At bound 1 the prompt takes the second exit and loses 0.9; at 5 the first, and loses nothing: so would a lucky one."""
     router = Known(Model.from_preset("test").config)
