@@ -184,7 +184,7 @@ class Recorder:
             "weights": None,  # the version says which
             "version": version,
             "role": SHADOW,
-            "layers": meter.depth or None,
+            "layers": meter.told.depth if meter.told else None,
         }
         told: list[Choice] = [(0, 0, 0.0, signals(end.signals))] if end is not None and end.signals else []
         self.outbox.put((columns, _ids(call), self._vocabulary(answer.served).named, told))

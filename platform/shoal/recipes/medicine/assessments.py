@@ -131,7 +131,7 @@ def _ruled(messages: Messages) -> str:
     language, text = _language(messages), str(messages[-1]["content"])
     form = _form(messages)
     symptoms = _named({one: words.symptom_said(language, one, TRAIN) for one in words.SYMPTOMS[language]}, text)
-    flags = _named({one: of_split(some, TRAIN) for one, some in words.RED_FLAGS[language].items()}, text)
+    flags = _named({one: (*of_split(some, TRAIN),) for one, some in words.RED_FLAGS[language].items()}, text)
     days = next((n for n, said in words.DAYS[language].items() if said in text), 1)
     history = next((name for name, said in words.HISTORY[language].items() if said in text), "none")
     age = next((int(word) for word in "".join(c if c.isdigit() else " " for c in text).split()), 40)

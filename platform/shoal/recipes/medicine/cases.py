@@ -113,9 +113,9 @@ def _drawn(
     if kind == OUT:
         text = draws.choice(out_of_scope(language, wordings))
         return text.format(months=draws.randrange(1, 12)), None, text
-    said_as = {one: said for one in words.SYMPTOMS[language] if (said := words.symptom_said(language, one, wordings))}
-    number, some = draws.choice([one for one in combinations_of(split) if said_as.keys() >= set(one[1])])
-    symptoms = list(some) if kind == ASSESS else [draws.choice(some)]
+    said_as = {one: some for one in words.SYMPTOMS[language] if (some := words.symptom_said(language, one, wordings))}
+    number, drawn = draws.choice([one for one in combinations_of(split) if said_as.keys() >= set(one[1])])
+    symptoms = list(drawn) if kind == ASSESS else [draws.choice(drawn)]
     others = [s for at, p in enumerate(rules.PATTERNS) if at != number for s in p.symptoms if s in said_as]
     if kind == ASSESS and draws.random() < 0.3:
         symptoms.append(draws.choice(others))
