@@ -14,6 +14,7 @@ from shoal.api.requests import guide_of
 from shoal.data.chats.forms import as_sent
 from shoal.engine.guided import Grammars
 from shoal.inputs.tokenizer import END_ID, Tokenizer
+from shoal.recipes.measure import some_of
 from shoal.recipes.medicine import RECIPE, assessments, rules, score, words
 from shoal.recipes.medicine.assessments import REFUSED
 from shoal.recipes.medicine.cases import ASSESS, JSON, LITTLE, OUT, WORDS, cases, combinations_of, out_of_scope
@@ -137,6 +138,9 @@ def test_rows_of_one_pattern_in_a_language_are_a_group() -> None:
         assert len([some for some in groups.values() if some[0]["task"] == ASSESS]) == len(rules.PATTERNS)
         for some in groups.values():
             assert len({(row["task"], tuple(row["right"]["causes"])) for row in some if not row["red_flag"]}) <= 2
+    assert (
+        len({row["conversation"] for row in rows}) == len(rows) and len({row["group"] for row in some_of(rows, 40)}) > 7
+    )
     found = score.scored(rows, answers(rows))
     assert found["causes"].groups == len(rules.PATTERNS) and found["causes"].rows > 100
 

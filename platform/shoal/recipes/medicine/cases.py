@@ -65,7 +65,8 @@ def cases(split: str, wordings: str, count: int, seed: int = 0, *, flags: float 
                 raise ValueError(f"there are no {count} different cases")
             continue
         known.add(key)
-        yield _row(text, case, kind, language, form, f"{language}: {of}")
+        name = f"{language}-{split}-{wordings}-{seed}-{len(known)}"
+        yield _row(text, case, kind, language, form, f"{language}: {of}") | {"conversation": name}
 
 
 def asked(text: str, form: str) -> list[dict[str, str]]:
