@@ -424,7 +424,8 @@ def test_two_services_on_one_folder_run_a_batch_once(model: Model, tmp_path: Pat
                 batch = started(client, jsonl(*(chat(str(i)) for i in range(4))))
                 batch = ended(two if client is one else one, batch)
                 assert counts(batch) == (4, 4, 0) and len(rows(client, batch.output_file_id)) == 4
-            slow = started(one, jsonl(*(chat(str(i), 200, ignore_eos=True) for i in range(200))))
+            # enough that a busy machine does not come through them while `first` ends
+            slow = started(one, jsonl(*(chat(str(i), 200, ignore_eos=True) for i in range(2000))))
             until(lambda: counts(one.batches.retrieve(slow.id))[1] > 0)
         # `first` came second and ran nothing; now a third takes over from `second`
         with serving(model, tmp_path) as third:

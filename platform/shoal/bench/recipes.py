@@ -32,7 +32,8 @@ def rows_of(run: Path) -> list[list[str]]:
         report = json.loads((run / REPORT).read_text(encoding="utf-8"))
         if "headline" not in report:  # one of an earlier version
             recipe = named(str(report["recipe"]))
-            report |= {"headline": recipe.headline, "depth": recipe.policy().depth}
+            headline = [one for one in recipe.headline if one[0] in report["suites"]]
+            report |= {"headline": headline, "depth": recipe.policy().depth}
         return [*_suites(report, run.name), _speeds(report, run.name)]
     except (OSError, ValueError, KeyError, TypeError, UsageError) as error:
         what = f"{type(error).__name__}: {error}"
