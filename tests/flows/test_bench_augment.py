@@ -28,7 +28,7 @@ from shoal.train.plan import finetune_plan
 # a drill: it serves a teacher twice, in processes that import torch
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(600)]
 SMALL = {
-    "medicine.assessments": {"LEARNED": 30, "FITTED": 4, "ASKED": 4, "FLAGGED": 4, "REFUSED": 4},
+    "medicine.assessments": {"LEARNED": 30, "FITTED": 4, "ASKED": 4, "OPEN": 4, "FLAGGED": 4, "REFUSED": 4},
     "law.licences": {"LEARNED": 30, "FITTED": 4, "ASKED": 4, "UNSAID": 2},
 }
 SEEDS = 3

@@ -66,7 +66,7 @@ def augment_bench(
     if teachers and len(teachers) != len(runs):
         raise UsageError("--teacher", got=len(teachers), allowed=f"one for each --run, {len(runs)}")
     recipes = [recipe_of(run) for run in runs]
-    tables, found = [], {}
+    found = {}
     for at, (run, recipe) in enumerate(zip(runs, recipes, strict=True)):
         with tempfile.TemporaryDirectory(prefix="shoal-augment-") as work:
             teacher = teachers[at] if teachers else run / "model"
@@ -77,12 +77,15 @@ def augment_bench(
                 for arm in ARMS
             ]
             context = multiprocessing.get_context("spawn")
+            hits = []
             with ProcessPoolExecutor(AT_ONCE, mp_context=context) as pool:
-                hits = list(pool.map(learned, jobs))
+                for job, one in zip(jobs, pool.map(learned, jobs), strict=True):
+                    hits.append(one)
+                    console.print(f"{recipe.name}: {job.arm}, seed {job.seed}, asked", highlight=False)
         told = compared(jobs, hits, groups_of(run), {suite for suite, _ in recipe.headline})
-        tables.append(_table(recipe, told))
+        console.print(_table(recipe, told))  # what ends the next run loses none of this
         found[recipe.name] = {"rows": counts, "teacher": str(teacher), "suites": told}
-    show(console, tables, {"steps": steps, "seeds": seeds, "recipes": found})
+    show(console, [], {"steps": steps, "seeds": seeds, "recipes": found})
 
 
 def recipe_of(run: Path) -> Recipe:

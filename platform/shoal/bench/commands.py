@@ -436,8 +436,8 @@ def augment(
     seeds: Annotated[int, typer.Option(help="Seeds, one model of each arm with each.")] = 3,
     steps: Annotated[int, typer.Option(help="Updates of each model.")] = 150,
 ) -> None:
-    """What `shoal augment` and a teacher add to a recipe in wordings that nobody saw, beside going on without. Of two runs some
-    twelve minutes on two cores; --steps sets it."""
+    """What `shoal augment` and a teacher add to a recipe in wordings that nobody saw, beside going on without. Of a run some
+    twenty minutes on two cores; --steps sets it."""
     from shoal.bench.augment import augment_bench
 
     augment_bench(out, runs=run, teachers=teacher, seeds=seeds, steps=steps)
