@@ -56,7 +56,7 @@ def may_be_called(tools: Mapping[str, Function], messages: Sequence[Message]) ->
     if not any(every.values()):
         return dict(tools)
     texts = _said_by_others(messages)
-    said = {str(mark[SAID]): _choices(mark[SAID], texts) for marks in every.values() for mark in marks.values()}
+    said = {json.dumps(mark[SAID]): _choices(mark[SAID], texts) for marks in every.values() for mark in marks.values()}
     filled = {name: _filled(tool, every[name], said) for name, tool in tools.items()}
     return {name: tool for name, tool in filled.items() if tool is not None}
 
@@ -109,7 +109,7 @@ def _filled(
     properties = dict(schema.get("properties", {}))
     for argument, mark in marks.items():
         rest = unmarked(mark)
-        values = _values(rest, said[str(mark[SAID])])
+        values = _values(rest, said[json.dumps(mark[SAID])])
         if values:
             properties[argument] = {**rest, "enum": values}
         elif argument in schema.get("required", ()):

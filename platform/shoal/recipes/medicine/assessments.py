@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from typing import Any
 from shoal.api.policy import Policy
 from shoal.engine.events import Guide
 from shoal.evaluate.intervals import Figure
-from shoal.recipes.baselines import MAJORITY, NEAREST, RULE, nearest, rows_to_compare
+from shoal.recipes.baselines import MAJORITY, NEAREST, RULE, language_of, nearest, rows_to_compare
+from shoal.recipes.baselines import majority as most_said
 from shoal.recipes.medicine import rules, score, words
 from shoal.recipes.medicine.cases import JSON, OUT, WORDS, asked, cases, written
 from shoal.recipes.medicine.rules import Assessment, Case, assessed
@@ -69,7 +69,7 @@ class Medicine(Recipe):
         """The schema, where JSON is asked for."""
         if _form(messages) != JSON:
             return None
-        return Guide("json_schema", json.dumps(schema(_language(messages))))
+        return Guide("json_schema", json.dumps(schema(language_of(messages))))
 
     def rights(self, rows: Sequence[Row], answers: Sequence[str]) -> list[bool]:
         return [score.right(row, answer) for row, answer in zip(rows, answers, strict=True)]
@@ -115,11 +115,7 @@ def schema(language: str) -> dict[str, Any]:
 
 def majority(rows: Sequence[Row]) -> Answerer:
     """Says what is said most in training in that form and language."""
-    said: dict[tuple[str, str], Counter[str]] = {}
-    for row in rows:
-        key = str(row["messages"][0]["content"]), _language(row["messages"])
-        said.setdefault(key, Counter())[row["messages"][-1]["content"]] += 1
-    return lambda some: [said[str(m[0]["content"]), _language(m)].most_common(1)[0][0] for m in some]
+    return most_said(rows, lambda messages: (_form(messages), language_of(messages)))
 
 
 def keywords(some: Sequence[Messages]) -> list[str]:
@@ -128,7 +124,7 @@ def keywords(some: Sequence[Messages]) -> list[str]:
 
 
 def _ruled(messages: Messages) -> str:
-    language, text = _language(messages), str(messages[-1]["content"])
+    language, text = language_of(messages), str(messages[-1]["content"])
     form = _form(messages)
     symptoms = _named({one: words.symptom_said(language, one, TRAIN) for one in words.SYMPTOMS[language]}, text)
     flags = _named({one: (*of_split(some, TRAIN),) for one, some in words.RED_FLAGS[language].items()}, text)
@@ -147,7 +143,3 @@ def _named(table: words.Wordings, text: str) -> list[str]:
 def _form(messages: Messages) -> str:
     """Whether JSON is asked for, or words."""
     return JSON if str(messages[0]["content"]).endswith(words.AS_JSON) else WORDS
-
-
-def _language(messages: Messages) -> str:
-    return "zh" if any("\u4e00" <= letter <= "\u9fff" for letter in str(messages[-1]["content"])) else "en"
