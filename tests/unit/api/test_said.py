@@ -177,9 +177,8 @@ def test_a_product_is_one_that_was_said() -> None:
     both = tool("find", strict=True, product={"type": "string", "pattern": "^[^0-9]+$", "x-said": {"words": 4}})
     free = guide([{"role": "user", "content": "Do you sell a lamp A1234?"}], [both])
     assert follows(free, FOUND) and not follows(free, FOUND.replace("lamp", "lamp A1234"))
-    spelt = tool(
-        "track", order={"type": "string", "x-said": "{'words': 4}"}
-    )  # an expression, which matches nothing here
+    # An expression, which matches nothing here.
+    spelt = tool("track", order={"type": "string", "x-said": "{'words': 4}"})
     free = guide([{"role": "user", "content": "A garden lamp?"}], [find, spelt])
     assert follows(free, FOUND) and not follows(free, CALL.replace("A1234", "lamp"))
     number = tool("find", strict=True, product={"type": "integer", "x-said": {"words": 1}})
