@@ -1,6 +1,7 @@
 """The frame of every recipe: data, a model that learns it, INT8, and what both are worth, from an empty folder by one command.
 
     DIR/  recipe.json       what was asked for
+          learned.json      the SHA-256 of each file that the model learned from
           *.jsonl suites/   what is learned from, fitted to, and asked; the suites are frozen
           fresh/ learn-N/   a model that knows nothing, and what it was after each lesson
           model/ int8/      the fp32 model and the INT8 one, with their routers: what is served
@@ -8,7 +9,8 @@
           seconds.json      what each step took, and begun.json how often it was begun
           report.json .md   what they are worth, written last
 
-Each step leaves a result whose presence means complete, so a second call goes on where the first stopped.
+Each step leaves a result whose presence means complete, so a second call goes on where the first stopped. One whose result was
+taken away is done anew, and so is what follows from it: new data alone leave the models, and have a new report.
 """
 
 from __future__ import annotations
@@ -33,7 +35,13 @@ from shoal.recipes import own, report
 from shoal.recipes.recipe import DEV, POLICY, SUITES, Recipe
 
 SETTINGS, REPORT, TOOK, BEGUN = "recipe.json", "report.json", "seconds.json", "begun.json"
+LEARNED = "learned.json"
 LEARN, QUANTIZE = GO_ON = ("learn", "quantize")  # steps that go on where they were broken off; others begin anew
+SPOILT = {
+    "data": (REPORT,),
+    LEARN: ("int8.run", "int8", REPORT),
+    QUANTIZE: (REPORT,),
+}  # by a step: what was of another model
 FORMAT, VERSION = "shoal.recipe", 1
 TOKENIZER_ROWS = 2_000  # that a tokenizer is fitted to
 INT8_SHARE = 0.1  # of the minutes
@@ -59,8 +67,8 @@ class Asked:
 
 
 def run(recipe: Recipe, folder: Path, asked: Asked, tell: Tell, say: Callable[[str], None]) -> dict[str, Any]:
-    """Do what is missing in `folder` and return the report. Raises UsageError, DataError for a folder of another recipe or of
-    other settings, ResourceError where another command is at work there."""
+    """Do what is missing in `folder` and return the report. Raises UsageError, also for a folder of something else, DataError
+    for one of another recipe or of other settings, ResourceError where another command is at work there."""
     from shoal.data.alone import alone
     from shoal.on_ray.resources import local_ray
 
@@ -68,16 +76,16 @@ def run(recipe: Recipe, folder: Path, asked: Asked, tell: Tell, say: Callable[[s
         raise UsageError("--minutes", got=asked.minutes, allowed="above 0, at most 10,000")
     if asked.workers < 1:
         raise UsageError("--workers", got=asked.workers, allowed="1 or more")
-    if (folder / own.SETTINGS).exists():
-        raise UsageError("--out", got=str(folder), allowed="another folder: in this one a recipe's own data lie")
+    _check_folder(folder)
     need_disk(folder, DISK)
     need_memory(MEMORY)
     _check_open(recipe, asked)
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder / ".recipe.lock", ResourceError(f"another command is at work in {folder}", do="wait for it")):
         _same(recipe, folder, asked)
-        if _reported(folder).get("asked", {}).get("beside", "") != asked.beside:
-            (folder / REPORT).unlink(missing_ok=True)  # it has another column
+        known = _reported(folder)
+        if (known.get("asked", {}).get("beside", ""), known.get("beside_sha256", {})) != (asked.beside, _beside(asked)):
+            _take_away(folder / REPORT)  # it has another column, or one of other models
         steps: list[tuple[str, Path, Callable[[], None]]] = [
             ("data", folder / SUITES / "suites.json", lambda: _data(recipe, folder, asked.seed)),
             (LEARN, folder / "model" / "config.json", lambda: _learn(recipe, folder, asked, tell, say)),
@@ -90,6 +98,8 @@ def run(recipe: Recipe, folder: Path, asked: Asked, tell: Tell, say: Callable[[s
                 if result.exists():
                     say(f"{name}: done before -> {result.parent}")
                     continue
+                for spoilt in SPOILT.get(name, ()):
+                    _take_away(folder / spoilt)
                 known = _read(folder / BEGUN)
                 write_aside(folder / BEGUN, json.dumps(known | {name: known.get(name, 0) + 1}) + "\n")
                 step()
@@ -108,6 +118,14 @@ def _took(folder: Path, evaluate: float) -> dict[str, Any]:
     }
 
 
+def _take_away(path: Path) -> None:
+    """A file, or a folder with all that is in it."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _reported(folder: Path) -> dict[str, Any]:
     """The report of a run; nothing where there is none yet."""
     return _read(folder / REPORT)
@@ -117,6 +135,17 @@ def _read(path: Path) -> dict[str, Any]:
     """A JSON object of our own; empty where there is none yet."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises UsageError where something lies that is of no run: files of these names would be written over, and a model among
+    them taken for what was learned."""
+    if (folder / own.SETTINGS).exists():
+        raise UsageError("--out", got=str(folder), allowed="another folder: in this one a recipe's own data lie")
+    there = sorted(one.name for one in folder.iterdir() if one.name[0] != ".") if folder.is_dir() else []
+    if there and SETTINGS not in there:
+        got = f"{folder}, in which {there[0]} lies"
+        raise UsageError("--out", got=got, allowed="an empty folder, or one of the same recipe")
 
 
 def _check_open(recipe: Recipe, asked: Asked) -> None:
@@ -134,10 +163,11 @@ def _check_open(recipe: Recipe, asked: Asked) -> None:
         raise UsageError("--beside", do="give --model as well: it stands beside a run of imported weights")
     began = Path(asked.beside) / SETTINGS
     known = json.loads(began.read_text(encoding="utf-8")) if began.exists() else {}
-    wanted = {"recipe": recipe.name, "seed": asked.seed, "model": ""}
-    got = {name: known.get(name) for name in wanted}
-    if got != wanted or not _reported(Path(asked.beside)):
-        allowed = f"a run of {recipe.name} from fresh weights with seed {asked.seed} that has its report"
+    wanted = {"recipe": recipe.name, "data": recipe.source(), "seed": asked.seed, "model": ""}
+    got = {name: known.get(name, "") for name in wanted}
+    models = (Path(asked.beside) / name / "config.json" for name in ("model", "int8"))
+    if got != wanted or not _reported(Path(asked.beside)) or not all(path.exists() for path in models):
+        allowed = f"a run of {recipe.name} from fresh weights with seed {asked.seed} and these data that is done"
         raise UsageError("--beside", got=asked.beside, allowed=allowed)
 
 
@@ -169,6 +199,8 @@ def _data(recipe: Recipe, folder: Path, seed: int) -> None:
 def _learn(recipe: Recipe, folder: Path, asked: Asked, tell: Tell, say: Callable[[str], None]) -> None:
     from shoal.evaluate import routing
 
+    if asked.beside:
+        _same_suites(folder, Path(asked.beside))  # before minutes of learning, and not after
     minutes = asked.minutes * (1 - INT8_SHARE)
     if asked.model:
         lessons, base, how = recipe.lessons[-1:], Path(asked.model), OPEN_HOW
@@ -178,6 +210,8 @@ def _learn(recipe: Recipe, folder: Path, asked: Asked, tell: Tell, say: Callable
     for number, lesson in enumerate(lessons, 1):
         out = folder / f"learn-{number}"
         if not (out / "model" / "config.json").exists():
+            known = _read(folder / LEARNED) | {lesson.file: sha256_of(folder / lesson.file)}
+            write_aside(folder / LEARNED, json.dumps(known, indent=1) + "\n")
             _fit(
                 _plan(base, folder / lesson.file, out, minutes * lesson.share / whole, asked.seed, **how),
                 asked.workers,
@@ -276,9 +310,9 @@ def _evaluate(recipe: Recipe, folder: Path, asked: Asked, tell: Tell) -> None:
     served = {label: _footprint(path) for label, path in models.items()}
     most_rows = OPEN_ROWS if asked.model else 0
     found = measured(recipe, models, folder, asked.seed, tell, most_rows=most_rows, run=pieces.beside(AT_ONCE))
-    found["asked"] = asdict(asked)
+    found["asked"], found["beside_sha256"] = asdict(asked), _beside(asked)
     found["costs"] = {label: {**cost, "served": served[label]} for label, cost in found["costs"].items()}
-    found["data_sha256"] = {lesson.file: sha256_of(folder / lesson.file) for lesson in recipe.lessons}
+    found["data_sha256"] = _read(folder / LEARNED)
     found |= _took(folder, time.monotonic() - began)
     _write_policy(recipe, folder, found["workloads"])
     write_aside(folder / "report.md", report.markdown(recipe, found))
@@ -293,6 +327,15 @@ def _footprint(model: Path) -> dict[str, Any]:
         return footprint(model)
     except ResourceError as error:
         return {"failed": str(error)}
+
+
+def _beside(asked: Asked) -> dict[str, str]:
+    """The SHA-256 of the models that stand beside, by their column: a run in that folder may be another one by now."""
+    from shoal.model import files
+
+    if not asked.beside:
+        return {}
+    return {label: files.weights_sha256(Path(asked.beside) / name) for label, name in ((FP32, "model"), (INT8, "int8"))}
 
 
 def _same_suites(folder: Path, beside: Path) -> None:
