@@ -10,11 +10,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 import httpx
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
 from shoal.api.document import ASKED, POSTED, refused
 from shoal.api.service import Service
@@ -49,30 +50,44 @@ def tool_routes(service: Service, url: str) -> APIRouter:
     router = APIRouter(prefix="/v1/shoal/tools", tags=["tools"])
     at = checked(url)
 
-    @router.get("", responses=refused(*ASKED))
-    async def listed() -> dict[str, Any]:
+    @router.get("", response_model=dict[str, Any], responses=refused(*ASKED))
+    async def listed() -> Response:
         """The tools that this service executes, and what a model is told of who asks, by language too."""
         async with httpx.AsyncClient(timeout=SECONDS) as http:
             tools = await _given(http.get(f"{at}/tools"))
             system = await _given(http.get(f"{at}/system"), missing={})
         systems = system.get("systems")
-        return {
+        return _answer({
             "object": "shoal.tools", "data": tools, "system": str(system.get("system", "")),
             "systems": systems if isinstance(systems, dict) else {},
-        }  # fmt: skip
+        })  # fmt: skip
 
-    @router.post("/{chat}/{name}", responses=refused(*POSTED))
-    async def call(chat: str, name: str, request: Request) -> dict[str, Any]:
+    @router.post("/{chat}/{name}", response_model=dict[str, Any], responses=refused(*POSTED))
+    async def call(chat: str, name: str, request: Request) -> Response:
         """Calls a tool in the place of a chat, and gives what it gave."""
         for what, given_name in (("chat", chat), ("name", name)):
             if not _NAME.fullmatch(given_name):
                 raise RequestError(what, param=what, got=given_name[:80], allowed="up to 64 letters, digits, _ and -")
         body = await service.read_body(request, CallRequest)
+        try:
+            arguments = _spelt(body.arguments)
+        except (ValueError, RecursionError) as error:
+            raise RequestError("arguments", param="arguments", got=type(error).__name__, allowed="JSON") from error
+        headers = {"Content-Type": "application/json"}
         async with httpx.AsyncClient(timeout=SECONDS) as http:
-            given = await _given(http.post(f"{at}/shops/{chat}/{name}", json=body.arguments))
-        return {"object": "shoal.tool_result", "name": name, "given": given}
+            given = await _given(http.post(f"{at}/shops/{chat}/{name}", content=arguments, headers=headers))
+        return _answer({"object": "shoal.tool_result", "name": name, "given": given})
 
     return router
+
+
+def _spelt(value: Any) -> bytes:
+    """As JSON that can be sent. Raises ValueError for a number that is none and half of a surrogate pair, RecursionError."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+
+
+def _answer(told: dict[str, Any]) -> Response:
+    return Response(_spelt(told), media_type="application/json")
 
 
 async def _given(answer: Any, missing: Any = None) -> Any:
@@ -87,6 +102,8 @@ async def _given(answer: Any, missing: Any = None) -> Any:
         told.raise_for_status()
         if len(told.content) > MOST_BYTES:
             raise ValueError(f"{len(told.content)} bytes")
-        return told.json()
-    except (httpx.HTTPError, ValueError, AttributeError) as error:
+        found = told.json()
+        _spelt([[found]])  # as it stands in an answer, which has to be able to repeat it
+        return found
+    except (httpx.HTTPError, ValueError, AttributeError, RecursionError) as error:
         raise NoToolsError("the service of tools", got=type(error).__name__, do="see that it runs: --tools") from error

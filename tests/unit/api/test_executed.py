@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
@@ -66,6 +70,61 @@ async def test_what_is_no_call_is_refused(connect: Callable[..., httpx.AsyncClie
 async def test_a_service_that_does_not_answer_is_said_in_a_line(connect: Callable[..., httpx.AsyncClient]) -> None:
     told = await connect(tools="http://127.0.0.1:9").get(PATH)
     assert told.status_code == 503 and "--tools" in told.json()["error"]["message"]
+
+
+@contextmanager
+def giving(body: bytes) -> Iterator[str]:
+    """A service that gives this, whatever it is asked."""
+
+    class Gives(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Gives)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    "body", [b"{", b'{"day": NaN}', b'{"price": 1e999}', rb'"\ud800"', b"[" * 50_000 + b"]" * 50_000, b" " * 100_001]
+)
+async def test_what_no_answer_could_repeat_is_the_service_s_fault(
+    connect: Callable[..., httpx.AsyncClient], body: bytes
+) -> None:
+    """A number that is none, half of a surrogate pair and JSON that is nested too deeply were a 500."""
+    with giving(body) as url:
+        told = await connect(tools=url).post(f"{PATH}/chat/track_order", json={"arguments": {}})
+    assert told.status_code == 503 and "service of tools" in told.json()["error"]["message"]
+
+
+async def test_what_is_nested_deeply_is_given_as_it_is(connect: Callable[..., httpx.AsyncClient]) -> None:
+    with giving(b"[" * 400 + b"]" * 400) as url:
+        told = await connect(tools=url).post(f"{PATH}/chat/track_order", json={"arguments": {}})
+    assert told.status_code == 200 and json.dumps(told.json()["given"]) == "[" * 400 + "]" * 400
+
+
+@pytest.mark.parametrize("arguments", [rb'{"order": "\ud800"}', b'{"order": NaN}', b'{"order": 1e999}'])
+async def test_arguments_that_cannot_be_sent_are_the_client_s_fault(
+    connect: Callable[..., httpx.AsyncClient], shop: str, arguments: bytes
+) -> None:
+    content = b'{"arguments": ' + arguments + b"}"
+    told = await connect(tools=shop).post(
+        f"{PATH}/chat/track_order", content=content, headers={"Content-Type": "application/json"}
+    )
+    assert told.status_code == 400
 
 
 @pytest.mark.parametrize("url", ["shop", "127.0.0.1:80", "ftp://x", "http://", "http://a b"])
