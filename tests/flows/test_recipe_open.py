@@ -33,7 +33,7 @@ def small() -> Iterator[None]:
             Law, "preset", Preset("test", model, dataclasses.replace(test.train, batch_tokens=640, accumulate=1))
         )
         patch.setattr(Law, "most_tokens", 8)
-        patch.setattr("shoal.recipes.run.OPEN_ROWS", 6)
+        patch.setattr(Law, "open_rows", 6)
         patch.setattr("shoal.on_ray.train.train", lambda plan, **how: fit(plan))
         patch.setattr("shoal.on_ray.resources.local_ray", contextlib.nullcontext)
         patch.setattr("shoal.recipes.run.AT_ONCE", 1)  # another process would know nothing of these

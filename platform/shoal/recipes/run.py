@@ -47,7 +47,6 @@ TOKENIZER_ROWS = 2_000  # that a tokenizer is fitted to
 INT8_SHARE = 0.1  # of the minutes
 # of an imported model: thin matrices, and many small updates, of which minutes hold a hundred
 OPEN_HOW = {"lora_rank": 16, "learning_rate": 1e-3, "batch_tokens": 1024, "accumulate": 1}
-OPEN_ROWS = 100  # of a suite that an imported model is asked: it is a hundred times the size, and as much slower
 FP32, INT8 = "fp32", "int8"  # columns of the report; of imported models `OPEN` stands before them
 OPEN = "open"
 DISK, MEMORY = 2**30, 2 * 2**30  # bytes
@@ -308,7 +307,7 @@ def _evaluate(recipe: Recipe, folder: Path, asked: Asked, tell: Tell) -> None:
         models = {FP32: beside / "model", INT8: beside / "int8", **models}
     tell("a service of each model alone", 0, 1)
     served = {label: _footprint(path) for label, path in models.items()}
-    most_rows = OPEN_ROWS if asked.model else 0
+    most_rows = recipe.open_rows if asked.model else 0
     found = measured(recipe, models, folder, asked.seed, tell, most_rows=most_rows, run=pieces.beside(AT_ONCE))
     found["asked"], found["beside_sha256"] = asdict(asked), _beside(asked)
     found["costs"] = {label: {**cost, "served": served[label]} for label, cost in found["costs"].items()}

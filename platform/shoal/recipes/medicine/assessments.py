@@ -40,6 +40,7 @@ class Medicine(Recipe):
     least_is_best = score.LEAST_IS_BEST
     served = "causes"  # urgency is raised by the server's rule as well
     headline = ((Path(NEW).stem, ("urgency", "abstained")), (Path(VOCABULARY).stem, ("urgency", "causes")))
+    open_rows = 80  # of each of five suites
     always_full = (DIAGNOSIS,)  # a wrong answer costs more than time
     synonyms = SYNONYMS
 
