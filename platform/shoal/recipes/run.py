@@ -75,6 +75,8 @@ def run(recipe: Recipe, folder: Path, asked: Asked, tell: Tell, say: Callable[[s
         raise UsageError("--minutes", got=asked.minutes, allowed="above 0, at most 10,000")
     if asked.workers < 1:
         raise UsageError("--workers", got=asked.workers, allowed="1 or more")
+    if not 0 <= asked.seed < 2**63:
+        raise UsageError("--seed", got=asked.seed, allowed="0 to 2^63 - 1")
     _check_folder(folder)
     need_disk(folder, DISK)
     need_memory(MEMORY)

@@ -15,11 +15,13 @@ from shoal.errors import DataError, UsageError
 from shoal.loop.suites import freeze
 from shoal.machine import sha256_of
 from shoal.recipes import report, run
+from shoal.recipes.customer_service.conversations import conversations, seed_of
 from shoal.recipes.law import RECIPE as LAW
 from shoal.recipes.named import named
 from shoal.recipes.own import begun
 from shoal.recipes.recipe import SUITES, Recipe
 from shoal.recipes.run import Asked
+from shoal.recipes.splits import SUITE
 
 LEARN = run._learn  # as it is, before `breaks`
 
@@ -225,3 +227,13 @@ def test_the_report_has_the_digests_of_what_was_learned_from_and_not_of_what_lie
     for lesson in LAW.lessons:
         (tmp_path / lesson.file).write_text("others\n")
     assert json.loads((tmp_path / run.LEARNED).read_text()) == wanted
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_names_no_conversation_is_refused_before_anything_is_made(tmp_path: Path, seed: int) -> None:
+    """Of -1 the conversations were learned, and at the end not played: their names do not say it."""
+    with pytest.raises(UsageError, match="--seed"):
+        run.run(LAW, tmp_path / "x", Asked(1.0, seed=seed), lambda *_: None, lambda _: None)
+    assert not (tmp_path / "x").exists()
+    (one,) = conversations(SUITE, SUITE, 1, 2**63 - 1)
+    assert seed_of(one.name) == 2**63 - 1
