@@ -236,7 +236,7 @@ def _asked(folder: Path, most_rows: int) -> tuple[dict[str, Sequence[Row]], list
     every = rows_of(folder, safety=True)
     asked = {name: some_of(rows, most_rows) for name, rows in every.items()}
     notes = [
-        f"{name}: {len(asked[name])} of {len(rows)} answers are asked for, of conversations drawn by chance."
+        f"{name}: {len(asked[name])} of {len(rows)} answers are asked for, drawn by chance, those of a conversation together."
         for name, rows in every.items()
         if len(asked[name]) < len(rows)
     ]
@@ -244,17 +244,19 @@ def _asked(folder: Path, most_rows: int) -> tuple[dict[str, Sequence[Row]], list
 
 
 def some_of(rows: Sequence[Row], most: int) -> Sequence[Row]:
-    """At most so many rows of a suite, whole conversations, always the same ones and in order; `most` 0, or fewer rows: all."""
+    """At most so many rows of a suite, always the same ones and in order: those of a conversation together, and others one by
+    one, as a group says nothing of what is read; `most` 0, or fewer rows: all."""
     if not most or len(rows) <= most:
         return rows
-    sizes = Counter(map(conversation, rows))
+    of = [row.get("conversation", at) for at, row in enumerate(rows)]
+    sizes = Counter(of)
     drawn = random.Random(0).sample([*sizes], len(sizes))
-    left, kept = most, set()
-    for group in drawn:
-        if sizes[group] <= left:
-            kept.add(group)
-            left -= sizes[group]
-    return [row for row in rows if conversation(row) in kept]
+    left, kept = most, set[Any]()
+    for one in drawn:
+        if sizes[one] <= left or not kept:
+            kept.add(one)
+            left -= sizes[one]
+    return [row for row, one in zip(rows, of, strict=True) if one in kept][:most]
 
 
 def _costs(models: Mapping[str, Path]) -> dict[str, Any]:

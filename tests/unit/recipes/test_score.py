@@ -281,6 +281,23 @@ def test_some_of_a_suite_are_whole_conversations_and_always_the_same(new: Rows) 
     assert some_of(new, 0) is new and some_of(new, len(new)) is new
 
 
+def test_some_of_a_suite_without_conversations_are_drawn_one_by_one_whatever_their_groups(new: Rows) -> None:
+    """Of a document with more rows than are asked none was, and of some documents alone nothing, which ended a run at its last
+    step; of law a hundred rows were of 22 groups where 200 are of 41."""
+    rows = [{"group": f"{at // 150}.md", "at": at} for at in range(600)]
+    some = some_of(rows, 100)
+    assert (
+        len(some) == 100
+        and {row["group"] for row in some} == {f"{n}.md" for n in range(4)}
+        and some == some_of(rows, 100)
+    )
+    assert [row["at"] for row in some] == sorted(row["at"] for row in some)
+    asked = list(questions(SUITE, SUITE, 200))
+    assert len({row["group"] for row in some_of(asked, 100)}) > 0.8 * len({row["group"] for row in asked})
+    talk = [{**row, "conversation": "one"} for row in new[:9]]
+    assert some_of(talk, 3) == talk[:3], "of one that is too long its beginning"
+
+
 class Silent(measure.ByEngine):
     """Says "?" to whatever it is asked, surely, at any depth."""
 
