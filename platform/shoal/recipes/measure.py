@@ -34,7 +34,7 @@ from shoal.loop.suites import SAFETY
 from shoal.model import files
 from shoal.model.model import Model
 from shoal.recipes.picks import Picks, layers_of
-from shoal.recipes.recipe import CALIBRATION, SUITES, Answerer, Messages, Recipe, Row, conversation
+from shoal.recipes.recipe import CALIBRATION, SUITES, Answerer, Messages, Recipe, Row, conversations_of
 from shoal.recipes.sure import calibration
 
 SPEED_TOKENS = 64  # of an answer whose speed is measured
@@ -248,10 +248,10 @@ def some_of(rows: Sequence[Row], most: int) -> Sequence[Row]:
     one, as a group says nothing of what is read; `most` 0, or fewer rows: all."""
     if not most or len(rows) <= most:
         return rows
-    of = [row.get("conversation", at) for at, row in enumerate(rows)]
+    of = conversations_of(rows)
     sizes = Counter(of)
     drawn = random.Random(0).sample([*sizes], len(sizes))
-    left, kept = most, set[Any]()
+    left, kept = most, set[object]()
     for one in drawn:
         if sizes[one] <= left or not kept:
             kept.add(one)
@@ -301,7 +301,7 @@ def _came(
         figures[CALIBRATION], ran = calibration(recipe, rows, answers, answerer.sure), answerer.ran
         more = {"layers": layers_of(ran), "chosen": answerer.chosen, "too_long": answerer.heard.count(None)}
     # the last row of a conversation holds all of it
-    whole = list({conversation(row): row for row in rows}.values()) if play else []
+    whole = list(dict(zip(conversations_of(rows), rows, strict=True)).values()) if play else []
     figures |= recipe.play(whole, answerer, seed) if whole else {}
     languages = list(by_language(recipe, suite, who, rows, answers)) if play else []
     return Came(who, figures, languages, _samples(suite, rows, answers), **more), answers, ran

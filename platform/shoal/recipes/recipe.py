@@ -107,6 +107,11 @@ def conversation(row: Row) -> str:
     return str(row.get("conversation", row["group"]))
 
 
+def conversations_of(rows: Sequence[Row]) -> list[object]:
+    """Of each row which conversation it is of: one of its own, unless it names one. A group says what is not independent."""
+    return [row.get("conversation", at) for at, row in enumerate(rows)]
+
+
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write a file of rows, a line each, and its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from shoal.errors import ResourceError
 from shoal.inputs.chat import DEFAULT_TEMPLATE, encode_chat
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.loop.suites import freeze, read
+from shoal.recipes import measure
 from shoal.recipes.code import RECIPE, baselines, score, words
 from shoal.recipes.code.algorithms import ALGORITHMS
 from shoal.recipes.code.coder import AGAIN as AGAIN_FILE
@@ -243,6 +244,14 @@ def test_a_round_trip_is_made_by_words_alone(rows: Rows) -> None:
             return [spelt(sources[text]) if text in sources else text[text.find("def ") :] for text in texts]
 
         assert score.round_trip(some, echo, 0)["round trip"].value == 0.0
+
+
+def test_a_round_trip_is_of_every_explanation_and_not_of_one_a_group() -> None:
+    """Of fifty explanations the last of each function's parts was written anew, 26 and 29 of them."""
+    rows = list(exercises(SUITE, SUITE, 40, kinds=(EXPLAIN,)))
+    assert len({row["group"] for row in rows}) < 40
+    came, *_ = measure._came(RECIPE, "new-wordings", "rule", rows, baselines.rule, 0)
+    assert came.figures["round trip"].rows == 40 and came.figures["round trip"].groups < 40
 
 
 def test_code_is_the_first_block_whole_or_cut_or_all() -> None:
