@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -76,6 +76,9 @@ class Recipe(Stage):
     def _begin(self, source: Path) -> None:
         from shoal.recipes.own import begun
 
+        of_runs = [each for each in fields(self) if each.name in ("minutes", "seed", "workers", "model", "beside")]
+        if given := [f"--{each.name}" for each in of_runs if getattr(self, each.name) != each.default]:
+            raise UsageError(", ".join(given), do=f"give it to the run: shoal recipe {self.out} --out {self.out}-run")
         found = begun(source, self.out)
         said = ", ".join(f"{count} {name}" for name, count in found.items())
         print_result(found, self.as_json, f"rows: {said}; run it: shoal recipe {self.out} --out {self.out}-run")

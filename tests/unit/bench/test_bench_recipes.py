@@ -71,6 +71,21 @@ def test_the_table_is_of_what_is_served_in_new_wordings(tmp_path: Path, capsys: 
     assert [list(row.values()) for row in json.loads(last)] == [cells(line) for line in table[2:]]
 
 
+def test_a_suite_that_the_folder_s_version_did_not_have_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run's suites were frozen, then a version with another suite made its report: it "has no report of a recipe"."""
+    ill = {who: shares(urgency=0.15, abstained=1.0) for who in ("keyword rule", "int8")}
+    folder = report(tmp_path / "b", "medicine", {"new-wordings": ill}, int8=1e6)
+    told = json.loads((tmp_path / "b" / "report.json").read_text())
+    told |= {"headline": named("medicine").headline, "depth": "full"}
+    assert len(told["headline"]) == 2
+    (tmp_path / "b" / "report.json").write_text(json.dumps(told))
+    assert cli.main(["bench", "recipes", "--run", folder]) == 0
+    of = [cells(line)[0] for line in capsys.readouterr().out.splitlines()[2:-1]]
+    assert of == ["medicine, new-wordings: urgency; abstained", "medicine: MB; tokens a second at batch 1; 8"]
+
+
 def test_a_folder_without_a_whole_report_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     partly = report(tmp_path / "a", "law", {"new-licences": {}})
     for folder in (str(tmp_path / "none"), partly):

@@ -203,6 +203,9 @@ def test_the_command_begins_one_and_refuses_half_of_it(
     assert json.loads(capsys.readouterr().out)["learn"] > 250 and (out / SETTINGS).is_file()
     assert cli.main(["recipe", "new", "--out", str(tmp_path / "x")]) == 2
     assert cli.main(["recipe", "law", "--from", str(rows), "--out", str(tmp_path / "x")]) == 2
+    of_a_run = ["--minutes", "5", "--model", "m"]
+    assert cli.main(["recipe", "new", "--from", str(rows), "--out", str(tmp_path / "x"), *of_a_run]) == 2
+    assert "--minutes, --model" in capsys.readouterr().err, "they were taken, and did nothing"
     assert not (tmp_path / "x").exists()
 
 
