@@ -84,7 +84,9 @@ class ByEngine:
             if fits and key not in self._known:
                 sampling = dataclasses.replace(self._sampling, guided=self._guide_of(messages))
                 requests[key] = Request(prompt, sampling, depth=self._depth)
-        for key, done in zip(requests, self._engine.generate(requests.values()), strict=True):
+        # what a long prompt has read is found again by those that it begins as: the turns of its conversation
+        order = sorted(requests, key=lambda key: len(key[0]), reverse=True)
+        for key, done in zip(order, self._engine.generate([requests[key] for key in order]), strict=True):
             logprobs = [one.logprob for one in done.logprobs]
             answer = Answer(done.text, len(done.tokens), done.depth, len(key[0]))
             self._known[key] = self._in_our_words(done.text), math.exp(sum(logprobs)) if logprobs else 0.0, answer

@@ -86,6 +86,29 @@ def test_depths_that_share_what_was_read_say_what_each_says_alone(run: Path) -> 
         assert shared(asked) == alone(asked) and shared.sure == pytest.approx(alone.sure), depth
 
 
+def test_turns_of_a_conversation_are_read_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first turn went first, and the others beside it read it again: of thirty answers of SmolLM2 half of all prompts."""
+    recipe, model = recipe_of(run), Model.load(run / "model")
+    words = [{"role": ("user", "assistant")[at % 2], "content": f"{at} and so on, " * 3} for at in range(5)]
+    talks = [[{"role": "system", "content": f"You are {n}."}, *words] for n in range(4)]
+    turns = [talk[:end] for talk in talks for end in (2, 4, 6)]
+    engine, read = Engine(model, max_batch_tokens=64, max_batch=16), []
+    ran = engine.runner.run
+
+    def counted(plan: Any) -> Any:
+        read.append(sum(work.count for work in plan.works if not work.running.decoding))
+        return ran(plan)
+
+    monkeypatch.setattr(engine.runner, "run", counted)
+    by = measure.ByEngine(model, FULL, recipe, [], engine=engine)
+    said = by(turns)
+    lengths = [answer.prompt for answer in by.heard if answer is not None]
+    longest = sum(lengths[2::3])
+    assert len(lengths) == len(turns) and longest <= sum(read) < 1.15 * longest < sum(lengths)
+    alone = measure.ByEngine(model, FULL, recipe, [])
+    assert [alone([turn])[0] for turn in turns] == said, "each has its own answer"
+
+
 def _fails(models: Models) -> None:
     raise DataError("it cannot be asked", do="mend it")
 
