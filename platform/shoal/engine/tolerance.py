@@ -41,9 +41,9 @@ class Allowance:
     spent: float = 0.0  # nats
 
     def affords(self, price: float, tokens: int) -> bool:
-        """May the answer, of so many `tokens` yet, pay `price` nats for the next one? A price that is no number is none that
-        can be paid."""
-        return self.spent + price <= self.tolerance * tokens
+        """May the answer, of so many `tokens` yet, pay `price` nats for the next one? A price that is no finite number is none
+        that can be paid: a tolerance may be so large that times some tokens it is infinite, too."""
+        return math.isfinite(price) and self.spent + price <= self.tolerance * tokens
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ nothing."""
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -108,6 +110,17 @@ async def test_several_choices_told_at_once_have_the_mean_of_what_they_lost(meas
 async def test_what_cannot_be_kept_is_refused(measured: httpx.AsyncClient, more: dict[str, Any], told: int) -> None:
     reply = await measured.post("/v1/completions", json=body("/v1/completions", **more))
     assert reply.status_code == told and "quality_tolerance" in reply.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_was_lost_is_a_number_at_the_largest_tolerance(measured: httpx.AsyncClient, stream: bool) -> None:
+    """That times two tokens is infinite, and so are prices, where top-k leaves full depth and the exit other tokens."""
+    more: dict[str, Any] = {"quality_tolerance": sys.float_info.max, "temperature": 1, "top_k": 2, "ignore_eos": True}
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    reply = await measured.post("/v1/completions", json=body("/v1/completions", **more, **options))
+    assert reply.status_code == 200, reply.text
+    usage = (events(reply)[-1] if stream else reply.json())["usage"]
+    assert usage["completion_tokens"] == 12 and math.isfinite(usage["quality"]["spent"])
 
 
 async def test_at_a_fixed_depth_without_drafts_nothing_is_lost(measured: httpx.AsyncClient) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator
 from itertools import product
 from types import SimpleNamespace
@@ -90,6 +91,22 @@ def test_a_price_that_is_no_number_or_of_no_token_is_not_paid() -> None:
         assert settle(chain, drawn, lambda row, place, price=price: price) == {} and drawn == [3]  # type: ignore[misc]
     drawn = [-1]
     assert settle(chain, drawn, lambda row, place: 0.0) == {} and drawn == [-1]
+
+
+def test_no_tolerance_is_so_large_that_what_is_spent_is_no_number() -> None:
+    """Times two tokens it is infinite. Where top-k leaves full depth and the first exit no token in common a draft is beyond
+    price; else it costs what it costs."""
+    most = sys.float_info.max
+    chain = Chain(0, [5], [torch.zeros(9)], most, 0.0, 2)
+    drawn = [3]
+    assert settle(chain, drawn, lambda row, place: math.inf) == {} and drawn == [3]
+    assert settle(chain, drawn, lambda row, place: 7.0) == {0: 7.0} and drawn == [5]
+    e = engine(LIVELY)
+    for seed in range(3):
+        request = dataclasses.replace(ask(seed, 1.0, kind="drawn", top_k=2), quality_tolerance=most)
+        spent = check(LIVELY, request, told(e, [request])[request.id])
+        assert spent is not None and math.isfinite(spent)
+    assert e.scheduler.metrics.drafts > e.scheduler.metrics.drafts_accepted and math.isfinite(e.scheduler.metrics.spent)
 
 
 def test_a_chain_is_settled_draft_by_draft_until_one_falls() -> None:
