@@ -46,7 +46,7 @@ MOST = 1.0  # nats a token that an answer counts with at most
 
 @dataclass
 class Evidence:
-    """What audits have said of answers at one of the tolerances that a router has bounds for.
+    """What audits have said of answers at one of the tolerances that a router has bounds for, which is what each may lose.
 
     A test by betting first: who bets a share b of what he has that an answer loses more than it may gets 1 + b (lost / allowed
     - 1) times that, which in expectation is no gain while answers lose in the mean at most what they may, however what they
@@ -256,7 +256,8 @@ class Audits:
             running.holding.release(self._pages)
 
     def _learn(self, running: Running, lost: float) -> None:
-        tolerance = running.request.quality_tolerance
-        key = bounded(tolerance)
-        assert tolerance is not None and key is not None
-        self.evidence.setdefault(key, Evidence()).learn(lost, tolerance)
+        """`running` lost so many nats a token. It might lose what its bound promises, not the larger tolerance that it may
+        have asked for: that would make up for what those lose that asked for no more."""
+        allowed = bounded(running.request.quality_tolerance)
+        assert allowed is not None
+        self.evidence.setdefault(allowed, Evidence()).learn(lost, allowed)

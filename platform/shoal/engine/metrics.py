@@ -88,7 +88,12 @@ _TABLE = (
     Family("quality_spent_nats", "counter", "Nats that those answers lost against full depth."),
     Family("audited_answers", "counter", "Answers of the router's depth that full depth looked at.", ("tolerance",)),
     Family("audited_lost_nats", "counter", "What each of them lost, nats a token, summed.", ("tolerance",)),
-    Family("audited_allowed_nats", "counter", "What each of them might lose, likewise.", ("tolerance",)),
+    Family(
+        "audited_allowed_nats",
+        "counter",
+        "What each of them might lose by the bound of its tolerance, likewise.",
+        ("tolerance",),
+    ),
     Family(
         "router_correction_nats", "gauge", "Nats that predicted gaps are shifted by since.", ("tolerance",), share=True
     ),

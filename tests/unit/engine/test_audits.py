@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import random
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -409,3 +412,15 @@ def test_tolerances_and_engines_are_kept_apart() -> None:
         one.evidence[0.05].learn(0.5, 0.06)
     assert one.shift(0.06) > 0 and one.shift(0.074) > 0
     assert one.shift(0.075) == one.shift(0.04) == one.shift(None) == one.shift(0.0) == two.shift(0.06) == 0
+
+
+def test_who_asks_for_less_than_the_bound_does_not_make_up_for_who_asked_for_it() -> None:
+    """All of one bound, 0.05, lose 0.07: nine in ten may lose more than that, and one may not."""
+    judge = Engine(LIVELY, units=40).scheduler.judge
+    for place in range(400):
+        running = SimpleNamespace(request=SimpleNamespace(quality_tolerance=0.05 if place % 10 == 0 else 0.0749))
+        judge._learn(running, 0.07)  # type: ignore[arg-type]
+    assert judge.shift(0.05) == judge.shift(0.0749) > 0
+    most = SimpleNamespace(request=SimpleNamespace(quality_tolerance=sys.float_info.max))
+    judge._learn(most, 0.07)  # type: ignore[arg-type]
+    assert judge.evidence[1.0].allowed == 1.0 and math.isfinite(sum(judge.samples().values()))
