@@ -53,7 +53,7 @@ class Meter:
         left = None if request.deadline is None else request.deadline - (time.monotonic() - self.began)
         if left is not None and left <= 0:
             raise DeadlineError("the request ran out of its time", param="deadline", got=request.deadline)
-        again = replace(request, id=f"{request.id}.stable", deadline=left, priority=request.priority - 1)
+        again = replace(request, id=f"{request.id}.stable", deadline=left, priority=request.sooner)
         self.left = time.monotonic()
         return again if self.told is None else again.after(self.tokens, self.told)
 

@@ -206,6 +206,11 @@ class Request:
             if value is not None and not (_is_number(value) and value >= 0):
                 raise RequestError(name, param=name, got=value, allowed="a finite number, 0 or more")
 
+    @property
+    def sooner(self) -> int:
+        """The priority that it goes on with elsewhere: it has waited already. What may wait still may."""
+        return max(LATER, self.priority - 1) if self.priority >= LATER else self.priority - 1
+
     def after(self, tokens: Sequence[int], last: Token) -> Request:
         """What another engine is to do once `tokens` of the answer were told, of which `last` is what was told at last."""
         routed = (self.depth == AUTO or self.routed) and last.spent is None

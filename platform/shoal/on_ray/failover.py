@@ -99,7 +99,7 @@ class Progress:
             self.request,
             id=self.call,  # the lost replica may still be working for the old one
             deadline=left,
-            priority=self.request.priority - 1,  # it has waited already
+            priority=self.request.sooner,
         )
         return rest if self.told is None else rest.after(self.tokens, self.told)
 

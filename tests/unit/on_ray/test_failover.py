@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from shoal import Engine, Request, Sampling
 from shoal.engine import naive
-from shoal.engine.events import Completion, Event, Finished, Token
+from shoal.engine.events import LATER, Completion, Event, Finished, Token
 from shoal.engine.front import AsyncEngine
 from shoal.errors import DeadlineError, EngineDeadError, GenerationError, QueueFullError
 from shoal.on_ray import failover
@@ -369,6 +369,14 @@ def test_before_its_first_token_a_request_is_sent_again_before_others_with_what_
     progress = at_100()
     progress.losses = 1
     assert progress.to_send(104.0) == dataclasses.replace(AUTO, id="r.1.0.0", deadline=6.0, priority=2)
+
+
+def test_what_may_wait_for_all_others_still_may_where_it_goes_on() -> None:
+    """Such as a shadow, which else kept its place and its units from live requests."""
+    for priority, sooner in ((LATER, LATER), (LATER + 1, LATER), (LATER - 1, LATER - 2), (0, -1)):
+        progress = at_100()
+        progress.request, progress.losses = dataclasses.replace(AUTO, priority=priority), 1
+        assert progress.to_send(104.0).priority == sooner
 
 
 def test_a_request_that_was_only_refused_is_another_call_too_with_what_is_left_of_its_time() -> None:

@@ -28,7 +28,7 @@ TRIES = 3
 LIVE_SHARE = 0.5  # of a key's limits, which its batches leave to live requests
 PAUSE_SECONDS, MOST_PAUSE = 0.5, 30.0
 DAY = 86400.0
-PRIORITY = 2 * LATER  # what goes on at another replica does so with one less, and is to stay above
+PRIORITY = 2 * LATER  # behind what watches a version: re-runs and shadows
 
 
 class Open:
