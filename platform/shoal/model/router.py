@@ -263,7 +263,10 @@ def fit_weights(
     config: ModelConfig, x: Tensor, gaps: Tensor, *, seed: int = 0, steps: int = 400, nll: bool = False
 ) -> Router:
     """A router that predicts the gaps [M, A] of features `x` [M, 2D + 3], both fp32, and is not calibrated. `nll`: it reads the
-    prompt's loss at exit 1, which has a price (`cost.routing_flops`) and told it nothing in what was measured."""
+    prompt's loss at exit 1, which has a price (`cost.routing_flops`) and told it nothing in what was measured. Raises DataError
+    for one prompt, which has no spread."""
+    if len(x) < 2:
+        raise DataError("prompts to fit the router's weights", got=len(x), allowed="at least 2")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         router = Router(config)

@@ -204,6 +204,22 @@ def test_features_that_are_not_finite_get_full_depth(wide_router, bad):
         fit_router(presets.get("test").model, x[:5], torch.zeros(5, 2))
 
 
+def test_one_prompt_has_no_spread_that_weights_could_be_fitted_by():
+    """Of three groups the first may be a single prompt, and be all that fits: a router of no numbers is none."""
+    config, groups = presets.get("test").model, torch.tensor([0, *[1] * 6, 2])
+    x = torch.randn(8, 2 * config.width + 3, generator=torch.Generator().manual_seed(0))
+    alone = 0
+    for seed in range(6):
+        if dealt(groups, seed)[1] > 1:
+            router = fit_router(config, x, torch.rand(8, 2), groups, seed=seed, steps=2)
+            assert all(bool(torch.isfinite(each).all()) for each in router.parameters())
+            continue
+        alone += 1
+        with pytest.raises(DataError, match=r"^prompts to fit the router's weights: got 1; allowed: at least 2$"):
+            fit_router(config, x, torch.rand(8, 2), groups, seed=seed, steps=2)
+    assert 0 < alone < 6
+
+
 def test_page_sums_of_a_prefix_do_not_change_with_what_follows():
     """The reason for sums by page: a prompt served from the prefix cache is routed exactly as a fresh one."""
     model = Model.from_preset("test", dtype="float64")
