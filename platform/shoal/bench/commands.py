@@ -19,7 +19,18 @@ from shoal.options import Commands
 bench = Commands(help="Benchmarks; the last line is JSON.", no_args_is_help=True)
 out = Console()
 N = TypeVar("N", int, float)
-Rounds = Annotated[int, typer.Option(help="Counted runs of each variant, in turns; medians are printed.")]
+
+
+def _some(param: typer.CallbackParam, value: int) -> int:
+    """Refuses less than one of what an option counts: a run would end in its last line, of nothing."""
+    if value < 1:
+        raise UsageError(param.opts[0], got=value, allowed="1 or more")
+    return value
+
+
+Rounds = Annotated[
+    int, typer.Option(help="Counted runs of each variant, in turns; medians are printed.", callback=_some)
+]
 
 
 def _numbers(name: str, text: str, kind: Callable[[str], N], such_as: str) -> tuple[N, ...]:
@@ -145,7 +156,7 @@ def tolerance(
     data: Annotated[Path, typer.Option(help="Directory with its held-out chats, made by `shoal prepare`.")],
     batches: Annotated[str, typer.Option(help="Answers at once.")] = "1,4,16",
     tolerances: Annotated[str, typer.Option(help="Nats a token that an answer may lose.")] = "0,0.05,0.1,0.2",
-    prompts: Annotated[int, typer.Option(help="Questions of each task.")] = 16,
+    prompts: Annotated[int, typer.Option(help="Questions of each task.", callback=_some)] = 16,
     rounds: Rounds = 3,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
 ) -> None:
@@ -356,8 +367,8 @@ def route(
             raise UsageError(name, got=number, allowed="1 or more")
     if seed < 0:
         raise UsageError("--seed", got=seed, allowed="0 or more")
-    if minutes is not None and minutes <= 0:
-        raise UsageError("--minutes", got=minutes, allowed="above 0")
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise UsageError("--minutes", got=minutes, allowed="a number above 0")
     if series:
         route_series.run(out, shape=shape, seeds=seeds, seed=seed, steps=steps, minutes=minutes, keep=keep)
     else:

@@ -182,7 +182,15 @@ def test_one_seed_for_minutes_says_which_and_how_many_updates(capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--minutes", "0"), ("--seeds", "0"), ("--steps", "0"), ("--seed", "-1")]
+    ("option", "value"),
+    [
+        ("--minutes", "0"),
+        ("--minutes", "inf"),
+        ("--minutes", "nan"),
+        ("--seeds", "0"),
+        ("--steps", "0"),
+        ("--seed", "-1"),
+    ],
 )
 def test_what_is_no_length_of_training_is_refused(option: str, value: str) -> None:
     found = CliRunner().invoke(bench, ["route", option, value])

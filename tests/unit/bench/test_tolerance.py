@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from shoal.bench import tolerance
+from shoal.bench.commands import bench
 from shoal.data.chats.heldout import Question
 from shoal.engine.events import Completion, Finished
 from shoal.errors import UsageError
@@ -94,3 +96,12 @@ def test_what_cannot_be_measured_is_said_in_a_line(tmp_path: Path) -> None:
             Console(), model=tmp_path / "model", data=tmp_path, batches=(1,), tolerances=(0.1,), prompts=4, rounds=1,
             temperature=0.0,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("option", ["--rounds", "--prompts"])
+def test_nothing_is_run_where_nothing_would_be_counted(option: str, tmp_path: Path) -> None:
+    """Else a run of a quarter of an hour ends without a figure."""
+    for value in ("0", "-1"):
+        found = CliRunner().invoke(bench, ["tolerance", "--model", "none", "--data", str(tmp_path), option, value])
+        assert isinstance(found.exception, UsageError), found.output
+        assert str(found.exception) == f"{option}: got {value}; allowed: 1 or more"
