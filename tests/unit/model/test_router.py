@@ -18,6 +18,7 @@ from shoal.model.router import (
     dealt,
     features,
     fit_router,
+    fit_weights,
     page_sums,
     realised,
 )
@@ -218,6 +219,7 @@ def test_one_prompt_has_no_spread_that_weights_could_be_fitted_by():
         with pytest.raises(DataError, match=r"^prompts to fit the router's weights: got 1; allowed: at least 2$"):
             fit_router(config, x, torch.rand(8, 2), groups, seed=seed, steps=2)
     assert 0 < alone < 6
+    assert torch.isfinite(fit_weights(config, x[:2], torch.rand(2, 2), steps=1).spread[:NLL]).all()
 
 
 def test_page_sums_of_a_prefix_do_not_change_with_what_follows():
