@@ -29,7 +29,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from shoal.train.parallel import Ranks
 
 BLOCK = 2**24  # bytes that are written and hashed at once; between two of them a thread can be told to stop
-NICENESS = 10  # of the thread that writes: where all cores train, it takes what is left
+NICENESS = 10  # of the thread that writes, beside those that train: where they have all cores, it takes what is left
 _KINDS = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -140,7 +140,9 @@ class Snapshot:
 
     def _work(self, folder: Path, send: Callable[[Path], Entry] | None) -> None:
         with contextlib.suppress(OSError, AttributeError):  # on Linux a thread has a niceness of its own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+            # Added to training's own, which is 15 where Ray started it.
+            mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, mine + NICENESS))
         try:
             files = {
                 f"shard-{self._ranks.rank:05d}.safetensors": self._pieces,
