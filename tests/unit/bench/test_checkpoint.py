@@ -62,10 +62,10 @@ def test_checkpoints_are_measured_no_longer_than_they_may_be(capsys: pytest.Capt
 def test_as_many_pairs_are_measured_as_their_spread_asks_for(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three where checkpoints cost the same each time; else as many as bring the median's interval to 1 % to either side."""
+    """Five where checkpoints cost the same each time; else as many as bring the median's interval to 1 % to either side."""
     whole = cache(_Turns._beside)  # one checkpoint of a run is saved
     monkeypatch.setattr(_Turns, "_train", lambda turns, updates: 1.0)
-    for spread, pairs in ((0.0, 3), (0.005, 3), (0.01, 7)):
+    for spread, pairs in ((0.0, 5), (0.005, 5), (0.01, 7)):
         costs = cycle([0.0, spread, -spread])
 
         def beside(turns: _Turns, costs: Iterator[float] = costs) -> tuple[float, object]:
