@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.data.documents import Document, Skipped
-from shoal.data.operators.clean import _REPAIR, check, fingerprint, mend, repair
+from shoal.data.operators.clean import _REPAIR, _symbols, check, fingerprint, mend, repair
 from shoal.data.operators.pipeline import Operators, Pipeline
 
 
@@ -30,10 +31,22 @@ def test_text_is_repaired(broken: str, mended: str) -> None:
     assert repair(broken) == mended
 
 
-@given(st.text(st.characters(max_codepoint=127)) | st.text("ab \n\t\r\x0c\x1b[31m\x00&amp;"))
+@given(
+    st.text(st.characters(max_codepoint=127))
+    | st.text("ab \n\t\r\x0c\x1b[31m\x00&amp;")
+    | st.lists(st.sampled_from([*"a\n\r \x1b\u0301\u2028\x85", "schÃ¶n", "plain", "\r\n", "[31m", "“"])).map("".join)
+)
 def test_what_is_spared_ftfy_is_what_ftfy_would_leave(text: str) -> None:
-    whole = "\n".join(line.rstrip() for line in ftfy.fix_text(text, _REPAIR).split("\n")).strip("\n")
-    assert repair(text) == whole
+    mended = unicodedata.normalize("NFC", ftfy.fix_text(text, _REPAIR))
+    assert repair(text) == "\n".join(line.rstrip() for line in mended.split("\n")).strip("\n")
+
+
+def test_a_symbol_is_no_part_of_a_word_no_digit_and_no_white_space() -> None:
+    """Of all characters, by what Unicode says of each."""
+    marks = {"Mn", "Mc", "Me", "Cf"}
+    for c in map(chr, range(sys.maxunicode + 1)):
+        assert _symbols(c) == (not (c.isalnum() or c.isspace() or unicodedata.category(c) in marks)), hex(ord(c))
+    assert _symbols("") == 0 and _symbols("a+\u4e2d\u3002") == 0.5
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,9 @@ HEADER = 1000  # characters in which a generated file says so
 
 _OF_WORDS = frozenset({"Mn", "Mc", "Me", "Cf"})  # Unicode's categories: marks; joiners, and the space without a width
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0d-\x1f\x7f]")  # all that ftfy looks for in ASCII
+_LINE = re.compile(r"[^\n]*\n|[^\n]+")  # ftfy looks at one after the other
+_PLAIN = bytes(code for code in range(128) if chr(code).isalnum() or chr(code).isspace())  # of ASCII: no symbols
+_BEYOND = re.compile(r"[^\x00-\x7f]")
 
 # Text keeps its own quotes, entities and ligatures: only what is certainly broken is mended.
 _REPAIR = ftfy.TextFixerConfig(
@@ -60,10 +63,14 @@ def check(document: Document) -> Document | Skipped:
 
 def repair(text: str) -> str:
     """NFC text with mojibake, control characters, terminal escapes and line ends put right, trailing space removed."""
-    mended = text
-    # most of code and English: nothing could be wrong, and ftfy takes its time
-    if not text.isascii() or _CONTROL.search(text):
-        mended = unicodedata.normalize("NFC", ftfy.fix_text(text, _REPAIR))
+    # most of code and English, and most lines of the rest: nothing could be wrong, and ftfy takes its time
+    mended, control = text, _CONTROL.search(text) is not None
+    if control or not text.isascii():
+        lines = (
+            line if line.isascii() and not (control and _CONTROL.search(line)) else ftfy.fix_text(line, _REPAIR)
+            for line in _LINE.findall(text)
+        )
+        mended = unicodedata.normalize("NFC", "".join(lines))
     return "\n".join(line.rstrip() for line in mended.split("\n")).strip("\n")
 
 
@@ -101,10 +108,12 @@ def fingerprint(document: Document) -> bytes:
 
 
 def _symbols(text: str) -> float:
-    plain = sum(map(str.isalnum, text)) + sum(map(str.isspace, text))
-    if not text.isascii():  # vowels and tones of many scripts are marks, and some part their words by what nobody sees
-        plain += sum(unicodedata.category(c) in _OF_WORDS for c in text if c > "\x7f")
-    return 1 - plain / max(1, len(text))
+    """Share of the characters that are no part of a word, no digit and no white space."""
+    beyond = () if text.isascii() else _BEYOND.findall(text)
+    symbols = len(text.encode("ascii", "ignore").translate(None, _PLAIN))
+    # vowels and tones of many scripts are marks, and some part their words by what nobody sees
+    symbols += sum(not (c.isalnum() or c.isspace() or unicodedata.category(c) in _OF_WORDS) for c in beyond)
+    return symbols / max(1, len(text))
 
 
 def _repetitive(text: str) -> bool:
