@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import sysconfig
@@ -124,6 +125,45 @@ def test_a_shared_header_or_a_template_makes_no_copy(document, tmp_path: Path) -
     ]
     some = [document(text, id=f"s/{n}") for n, text in enumerate(headed + notes)]
     assert copies(written(some, tmp_path, 3), len(some)) == set()
+
+
+def test_documents_that_share_a_line_are_not_compared_however_many_there_are(
+    document, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has lines that others have too, so the more documents there are, the more agree in a band by chance. Of these 1,220
+    some 600 pairs were compared, and some 60 are now. What is a copy is found as before."""
+    rng, compared = random.Random(3), Counter[str]()
+    vocabulary = [f"word{n}" for n in range(3000)]
+    lines = [" ".join(rng.choices(vocabulary, k=8)) for _ in range(4000)]
+    texts = ["\n".join(rng.sample(lines, 30)) for _ in range(1200)]
+    texts += [edited(text, rng, vocabulary) for text in texts[:20]]
+    places = written([document(text, id=f"s/{n}") for n, text in enumerate(texts)], tmp_path, 3)
+    alike = near.alike
+
+    def counted(one: near.Counted, other: near.Counted) -> bool:
+        compared["texts"] += 1
+        return alike(one, other)
+
+    monkeypatch.setattr(near, "alike", counted)
+    found, few = copies(places, len(texts)), compared.total()
+    assert len(found & set(range(1200, 1220))) >= 18
+    monkeypatch.setattr(near, "LEAST_EQUAL", 0)
+    assert found == copies(places, len(texts))
+    assert few < 100 and compared.total() - few > 500, (few, compared)
+
+
+def test_signatures_of_near_copies_agree_in_as_many_values_as_they_must() -> None:
+    """Of two documents with a share j of common 5-grams each value agrees with this chance. Of the ways in which k values may
+    agree, those count in which a band does."""
+    values = near.BANDS * near.WIDTH
+
+    def chance(j: float, least: int, most: int) -> float:
+        ways = [math.comb(values, k) - math.comb(near.BANDS, k) * near.WIDTH**k for k in range(least, most)]
+        return sum(count * j**k * (1 - j) ** (values - k) for k, count in enumerate(ways, least))
+
+    for j in (near.SAME_GRAMS, 0.3, 0.42, 1.0):
+        assert chance(j, 0, values + 1) == pytest.approx(1 - (1 - j**near.WIDTH) ** near.BANDS), "all that is found"
+        assert chance(j, 0, near.LEAST_EQUAL) < 1.2e-5 * chance(j, 0, values + 1), "and not compared"
 
 
 def test_what_is_short_or_asked_is_not_compared_and_code_is_no_copy_of_text(document, png, tmp_path: Path) -> None:

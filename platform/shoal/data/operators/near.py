@@ -1,9 +1,10 @@
 """Near copies: documents that are an earlier one with some words changed.
 
-Two steps. MinHash finds candidates: a signature of 80 values stands for a document's 5-grams of words, and two documents
-whose values agree in one of 40 bands of 2 are looked at. Then the texts themselves decide: they are near copies when their
-words, counted, agree to 80 %, and a fifth of their 5-grams too, so that neither a shared licence header nor a shared
-vocabulary makes a copy.
+Three steps. MinHash finds candidates: a signature of 80 values stands for a document's 5-grams of words, and two documents
+whose values agree in one of 40 bands of 2 are looked at. Of these, the ones that agree in 5 of all values go on: documents
+that share a line agree in a band once there are enough of them, and hardly in more (decision 0124). Then the texts themselves
+decide: they are near copies when their words, counted, agree to 80 %, and a fifth of their 5-grams too, so that neither a
+shared licence header nor a shared vocabulary makes a copy.
 
 Notable: a document is dropped when an *earlier* one is nearly equal. So there is no union of sets to hold in one memory: a
 band is looked at alone, a span of its keys a task, and a part's candidates are compared by a task of its own.
@@ -30,11 +31,13 @@ from shoal.data.tables import Parts, Span
 GRAM = 5  # words
 # of a signature: at 42 % of common 5-grams, every tenth word changed, 0.05 % of the copies are not found
 BANDS, WIDTH = 40, 2
+# of the values of two signatures: one in 90,000 of the near copies whose 5-grams just suffice agrees in a band and in fewer
+LEAST_EQUAL = 5
 LEAST_WORDS = 20  # fewer say too little
 MOST_APART = 16  # documents of one bucket that each is compared with: the ones just before it
 SAME_WORDS = 0.8  # share of the words, counted, that near copies have in common ...
 SAME_GRAMS = 0.2  # ... and of the 5-grams: every changed word breaks five
-CHUNK = 4096  # 5-grams hashed at once
+CHUNK = 4096  # 5-grams hashed at once, and pairs whose signatures are compared
 SIGNATURES = ".near"  # suffix of a part's table
 WORDS_HELD = 256  # texts whose words are held: neighbours in a bucket come again and again
 
@@ -100,22 +103,20 @@ def confirmed(parts: Parts, number: int, candidates: Iterable[Path], dropped: np
     """
     names = ("row", "other_part", "other_row")
     pairs = tables.gathered((tables.of_part(path, number) for path in candidates), names)
-    row, other, other_row = (pairs[name] for name in names)
-    left = ~dropped[row]
-    row, other, other_row = row[left], other[left], other_row[left]
-    order = np.lexsort((other_row, row, other))
+    left = ~dropped[pairs["row"]]
+    row, other, other_row = (pairs[name][left] for name in names)
+    order = np.argsort(other, kind="stable")
+    row, other, other_row = row[order], other[order], other_row[order]
     found: set[int] = set()
-    ours = lru_cache(WORDS_HELD)(Texts(parts[number]).words)
-    before: tuple[int, ...] = ()
-    for one, part, place in zip(row[order].tolist(), other[order].tolist(), other_row[order].tolist(), strict=True):
-        if not before or before[0] != part:
-            theirs = lru_cache(WORDS_HELD)(Texts(parts[part]).words)
-            before = (part,)
-        elif before == (part, one, place):  # of two bands
-            continue
-        before = (part, one, place)
-        if one not in found and alike(ours(one), theirs(place)):
-            found.add(one)
+    ours, mine = lru_cache(WORDS_HELD)(Texts(parts[number]).words), Values(parts[number])
+    for part in np.unique(other).tolist():
+        at = slice(*np.searchsorted(other, np.array([part, part + 1], dtype=other.dtype)))
+        those = _once(np.stack([row[at], other_row[at]]))  # neighbours in turn; two bands may have the same
+        those = those[:, mine.agree(those[0], Values(parts[part]), those[1])]
+        theirs = lru_cache(WORDS_HELD)(Texts(parts[part]).words)
+        for one, place in zip(*those.tolist(), strict=True):
+            if one not in found and alike(ours(one), theirs(place)):
+                found.add(one)
     return np.array(sorted(found), dtype=np.int64)
 
 
@@ -193,6 +194,35 @@ def _pairs(keys: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def _place(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Part and row of documents, uint32, out of both in one number."""
     return (numbers >> np.uint64(32)).astype(np.uint32), (numbers & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+
+
+class Values:
+    """The signatures of a part; read when they are first asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @cached_property
+    def _table(self) -> tuple[np.ndarray, np.ndarray]:
+        """uint32 [D] rows, ascending; uint32 [D, BANDS * WIDTH] values."""
+        table = tables.read(self._path.with_suffix(SIGNATURES))
+        keys = np.empty((len(table["rows"]), BANDS), dtype=np.uint64)
+        for band in range(BANDS):
+            keys[table[f"at{band}"], band] = table[f"key{band}"]
+        return table["rows"], keys.view(np.uint32)
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """uint32 [rows, BANDS * WIDTH]; which of a band's two values comes first is alike in all."""
+        there, values = self._table
+        return values[np.searchsorted(there, rows)]
+
+    def agree(self, rows: np.ndarray, other: Values, other_rows: np.ndarray) -> np.ndarray:
+        """bool [pairs]: whether a document in `rows` and the one of the `other` part in `other_rows` have LEAST_EQUAL values in
+        common, as near copies have."""
+        equal = np.zeros(len(rows), dtype=np.int64)
+        for at in (slice(start, start + CHUNK) for start in range(0, len(rows), CHUNK)):
+            equal[at] = (self.of(rows[at]) == other.of(other_rows[at])).sum(axis=1)
+        return equal >= LEAST_EQUAL
 
 
 class Texts:
