@@ -2,8 +2,8 @@
 
 Everything runs in processes of its own with one thread each, as a task of `shoal prepare` does. Speed and cost are by CPU time,
 so that a busy machine does not blur them; text beside images is by the clock, since that is what is asked. The text is the
-Python standard library's sources; of more than it holds, other texts of their lines, so that hardly any document is nearly
-another, which would be dropped and not packed.
+Python standard library's sources. Where sizes are compared all of it is drawn from their lines: hardly any document is nearly
+another, which would be dropped and not packed, and what is cleaned is of one kind at each size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from rich.table import Table
 
 from shoal import presets
 from shoal.bench.turns import in_turns, show
+from shoal.config import ModelConfig
 from shoal.data import identities, parts
 from shoal.data.documents import SourceSpec
 from shoal.data.operators.pipeline import Operators
@@ -47,6 +48,7 @@ PARTS_OF_IT = ("speed", "size", "documents", "images")  # of the benchmark
 IMAGES = 400  # beside it
 IMAGE_SIZE = 256  # pixels on a side
 SAMPLE = MB  # text that the tokenizer is fitted to
+STEPS = ("read", "decide", "fit", "pack")  # of preparing, whose CPU seconds are told apart
 SHORT = (120, 700, 250, 400, 180)  # characters of short documents, in turn
 Found = tuple[Table, Any]  # of one part, and what the line of JSON has of it
 ONE_THREAD = {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -91,22 +93,23 @@ def _speeds(preset: str, rounds: int) -> Found:
 
 def _sizes(console: Console, preset: str, sizes: tuple[int, ...], seconds: float) -> Found:
     """Cost and memory of each size, a line as each ends, and how they grow from the smallest to the largest."""
-    table = Table("input MB", "seconds", "CPU s/MB", "documents dropped", "peak RSS MB", "before",
+    table = Table("input MB", "seconds", "CPU s/MB", *STEPS, "documents dropped", "peak RSS MB", "before",
                   title="read, clean, tokenise, pack, in one process")  # fmt: skip
     rows: list[dict[str, float]] = []
     until, took = time.monotonic() + seconds, 0.0  # seconds of a MB, with what is made to be prepared
     for size in sizes:
         began = time.monotonic()
         if rows and began + took * size > until:
-            table.add_row(f"{size}", "not begun", "", "", "", "")
+            table.add_row(f"{size}", "not begun")
             console.print(f"{size} MB: not begun, since it would take some {took * size:.0f} s more", highlight=False)
             continue
         row = _child("size", preset, str(size))
         row["s_per_mb"], took = row["cpu_seconds"] / row["mb"], (time.monotonic() - began) / row["mb"]
+        steps = (f"{row[step] / row['mb']:.3f}" for step in STEPS)
         console.print(f"{size} MB: {row['s_per_mb']:.3f} CPU s/MB, peak {row['peak_rss_mb']:.0f} MB", highlight=False)
         cost, dropped = f"{row['s_per_mb']:.3f}", f"{row['dropped']:.1%}"
         memory = (f"{row[key]:.0f}" for key in ("peak_rss_mb", "rss_before_mb"))
-        table.add_row(f"{row['mb']:.0f}", f"{row['seconds']:.1f}", cost, dropped, *memory)
+        table.add_row(f"{row['mb']:.0f}", f"{row['seconds']:.1f}", cost, *steps, dropped, *memory)
         rows.append(row)
     first, last = rows[0], rows[-1]
     table.caption = (
@@ -192,21 +195,32 @@ def _size(preset: str, size: str) -> dict[str, float]:
         raw.mkdir()
         out.mkdir()
         written = documents = 0
-        for documents, text in enumerate(_some(_texts(), int(size) * MB), start=1):
+        for documents, text in enumerate(_some(_drawn(list(_files())), int(size) * MB), start=1):
             written += (raw / f"{documents:06}.txt").write_bytes(text.encode())
-        before = _peak_rss()
-        start, cpu = time.perf_counter(), time.process_time()
-        plan = parts.split_files(list_files(SourceSpec("bench", str(raw))))
-        paths = Parts(out, len(plan))
-        for files, path in zip(plan, paths, strict=True):
-            parts.read_part(files, path)
-        splits, drops = identities.choose(paths)
-        Tokenizer.train(parts.sample(paths, splits), model.vocab).save(out / TOKENIZER)
-        for number, (path, of) in enumerate(zip(paths, splits, strict=True)):
-            parts.pack_part(path, of, out, model, number)
-        spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-    dropped = sum(reasons.total() for reasons in drops.values()) / documents
-    return {"mb": written / MB, **spent, "dropped": dropped, "rss_before_mb": before, "peak_rss_mb": _peak_rss()}
+        before, start = _peak_rss(), time.perf_counter()
+        spent, dropped = _prepared(raw, out, model)
+        seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": sum(spent.values()), **spent}
+    share = dropped / documents
+    return {"mb": written / MB, **seconds, "dropped": share, "rss_before_mb": before, "peak_rss_mb": _peak_rss()}
+
+
+def _prepared(raw: Path, out: Path, model: ModelConfig) -> tuple[dict[str, float], int]:
+    """Makes shards in `out` of the files in `raw`; the CPU seconds of each of STEPS, and how many documents were dropped."""
+    clock = [time.process_time()]
+    plan = parts.split_files(list_files(SourceSpec("bench", str(raw))))
+    paths = Parts(out, len(plan))
+    for files, path in zip(plan, paths, strict=True):
+        parts.read_part(files, path)
+    clock.append(time.process_time())
+    splits, drops = identities.choose(paths)
+    clock.append(time.process_time())
+    Tokenizer.train(parts.sample(paths, splits), model.vocab).save(out / TOKENIZER)
+    clock.append(time.process_time())
+    for number, (path, of) in enumerate(zip(paths, splits, strict=True)):
+        parts.pack_part(path, of, out, model, number)
+    clock.append(time.process_time())
+    spent = {step: end - start for step, (start, end) in zip(STEPS, pairwise(clock), strict=True)}
+    return spent, sum(reasons.total() for reasons in drops.values())
 
 
 def _identities(folder: str, documents: str) -> dict[str, float]:
@@ -312,14 +326,15 @@ def _files() -> Iterator[str]:
 
 
 def _texts() -> Iterator[str]:
-    """These files; then for each, again and again, a text of as many lines, drawn from those of all."""
-    lines, lengths, draw = list[str](), list[int](), np.random.default_rng(0)
-    for text in _files():
-        some = text.splitlines(keepends=True)
-        lines += some
-        lengths.append(len(some))
-        yield text
-    for length in cycle(lengths):
+    """These files, then what is drawn of them."""
+    yield from _files()
+    yield from _drawn(list(_files()))
+
+
+def _drawn(files: list[str]) -> Iterator[str]:
+    """For each of `files`, again and again, a text of as many lines, drawn from those of all."""
+    lines, draw = [line for text in files for line in text.splitlines(keepends=True)], np.random.default_rng(0)
+    for length in cycle([len(text.splitlines()) for text in files]):
         yield "".join(lines[at] for at in draw.integers(len(lines), size=length).tolist())
 
 

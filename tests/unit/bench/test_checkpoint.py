@@ -13,7 +13,7 @@ from rich.console import Console
 
 from shoal.bench import train
 from shoal.bench.checkpoint import _Turns, checkpoint
-from shoal.bench.data import _files, _texts, data
+from shoal.bench.data import STEPS, _drawn, _files, data
 from shoal.cli import main
 from shoal.data.operators.grams import words
 from shoal.data.operators.near import nearly_equal
@@ -83,7 +83,9 @@ def test_no_size_is_begun_that_does_not_fit_the_time(capsys: pytest.CaptureFixtu
     data(console, preset="test", sizes=(1, 2, 10_000), rounds=1, parts=("size",), seconds=3600)
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [round(row["mb"]) for row in told["size"]] == [1, 2] and told.keys() >= {"bench", "size", "machine"}
-    assert all(row["s_per_mb"] == row["cpu_seconds"] / row["mb"] > 0 for row in told["size"])
+    assert all(row["s_per_mb"] == row["cpu_seconds"] / row["mb"] for row in told["size"])
+    assert all(sum(row[step] for step in STEPS) == pytest.approx(row["cpu_seconds"]) for row in told["size"])
+    assert all(row[step] > 0 for row in told["size"] for step in STEPS)
     assert all(row["dropped"] < 0.02 for row in told["size"]), "what is dropped is not packed, and costs less"
     lines = said.getvalue().splitlines()
     assert [line.split(":")[0] for line in lines[:3]] == ["1 MB", "2 MB", "10000 MB"] and "CPU s/MB, peak" in lines[0]
@@ -92,9 +94,8 @@ def test_no_size_is_begun_that_does_not_fit_the_time(capsys: pytest.CaptureFixtu
         data(console, preset="test", sizes=(1,), rounds=1, parts=("sizes",))
 
 
-def test_of_what_is_written_beyond_the_standard_library_no_text_is_nearly_another() -> None:
-    count = sum(1 for _ in _files())
-    some = [words(text) for text in islice(_texts(), count, count + 40)]
+def test_of_what_is_drawn_from_the_standard_library_no_text_is_nearly_another() -> None:
+    some = [words(text) for text in islice(_drawn(list(_files())), 40)]
     assert len(some) == 40 and not any(nearly_equal(one, other) for one, other in combinations(some, 2))
 
 

@@ -37,8 +37,9 @@ LEAST_WORDS = 20  # fewer say too little
 MOST_APART = 16  # documents of one bucket that each is compared with: the ones just before it
 SAME_WORDS = 0.8  # share of the words, counted, that near copies have in common ...
 SAME_GRAMS = 0.2  # ... and of the 5-grams: every changed word breaks five
-CHUNK = 4096  # 5-grams hashed at once, and pairs whose signatures are compared
+CHUNK = 4096  # 5-grams hashed at once
 SIGNATURES = ".near"  # suffix of a part's table
+LOW = [f"low{number}" for number in range(BANDS * WIDTH // 8)]  # columns of it: the lowest bytes of eight values each
 WORDS_HELD = 256  # texts whose words are held: neighbours in a bucket come again and again
 
 _APART = {"text": 0, "code": 0x5BD1E995}  # a module and the page of its docstrings are no copies of each other
@@ -61,8 +62,8 @@ def signature(document: Document) -> np.ndarray | None:
 
 
 class Signatures:
-    """Collects the signatures of one part and writes them as a table: the row of each document and its number of words, and
-    for each band its key of every document, sorted, and which document that is."""
+    """Collects the signatures of one part and writes them as a table: the row of each document, its number of words and the
+    lowest bytes of its values; and for each band its key of every document, sorted, and which document that is."""
 
     def __init__(self) -> None:
         self._rows: list[np.ndarray] = []
@@ -75,7 +76,8 @@ class Signatures:
     def write(self, path: Path) -> None:
         empty = np.empty((2 + BANDS * WIDTH, 0), dtype=np.uint32)
         table = np.ascontiguousarray(np.stack(self._rows, axis=1)) if self._rows else empty
-        columns = {"rows": table[0], "words": table[1]}
+        low = np.ascontiguousarray(table[2:].T.astype(np.uint8)).view(np.uint64)
+        columns = {"rows": table[0], "words": table[1], **dict(zip(LOW, low.T, strict=True))}
         for band in range(BANDS):
             first = 2 + band * WIDTH
             keys = table[first].astype(np.uint64) << np.uint64(32) | table[first + 1]
@@ -108,11 +110,11 @@ def confirmed(parts: Parts, number: int, candidates: Iterable[Path], dropped: np
     order = np.argsort(other, kind="stable")
     row, other, other_row = row[order], other[order], other_row[order]
     found: set[int] = set()
-    ours, mine = lru_cache(WORDS_HELD)(Texts(parts[number]).words), Values(parts[number])
+    ours = lru_cache(WORDS_HELD)(Texts(parts[number]).words)
     for part in np.unique(other).tolist():
         at = slice(*np.searchsorted(other, np.array([part, part + 1], dtype=other.dtype)))
         those = _once(np.stack([row[at], other_row[at]]))  # neighbours in turn; two bands may have the same
-        those = those[:, mine.agree(those[0], Values(parts[part]), those[1])]
+        those = those[:, _equal(parts[number], those[0], parts[part], those[1]) >= LEAST_EQUAL]
         theirs = lru_cache(WORDS_HELD)(Texts(parts[part]).words)
         for one, place in zip(*those.tolist(), strict=True):
             if one not in found and alike(ours(one), theirs(place)):
@@ -191,38 +193,21 @@ def _pairs(keys: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.concatenate(pairs, axis=1)
 
 
+def _equal(path: Path, rows: np.ndarray, other: Path, other_rows: np.ndarray) -> np.ndarray:
+    """int64 [pairs]: how many values the signature of a document in `rows` of a part has in common with that of the one in
+    `other_rows` of another, by their lowest bytes: of values that differ one in 256 counts as well."""
+
+    def low(path: Path, rows: np.ndarray) -> np.ndarray:
+        table = tables.read(path.with_suffix(SIGNATURES))
+        at = np.searchsorted(table["rows"], rows)
+        return np.stack([table[name][at] for name in LOW], axis=1).view(np.uint8)
+
+    return np.asarray((low(path, rows) == low(other, other_rows)).sum(axis=1))
+
+
 def _place(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Part and row of documents, uint32, out of both in one number."""
     return (numbers >> np.uint64(32)).astype(np.uint32), (numbers & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-
-
-class Values:
-    """The signatures of a part; read when they are first asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    @cached_property
-    def _table(self) -> tuple[np.ndarray, np.ndarray]:
-        """uint32 [D] rows, ascending; uint32 [D, BANDS * WIDTH] values."""
-        table = tables.read(self._path.with_suffix(SIGNATURES))
-        keys = np.empty((len(table["rows"]), BANDS), dtype=np.uint64)
-        for band in range(BANDS):
-            keys[table[f"at{band}"], band] = table[f"key{band}"]
-        return table["rows"], keys.view(np.uint32)
-
-    def of(self, rows: np.ndarray) -> np.ndarray:
-        """uint32 [rows, BANDS * WIDTH]; which of a band's two values comes first is alike in all."""
-        there, values = self._table
-        return values[np.searchsorted(there, rows)]
-
-    def agree(self, rows: np.ndarray, other: Values, other_rows: np.ndarray) -> np.ndarray:
-        """bool [pairs]: whether a document in `rows` and the one of the `other` part in `other_rows` have LEAST_EQUAL values in
-        common, as near copies have."""
-        equal = np.zeros(len(rows), dtype=np.int64)
-        for at in (slice(start, start + CHUNK) for start in range(0, len(rows), CHUNK)):
-            equal[at] = (self.of(rows[at]) == other.of(other_rows[at])).sum(axis=1)
-        return equal >= LEAST_EQUAL
 
 
 class Texts:
