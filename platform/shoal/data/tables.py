@@ -81,10 +81,10 @@ def write_batch(path: Path, batch: pa.RecordBatch) -> None:
         writer.write_batch(batch)
 
 
-def read(path: Path) -> Table:
-    """The columns of a table, mapped. Raises DataError where it is not there or not whole."""
+def read(path: Path, names: Sequence[str] | None = None) -> Table:
+    """The columns of a table, all or those with `names`, mapped. Raises DataError where it is not there or not whole."""
     batch = read_batch(path)
-    return {name: batch.column(name).to_numpy() for name in batch.schema.names}
+    return {name: batch.column(name).to_numpy() for name in names or batch.schema.names}
 
 
 def read_batch(path: Path) -> pa.RecordBatch:

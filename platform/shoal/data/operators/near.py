@@ -159,11 +159,12 @@ def _agreeing(parts: Parts, band: int, span: Span) -> np.ndarray:
     """uint64 [2, pairs]: places of later and earlier documents that agree in a band."""
 
     def of(number: int, path: Path) -> tables.Table:
-        table = tables.read(path.with_suffix(SIGNATURES))
-        at = span.of(table[f"key{band}"])
-        place = table[f"at{band}"][at]
+        key, which = f"key{band}", f"at{band}"
+        table = tables.read(path.with_suffix(SIGNATURES), ("rows", "words", key, which))
+        at = span.of(table[key])
+        place = table[which][at]
         rows = table["rows"][place].astype(np.uint64) | np.uint64(number << 32)
-        return {"key": table[f"key{band}"][at], "place": rows, "words": table["words"][place]}
+        return {"key": table[key][at], "place": rows, "words": table["words"][place]}
 
     found = tables.gathered((of(*each) for each in enumerate(parts)), ("key", "place", "words"))
     return found["place"][_pairs(found["key"], found["words"])]
@@ -198,7 +199,7 @@ def _equal(path: Path, rows: np.ndarray, other: Path, other_rows: np.ndarray) ->
     `other_rows` of another, by their lowest bytes: of values that differ one in 256 counts as well."""
 
     def low(path: Path, rows: np.ndarray) -> np.ndarray:
-        table = tables.read(path.with_suffix(SIGNATURES))
+        table = tables.read(path.with_suffix(SIGNATURES), ("rows", *LOW))
         at = np.searchsorted(table["rows"], rows)
         return np.stack([table[name][at] for name in LOW], axis=1).view(np.uint8)
 
