@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from ray.cluster_utils import Cluster
 
 from shoal import presets
@@ -17,7 +14,7 @@ from shoal.data import lease
 from shoal.data.documents import SourceSpec
 from shoal.data.place import Bucket
 from shoal.on_ray.prepare import prepare
-from shoal.on_ray.resources import _loopback, worker_env
+from tests.on_ray.nodes import lose, nodes
 from tests.s3 import Service, service
 
 pytestmark = [pytest.mark.ray, pytest.mark.drill]
@@ -41,23 +38,8 @@ def s3() -> Iterator[Service]:
 
 @pytest.fixture
 def cluster(s3: Service, tmp_path: Path) -> Iterator[Cluster]:
-    folder = tempfile.mkdtemp(prefix="ray-")
-    with _loopback(), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TMPDIR", folder)
-        patch.setenv("RAY_health_check_failure_threshold", "2")
-        patch.setenv("RAY_health_check_period_ms", "500")
-        patch.setenv("SHOAL_CACHE", str(tmp_path / "driver"))
-        memory = {"object_store_memory": 80 * 2**20}
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **memory})
-        for number in range(NODES):
-            made.add_node(num_cpus=1, env_vars={"SHOAL_CACHE": str(tmp_path / f"node-{number}")}, **memory)
-        ray.init(address=made.address, log_to_driver=False, runtime_env={"env_vars": worker_env()})
-        try:
-            yield made
-        finally:
-            ray.shutdown()
-            made.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
+    with nodes(NODES, tmp_path) as made:
+        yield made
 
 
 def test_a_node_is_lost_in_each_pass_and_the_corpus_is_that_of_a_folder(
@@ -66,13 +48,13 @@ def test_a_node_is_lost_in_each_pass_and_the_corpus_is_that_of_a_folder(
     sources = [SourceSpec("raw", "s3://ocean/raw", "CC0-1.0")]
     lost, used = [], set()
 
-    def lose(what: str, done: int, total: int) -> None:
+    def told(what: str, done: int, total: int) -> None:
         used.update(path.name for path in tmp_path.glob("node-*"))
         if what in ("read and clean", "encode and pack") and done > total / 4 and what not in lost:
             lost.append(what)
-            cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
+            lose(cluster, cluster.worker_nodes.copy().pop())
 
-    report = prepare(URI, sources=sources, **ASK, on_progress=lose)
+    report = prepare(URI, sources=sources, **ASK, on_progress=told)
     assert lost == ["read and clean", "encode and pack"] and len(used) > 1, (
         "several nodes, of which two died, had a part"
     )

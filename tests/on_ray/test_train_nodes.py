@@ -4,8 +4,6 @@ they share no folder: a cache of its own each."""
 from __future__ import annotations
 
 import queue
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
@@ -25,7 +22,6 @@ from shoal.data.place import Bucket
 from shoal.evaluate.rounding import rounded
 from shoal.model.files import weights_sha256
 from shoal.on_ray import serve
-from shoal.on_ray.resources import _loopback, worker_env
 from shoal.on_ray.serve_config import serve_config
 from shoal.on_ray.train import train
 from shoal.stages.training import Quantize
@@ -36,6 +32,7 @@ from shoal.train.plan import FitPlan, pretrain_plan, quantize_plan
 from shoal.train.run import StoppedError, stop_file
 from shoal.train.trackers import together
 from tests.corpus import write_corpus
+from tests.on_ray.nodes import lose_a_node_with, nodes
 from tests.on_ray.test_serve import free_port
 from tests.s3 import Service, service, upload
 
@@ -53,25 +50,9 @@ def s3() -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def cluster(s3: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder, caches = tempfile.mkdtemp(prefix="ray-"), tmp_path_factory.mktemp("caches")
-    with _loopback(), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TMPDIR", folder)  # where it also writes the address that other programs would take for theirs
-        patch.setenv("RAY_NODE_TYPE_NAME", "pool")  # as an autoscaler starts its nodes
-        patch.setenv("RAY_health_check_failure_threshold", "2")
-        patch.setenv("RAY_health_check_period_ms", "500")
-        patch.setenv("SHOAL_CACHE", str(caches / "driver"))
-        memory = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **memory})
-        for number in range(NODES):
-            cache = {"SHOAL_CACHE": str(caches / f"node-{number}")}
-            made.add_node(num_cpus=1, object_store_memory=80 * 2**20, env_vars=cache)
-        ray.init(address=made.address, log_to_driver=False, runtime_env={"env_vars": worker_env()})
-        try:
-            yield made
-        finally:
-            ray.shutdown()
-            made.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
+    caches = tmp_path_factory.mktemp("caches")
+    with nodes(NODES, caches, RAY_NODE_TYPE_NAME="pool") as made:  # as an autoscaler starts its nodes
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +67,6 @@ def plan(data: str | Path, run: str | Path, **more: object) -> FitPlan:
 
 def history(run: Path, kind: str, key: str) -> list:
     return [record[key] for record in log.read(run) if record["kind"] == kind]
-
-
-def lose_a_node_with(cluster: Cluster, process: str, *, but: str = "no such process") -> None:
-    """Kill the raylet of a node that has a `process` and none of the other kind; its workers die with it."""
-    for node in list(cluster.worker_nodes):
-        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-        names = [" ".join([child.name(), *child.cmdline()]) for child in raylet.children()]
-        if any(process in name for name in names) and not any(but in name for name in names):
-            cluster.remove_node(node, allow_graceful=False)
-            return
-    raise AssertionError(f"no node has a {process}")
 
 
 class Lose:
