@@ -1,10 +1,11 @@
-"""An S3 service on loopback (moto's), behind a door that can answer 503 SlowDown for a while, and break answers off."""
+"""An S3 service on loopback (moto's), behind a door that can answer 503 SlowDown for a while, break answers off, and hold them
+back."""
 
 import http.client
 import threading
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +24,10 @@ SLOW_DOWN = (
 HOP = ("transfer-encoding", "content-length", "connection", "server", "date")  # headers that are the door's own
 
 
+def at_once(method: str, path: str, port: int) -> None:
+    """An answer is sent as it comes."""
+
+
 @dataclass
 class Service:
     """Where the service is, and how it behaves."""
@@ -31,6 +36,8 @@ class Service:
     slow: int = 0  # requests that are still answered 503
     refused: int = 0  # that were
     cut: int = 0  # objects whose bytes still break off in the middle
+    # what is done, of a request and the client's port, once its answer is there and before it is sent
+    before: Callable[[str, str, int], None] = at_once
     s3: S3 = field(default_factory=S3)  # through the door, as the environment says
     inside: S3 = field(default_factory=S3)  # past it: half the time, where thousands of requests are made
 
@@ -86,12 +93,14 @@ def _door(made: Service, behind: tuple[str, int]) -> type[BaseHTTPRequestHandler
             response = connection.getresponse()
             data = response.read()
             headers = {key: value for key, value in response.getheaders() if key.lower() not in HOP}
+            made.before(self.command, self.path, self.client_address[1])
             if made.cut > 0 and self.command == "GET" and response.getheader("etag") and data:
                 made.cut -= 1
                 self.send(response.status, headers, data[: len(data) // 2], str(len(data)))
                 self.close_connection = True
                 return
-            self.send(response.status, headers, data, response.getheader("content-length"))
+            with suppress(ConnectionError):  # who asked may have died meanwhile
+                self.send(response.status, headers, data, response.getheader("content-length"))
             connection.close()
 
         def send(self, status: int, headers: dict[str, str], data: bytes, length: str | None = None) -> None:
