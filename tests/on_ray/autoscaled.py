@@ -1,8 +1,8 @@
 """A cluster of a head without CPUs, and of nodes that Ray's own autoscaler starts and ends: raylets of this machine.
 
 The autoscaler (version 2, as on KubeRay), its demand, its idle time and its replacing of lost nodes are the real ones. What is
-played is the cloud: Ray's fake provider, which starts a raylet where another would rent a machine. It is named by its class,
-since by its own type Ray looks for a file of defaults that its wheel does not have.
+played is the cloud: Ray's fake provider, which starts a raylet where another would rent a machine, with a cache of its own
+(`apart`). It is named by its class, since by its own type Ray looks for a file of defaults that its wheel does not have.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 from ray.cluster_utils import Cluster
 
 from shoal.on_ray.resources import _loopback, _temporary_folder, worker_env
+from tests.on_ray.apart import CACHES, Apart
 from tests.on_ray.test_serve import free_port, until
 
 HEAD, WORKER = "ray.head.default", "pool"  # of these names the provider wants the first
@@ -76,7 +77,7 @@ def config(port: int) -> dict[str, Any]:
     """Of the autoscaler; `port`: where the head's control store is."""
     provider = {
         "type": "external",
-        "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+        "module": f"{Apart.__module__}.{Apart.__name__}",
         "gcs_address": f"127.0.0.1:{port}",
         "head_node_id": FAKE_HEAD_NODE_ID,
         "launch_multiple": True,
@@ -105,12 +106,14 @@ def config(port: int) -> dict[str, Any]:
 
 
 @contextmanager
-def autoscaled() -> Iterator[Autoscaled]:
-    """One that this process is connected to; nothing of it is left behind."""
+def autoscaled(caches: Path) -> Iterator[Autoscaled]:
+    """One that this process is connected to; nothing of it is left behind but the nodes' caches, in a folder."""
     with _temporary_folder() as folder, _loopback(), pytest.MonkeyPatch.context() as patch:
         port, file = free_port(), Path(folder) / "autoscaler.json"
         file.write_text(json.dumps(config(port)))  # which is YAML as well
-        for name, value in {**ENVIRONMENT, "RAY_NODE_TYPE_NAME": HEAD, "RAY_TMPDIR": folder}.items():
+        own = {"RAY_NODE_TYPE_NAME": HEAD, "RAY_TMPDIR": folder, "PYTHONPATH": worker_env()["PYTHONPATH"]}
+        where = {CACHES: str(caches), "SHOAL_CACHE": str(caches / "driver")}
+        for name, value in {**ENVIRONMENT, **own, **where}.items():
             patch.setenv(name, value)
         head = {
             "num_cpus": 0, "object_store_memory": MEMORY, "include_dashboard": False, "gcs_server_port": port,

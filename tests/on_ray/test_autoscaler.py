@@ -1,4 +1,5 @@
-"""Who asks for nodes that are not there, before a real autoscaler: a training run, and a service whose load comes and goes."""
+"""Who asks for nodes that are not there, before a real autoscaler: a training run, and a service whose load comes and goes. All
+that nodes share is a bucket."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ import pytest
 
 from shoal import presets
 from shoal.api.serve_args import ENGINE, ServeArgs
+from shoal.data import models
+from shoal.data.place import Bucket
 from shoal.on_ray import serve
 from shoal.on_ray.serve_config import GATEWAY, check_serve_config, serve_config
 from shoal.on_ray.train import train
@@ -20,6 +23,7 @@ from tests.corpus import write_corpus
 from tests.on_ray.autoscaled import MOST, Autoscaled, autoscaled
 from tests.on_ray.test_one_replica import Load, ask
 from tests.on_ray.test_serve import free_port, replicas, until
+from tests.s3 import Service, service, upload
 from tests.unit.engine.lively import lively
 
 pytestmark = [pytest.mark.ray, pytest.mark.drill, pytest.mark.timeout(600)]
@@ -27,16 +31,24 @@ STEPS, SECONDS = 12, 240.0
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Autoscaled]:
-    with autoscaled() as made:
+def s3() -> Iterator[Service]:
+    with service() as made:
+        made.client.create_bucket(Bucket="ocean")
+        yield made
+
+
+@pytest.fixture(scope="module")
+def cluster(s3: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Autoscaled]:
+    with autoscaled(tmp_path_factory.mktemp("caches")) as made:
         yield made
 
 
 @pytest.fixture
-def url(cluster: Autoscaled, tmp_path: Path) -> Iterator[str]:
+def url(s3: Service, cluster: Autoscaled, tmp_path: Path) -> Iterator[str]:
     """A service of one replica to as many as there may be nodes, one for each three requests."""
     lively().save(tmp_path / "model")
-    args = ServeArgs(model=str(tmp_path / "model"), name="fish", min_replicas=1, max_replicas=MOST, max_batch=4)
+    models.put(tmp_path / "model", "s3://ocean/fish", s3.inside)
+    args = ServeArgs(model="s3://ocean/fish", name="fish", min_replicas=1, max_replicas=MOST, max_batch=4)
     values = serve_config(args, port=free_port()).model_dump(mode="json", exclude_unset=True)
     values["applications"][0]["import_path"] = "tests.on_ray.breakable:app"  # its steps take their time
     scaling: dict[str, Any] = {
@@ -52,10 +64,11 @@ def url(cluster: Autoscaled, tmp_path: Path) -> Iterator[str]:
 
 
 def test_a_run_starts_the_nodes_that_it_asks_for_ends_on_them_though_one_is_lost_and_they_go(
-    cluster: Autoscaled, tmp_path: Path
+    s3: Service, cluster: Autoscaled, tmp_path: Path
 ) -> None:
     """Two workers where no node is. One of the nodes dies in the middle, and the autoscaler finds another."""
-    data, run = write_corpus(tmp_path / "data", presets.get("test")), tmp_path / "run"
+    upload(write_corpus(tmp_path / "data", presets.get("test")), "s3://ocean/data", s3.inside)
+    run = "s3://ocean/run"
     records, seen, lost = list[log.Record](), set[str](), list[int]()
 
     def told(record: log.Record) -> None:
@@ -66,13 +79,15 @@ def test_a_run_starts_the_nodes_that_it_asks_for_ends_on_them_though_one_is_lost
             cluster.lose_one_with("RayTrainWorker")
 
     assert not cluster.nodes()
-    plan = pretrain_plan("test", str(data), str(run), steps=STEPS, eval_every=0, accumulate=2, checkpoint_minutes=0.0)
+    more: dict[str, Any] = {"steps": STEPS, "eval_every": 0, "accumulate": 2, "checkpoint_minutes": 0.0}
+    plan = pretrain_plan("test", "s3://ocean/data", run, **more)
     result = train(plan, workers=2, max_failures=3, on_progress=told)
     assert result.steps == STEPS
     assert "2 worker(s) x 1 CPU = 2 CPUs: got '0 in the cluster'" in records[0]["text"]
-    steps = [record["step"] for record in log.read(run) if record["kind"] == "step"]
+    Bucket(run, s3.inside).get("metrics.jsonl", log.metrics_file(tmp_path))
+    steps = [record["step"] for record in log.read(tmp_path) if record["kind"] == "step"]
     assert steps == list(range(1, STEPS + 1))
-    assert [record["world"] for record in log.read(run) if record["kind"] == "start"] == [2, 2]
+    assert [record["world"] for record in log.read(tmp_path) if record["kind"] == "start"] == [2, 2]
     assert lost == [2] and len(seen) > 2
     until(lambda: not cluster.nodes(), SECONDS)
 
