@@ -122,8 +122,8 @@ def autoscaled(caches: Path) -> Iterator[Autoscaled]:
         }  # fmt: skip
         cluster = Cluster(initialize_head=True, head_node_args=head)
         made = Autoscaled(cluster)
-        ray.init(address=cluster.address, log_to_driver=False, runtime_env={"env_vars": worker_env()})
         try:
+            ray.init(address=cluster.address, log_to_driver=False, runtime_env={"env_vars": worker_env()})
             yield made
         finally:
             left = made.processes()

@@ -26,9 +26,8 @@ def nodes(count: int, caches: Path, **environment: str) -> Iterator[Cluster]:
     folder = tempfile.mkdtemp(prefix="ray-")
     with _loopback(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)  # where it also writes the address that other programs would take for theirs
-        patch.setenv(
-            "RAY_agent_register_timeout_ms", "120000"
-        )  # a raylet whose agent starts slowly ends itself after less
+        # a raylet whose agent starts slowly ends itself after less
+        patch.setenv("RAY_agent_register_timeout_ms", "120000")
         patch.setenv("RAY_health_check_failure_threshold", "2")
         patch.setenv("RAY_health_check_period_ms", "500")
         patch.setenv("SHOAL_CACHE", str(caches / "driver"))
@@ -36,11 +35,11 @@ def nodes(count: int, caches: Path, **environment: str) -> Iterator[Cluster]:
             patch.setenv(name, value)
         head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False}
         made = Cluster(initialize_head=True, head_node_args=head)
-        for number in range(count):
-            cache = {"SHOAL_CACHE": str(caches / f"node-{number}")}
-            made.add_node(num_cpus=1, object_store_memory=STORE, env_vars=cache)
-        ray.init(address=made.address, log_to_driver=False, runtime_env={"env_vars": worker_env()})
         try:
+            for number in range(count):
+                cache = {"SHOAL_CACHE": str(caches / f"node-{number}")}
+                made.add_node(num_cpus=1, object_store_memory=STORE, env_vars=cache)
+            ray.init(address=made.address, log_to_driver=False, runtime_env={"env_vars": worker_env()})
             yield made
         finally:
             ray.shutdown()
@@ -60,7 +59,7 @@ def lose(cluster: Cluster, node: Any) -> None:
 def lose_a_node_with(cluster: Cluster, process: str, *, but: str = "no such process") -> None:
     """Lose a node that has a `process` and none of the other kind."""
     for node in list(cluster.worker_nodes):
-        names = [" ".join([child.name(), *child.cmdline()]) for child in _began(node)]
+        names = [*map(_called, _began(node))]
         if any(process in name for name in names) and not any(but in name for name in names):
             lose(cluster, node)
             return
@@ -79,3 +78,10 @@ def node_that_asks(cluster: Cluster, port: int) -> Any:
 
 def _began(node: Any) -> list[psutil.Process]:
     return list(psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True))
+
+
+def _called(process: psutil.Process) -> str:
+    """Its name and its arguments; "" where it has just ended."""
+    with suppress(psutil.Error):
+        return " ".join([process.name(), *process.cmdline()])
+    return ""

@@ -38,8 +38,13 @@ def s3() -> Iterator[Service]:
 
 
 @pytest.fixture(scope="module")
-def cluster(s3: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Autoscaled]:
-    with autoscaled(tmp_path_factory.mktemp("caches")) as made:
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("caches")
+
+
+@pytest.fixture(scope="module")
+def cluster(s3: Service, caches: Path) -> Iterator[Autoscaled]:
+    with autoscaled(caches) as made:
         yield made
 
 
@@ -64,7 +69,7 @@ def url(s3: Service, cluster: Autoscaled, tmp_path: Path) -> Iterator[str]:
 
 
 def test_a_run_starts_the_nodes_that_it_asks_for_ends_on_them_though_one_is_lost_and_they_go(
-    s3: Service, cluster: Autoscaled, tmp_path: Path
+    s3: Service, cluster: Autoscaled, caches: Path, tmp_path: Path
 ) -> None:
     """Two workers where no node is. One of the nodes dies in the middle, and the autoscaler finds another."""
     upload(write_corpus(tmp_path / "data", presets.get("test")), "s3://ocean/data", s3.inside)
@@ -89,6 +94,8 @@ def test_a_run_starts_the_nodes_that_it_asks_for_ends_on_them_though_one_is_lost
     assert steps == list(range(1, STEPS + 1))
     assert [record["world"] for record in log.read(tmp_path) if record["kind"] == "start"] == [2, 2]
     assert lost == [2] and len(seen) > 2
+    used = [cache for cache in caches.glob("node-*") if any(cache.rglob("*.*"))]
+    assert len(used) > 2, "each node that had a worker read by way of a cache of its own"
     until(lambda: not cluster.nodes(), SECONDS)
 
 

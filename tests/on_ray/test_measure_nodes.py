@@ -77,9 +77,8 @@ def test_a_node_is_lost_as_a_model_is_rounded_and_one_as_it_is_measured_and_no_b
         s3.before = lose_ = Lose(cluster)
         Quantize(model=FISH, out=INT8, heldout="s3://ocean/data", train=False).run()
         assert not lose_.left and len(cluster.worker_nodes) == NODES - len(LOST)
+        made = models.here(INT8, service=s3.inside)  # into this process's cache, which is gone with the nodes
     used = {path.parts[-3] for path in tmp_path.glob("caches/node-*/models/*") if path.is_dir()}
     assert len(used) == NODES, "each node had a part"
-    made = models.here(INT8, service=s3.inside)
-    assert {path.name: path.read_bytes() for path in made.iterdir()} == {
-        path.name: path.read_bytes() for path in calm.iterdir()
-    }
+    hit, wanted = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (made, calm))
+    assert "router.json" in wanted and hit == wanted
