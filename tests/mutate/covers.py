@@ -60,7 +60,7 @@ GROUPS = {
     "running": Group(_in("engine", "holding plan running"), _tests("engine", "holding plan running")),
     "cost": Group(_in("model", "cache cost reach"), _tests("model", "cache cost")),
     "sampler": Group(
-        _in("engine", "filters logprobs penalties sampler"),
+        _in("engine", "filters penalties sampler"),
         _tests("engine", "filters sampler penalties guided sampler_there tolerance"),
         warm=True,
     ),

@@ -29,7 +29,6 @@ from shoal.engine import filters
 from shoal.engine.device import Unread, fetched, picked, viewed
 from shoal.engine.events import TokenLogprob
 from shoal.engine.guided import GrammarError, StrayError
-from shoal.engine.logprobs import entries
 from shoal.engine.penalties import Draw, adjust, banned, too_early
 from shoal.engine.plan import Sampled
 from shoal.engine.signals import Logits, looked_at
@@ -101,7 +100,7 @@ class Sampler:
         for chain in chains:
             costs |= settle(chain, tokens, lambda row, place, c=chain: self._price(logits[row], draws[row], c, place))  # type: ignore[misc]
         nll = watched.nll(tokens) if watched else {}
-        logprobs = _reported(reported, draws, tokens)
+        logprobs = _logprobs(reported, draws, tokens) if reported else {}
         return [
             Sampled(0, error=stuck.get(r) or self._why_none(draws[r], best[r], masks.get(r)))
             if token < 0 or r in stuck
@@ -197,7 +196,7 @@ class Sampler:
         """Logprob of each of `targets` [R] under its row of `logits` [R, V] (changed in place), with the `count` best. A
         control token that the prompt holds has the logprob -inf: the model is never asked for it."""
         self._close(logits)
-        return entries(logits, targets, [count] * len(targets))
+        return _entries(logits, targets, [count] * len(targets))
 
     def _close(self, logits: Tensor) -> None:
         rows: Any = logits if (numbers := viewed(logits)) is None else numbers
@@ -373,13 +372,24 @@ def _follow_grammars(logits: Tensor, draws: Sequence[Draw]) -> tuple[dict[int, n
     return masks, stuck
 
 
-def _reported(logits: dict[int, Tensor], draws: Sequence[Draw], tokens: Sequence[int]) -> dict[int, TokenLogprob]:
+def _logprobs(reported: dict[int, Tensor], draws: Sequence[Draw], tokens: Sequence[int]) -> dict[int, TokenLogprob]:
     """Row -> the chosen token's logprob and its best alternatives, of the model's own distribution over the tokens it may
     choose: before grammar, bias, penalties, temperature and filters."""
-    rows = [r for r in logits if tokens[r] >= 0]
+    rows = [r for r in reported if tokens[r] >= 0]
     if not rows:
         return {}
     wanted = [draws[r].sampling.logprobs or 0 for r in rows]
-    return dict(
-        zip(rows, entries(torch.stack([logits[r] for r in rows]), [tokens[r] for r in rows], wanted), strict=True)
-    )
+    entries = _entries(torch.stack([reported[r] for r in rows]), [tokens[r] for r in rows], wanted)
+    return dict(zip(rows, entries, strict=True))
+
+
+def _entries(logits: Tensor, targets: Sequence[int], wanted: Sequence[int]) -> list[TokenLogprob]:
+    """Logprob of each of `targets` [R] under its row of `logits` [R, V], with the `wanted` [R] best."""
+    logprobs = torch.log_softmax(logits.double(), -1)
+    best = logprobs.topk(max([1, *wanted]), dim=-1)
+    chosen = logprobs.gather(-1, sent(targets, logits.device, torch.long)[:, None]).flatten().tolist()
+    values, ids = best.values.tolist(), best.indices.tolist()
+    return [
+        TokenLogprob(target, chosen[i], tuple(zip(ids[i][:count], values[i][:count], strict=True)))
+        for i, (target, count) in enumerate(zip(targets, wanted, strict=True))
+    ]

@@ -459,26 +459,6 @@ def test_scores_are_the_models_own_over_what_it_may_choose_with_as_many_alternat
             assert [value for _, value in entry.top] == pytest.approx(best.values[row, :count].tolist(), abs=1e-12)
 
 
-def test_a_logprob_without_alternatives_is_the_model_s_own_and_of_its_row_alone() -> None:
-    """By another way than with alternatives, whichever rows stand beside it."""
-    for dtype, near in ((torch.float32, 1e-6), (torch.float64, 1e-12)):
-        rows = (5 * logits(6, seed=7)).to(dtype)
-        rows[4, 70] = 90.0  # sure of it
-        whole = torch.log_softmax(rows.double().index_fill(1, torch.tensor([CLOSED]), -math.inf), -1)
-        targets = [70, CLOSED, 0, 299, 70, 1]
-        alone = [sampler().score(rows[i : i + 1].clone(), [targets[i]], 0)[0] for i in range(6)]
-        assert [one.logprob for one in alone] == pytest.approx(
-            [float(whole[i, target]) for i, target in enumerate(targets)], rel=near, abs=near / 10
-        )
-        assert not any(one.top for one in alone) and sampler().score(rows.clone(), targets, 0) == alone
-        beside = [Draw(Sampling(temperature=0, logprobs=count)) for count in (0, 3, 0, 0, 1, 0)]
-        found = [one.logprob for one in sampler().sample(rows.clone(), beside)]
-        again = [sampler().sample(rows[i : i + 1].clone(), [draw])[0].logprob for i, draw in enumerate(beside)]
-        assert found == again
-    (broken,) = sampler().score(torch.full((1, VOCAB), math.nan), [3], 0)
-    assert math.isnan(broken.logprob)
-
-
 class Says:
     """A grammar that allows what it was made with, or fails."""
 
