@@ -92,7 +92,7 @@ def test_turns_of_a_conversation_are_read_once(run: Path, monkeypatch: pytest.Mo
     words = [{"role": ("user", "assistant")[at % 2], "content": f"{at} and so on, " * 3} for at in range(5)]
     talks = [[{"role": "system", "content": f"You are {n}."}, *words] for n in range(4)]
     turns = [talk[:end] for talk in talks for end in (2, 4, 6)]
-    engine, read = Engine(model, max_batch_tokens=64, max_batch=16), []
+    engine, read = Engine(model, max_batch_tokens=64, max_batch=16), list[int]()
     ran = engine.runner.run
 
     def counted(plan: Any) -> Any:
