@@ -62,10 +62,9 @@ class Grammars:
     def compile(self, guide: Guide) -> Grammar:
         """The state at an answer's beginning. Raises RequestError (param ``guided``) with what is wrong with the guide."""
         try:
-            source = _source(guide)
-            if problem := llguidance.LLMatcher.validate_grammar(source, self._tokenizer):
-                raise ValueError(problem)
-            matcher = llguidance.LLMatcher(self._tokenizer, source, log_level=0)
+            matcher = llguidance.LLMatcher(self._tokenizer, _source(guide), log_level=0)
+            if matcher.is_error():
+                raise ValueError(matcher.get_error())
             grammar = Grammar(matcher, self._vocab, self._source.ends)
             first = grammar.allowed([])  # one that is too large, or that no text follows, is found out only now
             first[self._never] = False

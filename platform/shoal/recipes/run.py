@@ -307,10 +307,11 @@ def _evaluate(recipe: Recipe, folder: Path, asked: Asked, tell: Tell) -> None:
         _same_suites(folder, Path(asked.beside))
         beside = Path(asked.beside)
         models = {FP32: beside / "model", INT8: beside / "int8", **models}
-    tell("a service of each model alone", 0, 1)
-    served = {label: _footprint(path) for label, path in models.items()}
     most_rows = recipe.open_rows if asked.model else 0
     found = measured(recipe, models, folder, asked.seed, tell, most_rows=most_rows, run=pieces.beside(AT_ONCE))
+    # Last: whoever is the first to run a model on a machine compiles its loops, and no service is slow to start for that.
+    tell("a service of each model alone", len(models) + 1, len(models) + 2)
+    served = {label: _footprint(path) for label, path in models.items()}
     found["asked"], found["beside_sha256"] = asdict(asked), _beside(asked)
     found["costs"] = {label: {**cost, "served": served[label]} for label, cost in found["costs"].items()}
     found["data_sha256"] = _read(folder / LEARNED)
