@@ -36,9 +36,8 @@ from shoal.train.plan import FitPlan, pretrain_plan
 from shoal.train.run import SHARE
 from shoal.train.state import TrainState
 
-PILOT = (
-    5  # rounds, whose spread says how many there are to be; that of three is a third of the true one in one case of ten
-)
+# rounds, whose spread says how many there are to be; that of three is a third of the true one in one case of ten
+PILOT = 5
 OF_MEDIAN = 1.2533 * 1.96  # half of the 95 % interval of a median, over spread / sqrt(rounds), where that is normal
 
 
