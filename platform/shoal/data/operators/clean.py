@@ -109,7 +109,7 @@ def fingerprint(document: Document) -> bytes:
 
 def _symbols(text: str) -> float:
     """Share of the characters that are no part of a word, no digit and no white space."""
-    beyond = () if text.isascii() else _BEYOND.findall(text)
+    beyond = [] if text.isascii() else _BEYOND.findall(text)
     symbols = len(text.encode("ascii", "ignore").translate(None, _PLAIN))
     # vowels and tones of many scripts are marks, and some part their words by what nobody sees
     symbols += sum(not (c.isalnum() or c.isspace() or unicodedata.category(c) in _OF_WORDS) for c in beyond)
