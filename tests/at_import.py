@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 
 class AtImport(importlib.abc.MetaPathFinder):
@@ -54,3 +55,17 @@ def kept_frozen(front: ModuleType) -> None:
 def read_once(run: ModuleType) -> None:
     """What the package's sources add up to, for which each run of training would read all five hundred of them."""
     run.code_version = cache(run.code_version)
+
+
+def compiled_once(runner: ModuleType) -> None:
+    """What an engine runs when it is made, so that no request waits for a compiler: once for engines of a kind, of which tests
+    make thousands. That all is compiled by then is held in a process of its own (tests/unit/engine/test_runner.py)."""
+    compile_, known = runner.Runner._compile, set[tuple[object, ...]]()
+
+    def once(self: Any) -> None:
+        kind = (self.config, self.net.dtype, self.cache.kv.dtype, self.device)
+        if kind not in known:
+            compile_(self)
+            known.add(kind)
+
+    runner.Runner._compile = once

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import budget
-from tests.at_import import AtImport, kept_frozen, measured_once, one_thread, read_once
-from tests.neighbours import end_what_is_not_asked_for, scheduler
+from tests.at_import import AtImport, compiled_once, kept_frozen, measured_once, one_thread, read_once
+from tests.neighbours import end_what_is_not_asked_for, in_turn, scheduler
 
 # Nothing is timed: a busy machine must not fail a test.
 settings.register_profile("shoal", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -18,6 +18,7 @@ settings.load_profile("shoal")
 sys.meta_path[:0] = [
     AtImport("torch", one_thread),
     AtImport("shoal.engine.front", kept_frozen),
+    AtImport("shoal.engine.runner", compiled_once),
     AtImport("shoal.train.meter", measured_once),
     AtImport("shoal.train.run", read_once),
 ]
@@ -34,6 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items[:] = budget.turned(items, config.getoption("turn"))
+    items[:] = in_turn(
+        items, together=getattr(config.option, "loadgroup", False)
+    )  # xdist's word for it in its processes
 
 
 def pytest_collection_finish() -> None:

@@ -42,6 +42,7 @@ from shoal.inputs.media import Patches
 from shoal.inputs.tokenizer import END_ID
 from shoal.model.adapters import Adapter, kept
 from tests.adapters import linears
+from tests.oracle import Ahead
 from tests.unit.engine.lively import lively
 
 Kind = Literal["fp32", "int8"]
@@ -86,7 +87,7 @@ def adapters(kind: Kind, page: int) -> list[Adapter | None]:
 class Noisy:
     """A model whose logits are off by a little: `naive.generate` asks for nothing else of one."""
 
-    def __init__(self, model: Model, most: float, *, close: bool) -> None:
+    def __init__(self, model: Ahead, most: float, *, close: bool) -> None:
         """By up to `most` each, drawn at random; or, where `close`, the likeliest of each row alone, by as much below."""
         self._model, self._most, self._close = model, most, close
         self._generator = torch.Generator().manual_seed(0)
@@ -130,7 +131,8 @@ def asked(kind: Kind, page: int, count: int = ASKED) -> list[list[tuple[Request,
 def _stands(made: Model, request: Request, beside: Adapter | None, answer: Completion, most: float) -> bool:
     """Whether an answer is the same where logits are off by `most`, whichever way: of two tokens that are nearly as likely an
     engine may say either, as its CPU adds up."""
-    ways = (Noisy(made, most, close=close) for close in (False, True))
+    ahead = Ahead(made, [*made.encode(request.prompt).ids, *answer.tokens])
+    ways = (Noisy(ahead, most, close=close) for close in (False, True))
     return all(naive.generate(way, request, beside).tokens == answer.tokens for way in ways)  # type: ignore[arg-type]
 
 

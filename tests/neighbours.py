@@ -13,6 +13,10 @@ import pytest
 
 T = TypeVar("T")
 SHARING = ("tests/browser/", "tests/on_ray/")
+# A fresh checkout compiles the loops of a CPU once, and whoever needs them meanwhile waits for it: all of them are compiled by
+# this file, which comes first, beside what needs none.
+COMPILING = "tests/unit/model/test_fused.py"
+BESIDE = ("tests/contracts/", "tests/unit/data/", "tests/unit/api/")
 _LENT = pytest.StashKey[dict[str, tuple[AbstractContextManager[object], object]]]()
 
 
@@ -36,6 +40,17 @@ def end_what_is_not_asked_for(item: pytest.Item, nextitem: pytest.Item | None) -
     for name in [name for name in reversed(lent) if name not in wanted]:
         made, _ = lent.pop(name)
         made.__exit__(None, None, None)
+
+
+def in_turn(items: list[pytest.Item], *, together: bool) -> list[pytest.Item]:
+    """`items` in the order in which two processes that run them `together` wait for each other least."""
+    turns = {file: turn for turn, file in enumerate((COMPILING, *BESIDE))}
+    last = len(turns)
+
+    def turn(item: pytest.Item) -> int:
+        return next((at for file, at in turns.items() if item.nodeid.startswith(file)), last)
+
+    return sorted(items, key=turn) if together else items
 
 
 def scheduler(config: pytest.Config, log: Any) -> Any:

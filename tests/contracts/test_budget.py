@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tests.budget import turned
+from tests.neighbours import BESIDE, COMPILING, in_turn
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,6 +23,20 @@ def test_every_file_comes_first_for_some_commit_and_none_is_torn_or_left_out() -
         at = order.index(given[0])
         assert order[at:] + order[:at] == given, "neighbours stay neighbours"
     assert turned(items, "") == items and turned([], "word") == []
+
+
+def test_what_compiles_comes_first_and_beside_it_what_needs_nothing_compiled() -> None:
+    files = [
+        COMPILING,
+        *(f"{folder}test_x.py" for folder in BESIDE),
+        "tests/flows/test_a.py",
+        "tests/unit/model/test_b.py",
+    ]
+    items: list[Any] = [SimpleNamespace(nodeid=f"{file}::test_{number}") for file in sorted(files) for number in (1, 2)]
+    found = [item.nodeid for item in in_turn(items, together=True)]
+    assert found == [f"{file}::test_{number}" for file in files for number in (1, 2)], "neighbours stay neighbours"
+    assert in_turn(items, together=False) == items
+    assert all((ROOT / path).exists() for path in (COMPILING, *BESIDE))
 
 
 def run(minutes: str) -> str:

@@ -6,10 +6,11 @@ import gc
 import importlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tests.at_import import AtImport, one_thread
+from tests.at_import import AtImport, compiled_once, one_thread
 
 
 def test_who_imports_it_first_has_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,6 +38,19 @@ def test_this_process_asked_for_it() -> None:
 def test_all_runs_of_this_process_have_one_rate_of_matrix_products() -> None:
     torch, loop = importlib.import_module("torch"), importlib.import_module("shoal.train.loop")
     assert loop.matmul_rate(torch.device("cpu")) == loop.matmul_rate(torch.device("cpu"))
+
+
+def test_what_an_engine_runs_when_it_is_made_runs_once_for_each_kind() -> None:
+    ran, kinds = list[str](), ("a", "b", "a")
+    runner = SimpleNamespace(Runner=type("Runner", (), {"_compile": lambda self: ran.append(self.config)}))
+    compiled_once(runner)  # type: ignore[arg-type]
+    for dtype in (1, 2):
+        for kind in kinds:
+            made = runner.Runner()
+            made.config, made.net, made.device = kind, SimpleNamespace(dtype=dtype), "cpu"
+            made.cache = SimpleNamespace(kv=SimpleNamespace(dtype=dtype))
+            made._compile()
+    assert ran == ["a", "b", "a", "b"]
 
 
 def test_what_all_files_have_imported_stays_hidden_from_the_collector_where_a_service_settles() -> None:

@@ -14,13 +14,13 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from shoal import Engine, Model, Request, Sampling
-from shoal.engine import naive
 from shoal.errors import AdapterGoneError
 from shoal.model.adapters import IN_LOOPS, Adapter, Bank, Stack, product
 from shoal.model.linears import Int8Linear
 from shoal.model.quant import int8_linear_reference
 from shoal.model.router import Calibration, Router
 from shoal.open_weights.served_adapter import read
+from tests import oracle
 from tests.adapters import linears, merged, write
 from tests.unit.engine.lively import lively
 from tests.unit.engine.test_oracle import REQUESTS, same
@@ -63,7 +63,7 @@ def test_any_adapters_in_one_batch(asked: list[tuple[Request, int]], limits: dic
     ]
     for request, (_, number), answer in zip(requests, asked, engine.generate(requests), strict=True):
         model = adapter(number)[1] if number else MODEL
-        same(answer, naive.generate(model, request))
+        same(answer, oracle.answer(model, request, answer.tokens))
         event(f"adapter {number}")
     assert engine.dead is None and engine.stats()["kv_cache_usage_perc"] == 0
     engine.scheduler.check_integrity()
@@ -179,7 +179,7 @@ def test_greedy_tokens_over_an_int8_base(tmp_path: Path) -> None:
     ]
     got = engine.generate(requests)
     for request, answer, one in zip(requests, got, [*held, None], strict=True):
-        assert answer.tokens == naive.generate(model, request, one).tokens
+        assert answer.tokens == oracle.answer(model, request, answer.tokens, one).tokens
     assert len({tuple(answer.tokens) for answer in got}) == 5
 
 

@@ -22,6 +22,7 @@ import copy
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,11 @@ def ask(prompt: list[int] | None = None, tokens: int = 6, **more: Any) -> Reques
 
 
 def naive(prompt: list[int], tokens: int, depth: str = "full") -> list[int]:
+    return known(tuple(prompt), tokens, depth)
+
+
+@cache
+def known(prompt: tuple[int, ...], tokens: int, depth: str) -> list[int]:
     return MODEL.generate_naive(prompt, tokens, depth=depth, ignore_eos=True)
 
 

@@ -19,6 +19,7 @@ from shoal.engine.events import Completion, Guide, TokenLogprob
 from shoal.inputs.chat import Encoded
 from shoal.inputs.media import to_patches
 from shoal.inputs.tokenizer import END_ID
+from tests import oracle
 
 MODEL = Model.from_preset("test", seed=3, dtype="float64")
 TOKENS = st.integers(20, 200)
@@ -99,6 +100,28 @@ def test_every_token_of_a_prompt_is_scored_in_chunks_and_out_of_the_cache(cached
     assert got.finished is not None
     first, *others = got.finished.prompt_logprobs
     assert first is None and [entry.token for entry in others if entry is not None] == prompt[1:]
+
+
+@pytest.mark.parametrize("guess", ["right", "other", "short", "long", "none"])
+def test_a_guess_changes_nothing_and_saves_looks_where_it_is_right(guess: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tests.oracle`, by which other tests ask for what is written out here."""
+    pixels = np.full((8, 12, 3), 90, dtype=np.uint8)
+    image = to_patches(Image.fromarray(pixels), MODEL.config)
+    prompt = Encoded([30, *image.tokens(), 40], [image])
+    sampling = Sampling(temperature=1.0, seed=5, max_tokens=9, ignore_eos=True, logprobs=2, prompt_logprobs=1)
+    request = Request(prompt, sampling, depth="middle")
+    want, plain = naive.generate(MODEL, request), MODEL.generate_naive(prompt, 9, "middle", ignore_eos=True)
+    looks, logits = list[int](), Model.logits
+    monkeypatch.setattr(Model, "logits", lambda self, ids, *more: looks.append(len(ids)) or logits(self, ids, *more))
+    for tokens, asked in (
+        (want.tokens, lambda told: agree(oracle.answer(MODEL, request, told), want)),
+        (plain, lambda told: oracle.greedy(MODEL, prompt, 9, told, "middle") == plain or pytest.fail("other tokens")),
+    ):
+        told = {"right": tokens, "other": [*tokens[:4], 299 - tokens[4], *tokens[5:]], "short": tokens[:5],
+                "long": [*tokens, 50, 60], "none": []}[guess]  # fmt: skip
+        looks.clear()
+        asked(told)
+        assert len(looks) == {"right": 1, "other": 1 + 4, "short": 1 + 3, "long": 1, "none": 1 + 8}[guess]
 
 
 def test_the_oracle_says_why_an_answer_ended_as_the_engine_does() -> None:

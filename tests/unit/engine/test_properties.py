@@ -27,6 +27,7 @@ from shoal.engine.pages import Pages
 from shoal.engine.running import Running
 from shoal.inputs.chat import Encoded
 from shoal.inputs.media import Patches, to_patches
+from tests import oracle
 from tests.unit.engine.lively import lively, with_router
 
 MODEL = lively()
@@ -52,7 +53,7 @@ def check(request: Request, answer: Completion) -> None:
     """`answer` is what the whole model says to a greedy `request`."""
     prompt = MODEL.encode(request.prompt)  # type: ignore[arg-type]
     depth = FULL if request.depth == AUTO else request.depth
-    assert answer.tokens == MODEL.generate_naive(prompt, request.sampling.max_tokens, depth=depth, ignore_eos=True)
+    assert answer.tokens == oracle.greedy(MODEL, prompt, request.sampling.max_tokens, answer.tokens, depth)
     logits = MODEL.logits([*prompt.ids, *answer.tokens], depth, prompt.images)
     rows = torch.log_softmax(logits.masked_fill(MODEL.forbidden(), -torch.inf), -1)[len(prompt.ids) - 1 :]
     for row, entry in zip(rows, answer.logprobs, strict=False):

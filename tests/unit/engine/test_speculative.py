@@ -19,7 +19,6 @@ import pytest
 import torch
 
 from shoal import Engine, Model, Request, Sampling
-from shoal.engine import naive
 from shoal.engine.drafts import draft
 from shoal.engine.events import Completion, Finished, Guide, Token
 from shoal.engine.guided import Grammar
@@ -28,6 +27,7 @@ from shoal.engine.sampler import Sampler
 from shoal.engine.speculative import accept
 from shoal.errors import ConfigError, GenerationError, RequestError
 from shoal.inputs.tokenizer import END_ID
+from tests import oracle
 
 
 def build(share: float) -> Model:
@@ -93,7 +93,8 @@ def test_20_greedy_drafting_changes_no_token(drafts: int) -> None:
         e = engine(model, drafts)
         for seed in (drafts, drafts + 50):  # prompts of many lengths: every offset in a block and a page
             request = Request(prompt(seed), GREEDY, depth="full")
-            same(run(e, [request])[0], naive.generate(model, request))
+            (got,) = run(e, [request])
+            same(got, oracle.answer(model, request, got.tokens))
         stats = e.stats()
         drafted, accepted = (stats[f"spec_decode_num_{kind}_tokens_total"] for kind in ("draft", "accepted"))
         assert 0 <= accepted < drafted  # some were rejected
@@ -145,7 +146,8 @@ def test_21_sampled_drafting_changes_no_token_whatever_the_options(depth: str) -
     for seed in range(2):
         request = Request(prompt(seed), dataclasses.replace(RICH, seed=seed), depth=depth)
         e = engine()
-        same(run(e, [request])[0], naive.generate(EAGER, request))
+        (got,) = run(e, [request])
+        same(got, oracle.answer(EAGER, request, got.tokens))
         assert e.stats()["spec_decode_num_accepted_tokens_total"] > 0
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -22,10 +23,16 @@ from shoal.on_ray import failover
 from shoal.on_ray.calls import Begun, OtherModelError, Wanted
 from shoal.on_ray.failover import LOSSES, Pin, Progress, other_weights, unbroken
 from shoal.on_ray.routing import eligible
+from tests import oracle
 from tests.unit.engine.test_oracle import MODEL, REQUESTS, near
 
 PAUSES = failover.PAUSES  # as they are outside tests
 LONG = Request("abc", Sampling(temperature=1, seed=1, max_tokens=24, ignore_eos=True), depth="middle")
+
+
+@cache
+def said_of_long() -> Completion:
+    return naive.generate(MODEL, LONG)
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +98,7 @@ def same(tokens: list[Token], end: Finished, wanted: Completion) -> None:
 def test_any_losses_give_the_undisturbed_stream(request: Request, cuts: list[int]) -> None:
     replica = Replica(iter(cuts))
     tokens, end = run(replica, request)
-    same(tokens, end, naive.generate(MODEL, request))
+    same(tokens, end, oracle.answer(MODEL, request, [token.token for token in tokens]))
     assert {event.request for event in [*tokens, end]} == {request.id}
     assert len({sent.id for sent in replica.got}) == len(replica.got)
     assert replica.open == 0
@@ -106,7 +113,7 @@ def test_any_losses_give_the_undisturbed_stream(request: Request, cuts: list[int
 )
 def test_an_end_that_only_a_lost_replica_gives_is_none(how: Callable[[], Event]) -> None:
     tokens, end = run(Replica(iter([5]), how), LONG)
-    same(tokens, end, naive.generate(MODEL, LONG))
+    same(tokens, end, said_of_long())
 
 
 def test_a_request_without_a_seed_gets_one_that_it_keeps() -> None:
@@ -180,7 +187,7 @@ def test_a_dead_engine_refuses_as_often_as_it_takes_and_a_full_queue_is_waited_f
         finally:
             await replica.engine.close()
 
-    same(*asyncio.run(work()), naive.generate(MODEL, LONG))
+    same(*asyncio.run(work()), said_of_long())
     assert not answers
 
 
@@ -299,7 +306,7 @@ def test_a_stream_goes_on_only_with_the_weights_that_it_began_with() -> None:
 
     tokens = serve_by(fleet, Pin(), replace_the_first)
     assert isinstance(tokens, list)
-    assert [token.token for token in tokens] == naive.generate(MODEL, LONG).tokens
+    assert [token.token for token in tokens] == said_of_long().tokens
     assert fleet.sent == ["a", "a", "b", "c"]
 
 
