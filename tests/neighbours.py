@@ -16,7 +16,7 @@ SHARING = ("tests/browser/", "tests/on_ray/")
 # A fresh checkout compiles the loops of a CPU once, and whoever needs them meanwhile waits for it: all of them are compiled by
 # this file, which comes first, beside what needs none.
 COMPILING = "tests/unit/model/test_fused.py"
-BESIDE = ("tests/contracts/", "tests/unit/data/", "tests/unit/api/")
+BESIDE = ("tests/unit/data/", "tests/unit/sandbox/", "tests/unit/inputs/")
 _LENT = pytest.StashKey[dict[str, tuple[AbstractContextManager[object], object]]]()
 
 
