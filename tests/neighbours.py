@@ -13,9 +13,9 @@ import pytest
 
 T = TypeVar("T")
 SHARING = ("tests/browser/", "tests/on_ray/")
-# A fresh checkout compiles the loops of a CPU once, and whoever needs them meanwhile waits for it: all of them are compiled by
-# this file, which comes first, beside what needs none.
-COMPILING = "tests/unit/model/test_fused.py"
+# A fresh checkout compiles the loops of a CPU once, and whoever needs them meanwhile waits for it: these files, whose engines
+# compile all of them (fp32 and INT8, then fp64), come first and in one process, beside what needs none.
+COMPILING = ("tests/unit/engine/test_runner.py", "tests/unit/engine/test_naive.py")
 BESIDE = ("tests/unit/data/", "tests/unit/sandbox/", "tests/unit/inputs/")
 _LENT = pytest.StashKey[dict[str, tuple[AbstractContextManager[object], object]]]()
 
@@ -44,7 +44,7 @@ def end_what_is_not_asked_for(item: pytest.Item, nextitem: pytest.Item | None) -
 
 def in_turn(items: list[pytest.Item], *, together: bool) -> list[pytest.Item]:
     """`items` in the order in which two processes that run them `together` wait for each other least."""
-    turns = {file: turn for turn, file in enumerate((COMPILING, *BESIDE))}
+    turns = {file: turn for turn, file in enumerate((*COMPILING, *BESIDE))}
     last = len(turns)
 
     def turn(item: pytest.Item) -> int:
@@ -63,6 +63,8 @@ def scheduler(config: pytest.Config, log: Any) -> Any:
     class Neighbours(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
+            if file in COMPILING:
+                return "compiling"
             return next((folder for folder in SHARING if file.startswith(folder)), file)
 
     config.option.loadscopereorder = False

@@ -27,7 +27,7 @@ def test_every_file_comes_first_for_some_commit_and_none_is_torn_or_left_out() -
 
 def test_what_compiles_comes_first_and_beside_it_what_needs_nothing_compiled() -> None:
     files = [
-        COMPILING,
+        *COMPILING,
         *(f"{folder}test_x.py" for folder in BESIDE),
         "tests/flows/test_a.py",
         "tests/unit/model/test_b.py",
@@ -36,7 +36,7 @@ def test_what_compiles_comes_first_and_beside_it_what_needs_nothing_compiled() -
     found = [item.nodeid for item in in_turn(items, together=True)]
     assert found == [f"{file}::test_{number}" for file in files for number in (1, 2)], "neighbours stay neighbours"
     assert in_turn(items, together=False) == items
-    assert all((ROOT / path).exists() for path in (COMPILING, *BESIDE))
+    assert all((ROOT / path).exists() for path in (*COMPILING, *BESIDE))
 
 
 def run(minutes: str) -> str:
