@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from shoal.errors import RequestError
 from shoal.inputs import template_bounds
-from shoal.inputs.template_bounds import TooMuch, size
+from shoal.inputs.template_bounds import STEPS, TooMuch, size
 from shoal.inputs.templates import LONGEST, EndlessTemplateError, rendered, variables, why_broken
 
 ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "add_generation_prompt": True}
@@ -96,6 +96,10 @@ ENDLESS = {
     "a long number's other sign": "{% set x = ('f' * 1000000) | int(0, 16) %}{% set y = - - - - x %}",
     "glue of JSON": "{{ ([0] * 99999) | tojson(separators=(" + LONG + ", ':')) }}",
 }  # fmt: skip
+# What these want, a power of two to 60 and more or 99,999 squared, a tenth of the steps stops as surely as all of them.
+BOUNDLESS = {
+    name for name, text in ENDLESS.items() if "range(70)" in text or text.count("range(99999)") > 1 or "f(60)" in text
+}
 
 FAILING = {
     "a macro in itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
@@ -126,7 +130,8 @@ FAILING = {
 
 
 @pytest.mark.parametrize("name", ENDLESS)
-def test_a_template_that_would_not_end_is_stopped_in_a_line(name: str) -> None:
+def test_a_template_that_would_not_end_is_stopped_in_a_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_bounds, "STEPS", STEPS // 10 if name in BOUNDLESS else STEPS)
     with pytest.raises(
         EndlessTemplateError, match=r"^chat template stopped: got 'one that does or writes more"
     ) as caught:
