@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,19 +23,32 @@ from shoal.data.documents import SourceSpec
 from shoal.data.sources.files import list_files
 from shoal.data.sources.read import read
 
-(file,) = list_files(SourceSpec("s", sys.argv[1]))
-next(iter(read(file)))  # what is imported at the first use is none of the archive's
-tracemalloc.start()
-print(sum(1 for _ in read(file)), tracemalloc.get_traced_memory()[1])
+for folder in sys.stdin:
+    (file,) = list_files(SourceSpec("s", folder.strip()))
+    next(iter(read(file)))  # what is imported at the first use is none of the archive's
+    tracemalloc.start()
+    print(sum(1 for _ in read(file)), tracemalloc.get_traced_memory()[1], flush=True)
+    tracemalloc.stop()
 """
+Held = Callable[[Path], tuple[int, int]]
 
 
-def in_a_process_of_its_own(folder: Path) -> tuple[int, int]:
+@pytest.fixture(scope="module")
+def in_a_process_of_its_own() -> Iterator[Held]:
     """How many items the one archive in a folder has, and the most bytes that were held while it was read: beside other tests
     those of their threads would be counted."""
-    done = subprocess.run([sys.executable, "-c", READ, folder], check=True, capture_output=True, text=True, timeout=120)
-    count, peak = done.stdout.split()
-    return int(count), int(peak)
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", READ], stdin=pipe, stdout=pipe, text=True) as process:
+
+        def held(folder: Path) -> tuple[int, int]:
+            assert process.stdin is not None and process.stdout is not None
+            print(folder, file=process.stdin, flush=True)
+            count, peak = process.stdout.readline().split()
+            return int(count), int(peak)
+
+        yield held
+        assert process.stdin is not None
+        process.stdin.close()
 
 
 def tar(members: list[tuple[str, bytes]], form: int = tarfile.PAX_FORMAT) -> bytes:
@@ -110,7 +124,9 @@ def test_an_image_is_none_the_worse_for_a_bad_caption(tmp_path: Path, read_all, 
 
 
 @pytest.mark.parametrize("suffix", ["{:06}.txt", "{:06}.bin", "png.{:06}"])
-def test_many_small_members_of_one_name_are_not_held(tmp_path: Path, suffix: str) -> None:
+def test_many_small_members_of_one_name_are_not_held(
+    tmp_path: Path, suffix: str, in_a_process_of_its_own: Held
+) -> None:
     def bare(name: str) -> bytes:
         info = tarfile.TarInfo(name)
         info.size = 1
@@ -131,7 +147,7 @@ def header(name: str, size: int, kind: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
-def test_a_name_of_gigabytes_is_not_held(tmp_path: Path, read_all, kind: bytes) -> None:
+def test_a_name_of_gigabytes_is_not_held(tmp_path: Path, read_all, kind: bytes, in_a_process_of_its_own: Held) -> None:
     with gzip.open(tmp_path / "a.tar.gz", "wb", compresslevel=1) as out:
         out.write(tar([("before.txt", b"before\n")])[:1024])
         out.write(header("long", 2**29, kind))
