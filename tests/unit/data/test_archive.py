@@ -133,11 +133,13 @@ def test_many_small_members_of_one_name_are_not_held(
         return info.tobuf(tarfile.USTAR_FORMAT) + b"x" + bytes(511)
 
     with gzip.open(tmp_path / "a.tar.gz", "wb", compresslevel=1) as out:
-        for number in range(10_000):
+        for number in range(6_000):
             out.write(bare("a." + suffix.format(number)))
         out.write(bytes(1024))
     count, peak = in_a_process_of_its_own(tmp_path)
-    assert count == 10_000 and peak < 8 * 2**20  # the list that tarfile keeps takes 10
+    assert (
+        count == 6_000 and peak < 2.5 * 2**20
+    )  # the list that tarfile keeps takes 2.8 more than the 1.2 that are held
 
 
 def header(name: str, size: int, kind: bytes) -> bytes:
