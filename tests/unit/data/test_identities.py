@@ -141,29 +141,29 @@ def test_a_table_that_is_gone_or_cut_off_is_one_line(tmp_path: Path) -> None:
 MEMORY = """
 import sys
 from pathlib import Path
-import numpy as np
-from shoal.data import identities, tables
+from shoal.data import identities
 from shoal.data.tables import Parts, spans
 
-what, folder, documents = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-parts = Parts(folder, 8)
-if what == "write":
-    for number, path in enumerate(parts):
+folder, documents = Path(sys.argv[1]), int(sys.argv[2])
+parts, some = Parts(folder, 8), spans(documents, 2**14)
+equals = [folder / f"equal{span.number}" for span in some]
+dropped = sum(identities.equal(parts, span, out) for span, out in zip(some, equals))
+for number in range(len(parts)):
+    identities.settle(parts, number, equals, [])
+found = [identities.hold_out(parts, span, folder / "heldout") for span in some]
+groups = sum(side.groups for sides in found for side in sides)
+held = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]  # getrusage begins with the parent's
+print(dropped, groups, int(held) * 1024)
+"""
+
+
+def tables_of(folder: Path, documents: int) -> None:
+    """Eight parts of so many documents, a tenth of which are copies."""
+    for number, path in enumerate(Parts(folder, 8)):
         keys = np.random.default_rng(number).integers(0, 2**64, (documents // 8, 2), dtype=np.uint64)
         keys[: documents // 80] = keys[documents // 80 : 2 * (documents // 80)]
         groups = {"key": keys[:, 0], "draw": keys[:, 1], "modality": keys[:, 0] % 2, "said": np.full(len(keys), -1)}
         identities.write_tables(path, keys, groups)
-else:
-    some = spans(documents, 2**14)
-    equals = [folder / f"equal{span.number}" for span in some]
-    dropped = sum(identities.equal(parts, span, out) for span, out in zip(some, equals))
-    for number in range(len(parts)):
-        identities.settle(parts, number, equals, [])
-    found = [identities.hold_out(parts, span, folder / "heldout") for span in some]
-    groups = sum(side.groups for sides in found for side in sides)
-    held = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]  # getrusage begins with the parent's
-    print(dropped, groups, int(held) * 1024)
-"""
 
 
 def test_what_a_process_holds_does_not_grow_with_the_documents(tmp_path: Path) -> None:
@@ -171,9 +171,9 @@ def test_what_a_process_holds_does_not_grow_with_the_documents(tmp_path: Path) -
     found = []
     for size in (40_000, 640_000):
         (tmp_path / str(size)).mkdir()
-        for what in ("write", "look"):
-            command = [sys.executable, "-c", MEMORY, what, str(tmp_path / str(size)), str(size)]
-            told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        tables_of(tmp_path / str(size), size)
+        command = [sys.executable, "-c", MEMORY, str(tmp_path / str(size)), str(size)]
+        told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         dropped, groups, held = map(int, told.split())
         assert dropped == size // 10 and groups == size - dropped
         found.append(held)
