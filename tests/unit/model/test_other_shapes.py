@@ -18,6 +18,7 @@ from shoal.model import cost
 from shoal.model.attention import Layout
 from shoal.model.block import rope_tables
 from shoal.model.net import Net
+from tests import oracle
 
 OPEN: dict[str, Any] = {"attn_pattern": "D", "early_exits": False, "image_size": 0, "embed_scale": 1.0, "rope_dims": 16}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -78,12 +79,12 @@ def model_of(shape: dict[str, Any], dtype: torch.dtype = torch.float64) -> Model
 def test_the_paged_engine_gives_what_the_whole_forward_gives(name: str) -> None:
     model = model_of(SHAPES[name])
     prompts = ["The depth of a fish", "The depth of a fish is its own, and so is that of a whale.", "x"]
-    wanted = [model.generate_naive(prompt, TOKENS, ignore_eos=True) for prompt in prompts]
     sampling = Sampling(max_tokens=TOKENS, temperature=0, ignore_eos=True, speculative=2)
     engine = Engine(model, units=400, max_batch_tokens=48)
     for _ in range(2):  # once more out of the prefix cache
         answers = engine.generate([Request(prompt, sampling, depth="full") for prompt in prompts])
-        assert [answer.tokens for answer in answers] == wanted
+        for prompt, answer in zip(prompts, answers, strict=True):
+            assert answer.tokens == oracle.greedy(model, prompt, TOKENS, answer.tokens)
     assert answers[1].finished is not None and answers[1].finished.cached_tokens > 0
     cost.check(model.net, model.config)
 
@@ -97,9 +98,9 @@ def test_every_exit_that_was_adapted_is_one_of_the_engine(name: str) -> None:
     allowed = ~model.forbidden()
     seen = set()
     for depth, layers in model.config.exit_names.items():
-        wanted = model.generate_naive(prompt, 12, depth, ignore_eos=True)
         asked = Sampling(max_tokens=12, temperature=0, ignore_eos=True, prompt_logprobs=0, speculative=3)
         (answer,) = engine.generate([Request(prompt, asked, depth=depth)])
+        wanted = oracle.greedy(model, prompt, 12, answer.tokens, depth)
         assert answer.tokens == wanted and answer.depth == layers and answer.finished is not None
         scores = model.logits(prompt, depth).masked_fill(~allowed, -torch.inf).log_softmax(-1)
         told = torch.tensor([entry.logprob for entry in answer.finished.prompt_logprobs if entry], dtype=torch.float64)
