@@ -16,21 +16,28 @@ from shoal.bench.train import train
 from shoal.errors import DataError
 
 
-def test_rate_workers_and_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
-    said = io.StringIO()
-    console = Console(file=said, width=160)
-    train(console, preset="test", tokens=768, steps=1, rounds=1, parts=("rate", "workers", "checkpoint"))
+def test_rate_and_checkpoints(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.bench.train.ROWS", 40)
+    train(Console(file=io.StringIO()), preset="test", tokens=768, steps=1, rounds=1, parts=("rate", "checkpoint"))
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     rate = told["rate"]
     assert rate["ratio"] == rate["ours_tokens_per_s"] / rate["plain_tokens_per_s"]
     assert 0 < rate["ours_utilisation"] < 1 and 0 < rate["plain_utilisation"] < 1
+    # fp32 weights and two moments of 0.11 M parameters
+    assert 1.2e6 < told["checkpoint"]["bytes"] < 1.6e6
+    assert told["checkpoint"]["share"] == told["checkpoint"]["seconds"] / 60
+
+
+@pytest.mark.drill
+def test_workers(capsys: pytest.CaptureFixture[str]) -> None:
+    """Three processes, which each import torch."""
+    said = io.StringIO()
+    train(Console(file=said, width=160), preset="test", tokens=768, steps=1, rounds=1, parts=("workers",))
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
     for name in ("1 worker x 2 threads", "2 workers x 1 thread"):
         row = told["workers"][name]
         assert sum(row[key] for key in ("compute", "waiting", "data")) == pytest.approx(1, abs=0.01)
         assert name in said.getvalue()
-    # fp32 weights and two moments of 0.11 M parameters
-    assert 1.2e6 < told["checkpoint"]["bytes"] < 1.6e6
-    assert told["checkpoint"]["share"] == told["checkpoint"]["seconds"] / 60
 
 
 def test_characters_are_learned_by_all_three_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
