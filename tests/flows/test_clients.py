@@ -458,6 +458,7 @@ class TestLmEval:
             text == model.tokenizer.decode(model.generate_naive(model.tokenizer.encode("the sea"), 8)).split("\n\n")[0]
         )
 
+    @pytest.mark.drill
     def test_a_task_is_evaluated_from_end_to_end(self, lm: Any, tmp_path: Path) -> None:
         rows = [{"text": f"{a} and {b} are", "word": " fish"} for a, b in (("cod", "eel"), ("tuna", "shark"))]
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -605,6 +606,7 @@ class TestPydanticAi:
         assert all(isinstance(each, Catch) for each in objects) and len(objects) == 2
 
 
+@pytest.mark.drill
 def test_guidellm_measures_every_request(service: Service, tmp_path: Path) -> None:
     """It asks for the usage in each chunk of a stream, and counts tokens by it. Answers end at 8 tokens and not before: drawn
     of a random model, one in 200 has no word, and what has neither word nor token it counts as an error."""
