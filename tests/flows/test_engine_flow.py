@@ -6,6 +6,8 @@ Real engine, random weights of the `test` preset; `Model.generate_naive` has no 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,17 @@ def models(fp32: Model) -> dict[str, Model]:
     return {"fp32": fp32, "int8": fp32.quantized()}
 
 
+@pytest.fixture(scope="module")
+def said(models: dict[str, Model]) -> Callable[[str, int], list[int]]:
+    """What the whole model of a precision says to one of nine prompts, at one of three depths."""
+
+    @cache
+    def naive(precision: str, number: int) -> list[int]:
+        return models[precision].generate_naive(prompts(9)[number], 16, depth=DEPTHS[number % 3], ignore_eos=True)
+
+    return naive
+
+
 def prompts(count: int, longest: int = 90, seed: int = 0) -> list[list[int]]:
     rng = random.Random(seed)
     return [[rng.randrange(20, 260) for _ in range(rng.randint(1, longest))] for _ in range(count)]
@@ -52,14 +65,14 @@ def greedy(prompt: Any, depth: str, tokens: int = 16, **more: Any) -> Request:
     ],
 )
 def test_a_mixed_batch_gives_each_request_its_own_tokens(
-    models: dict[str, Model], precision: str, limits: dict[str, int]
+    models: dict[str, Model], said: Callable[[str, int], list[int]], precision: str, limits: dict[str, int]
 ) -> None:
     model = models[precision]
     engine = Engine(model, **limits)
     asked = [(prompt, DEPTHS[i % 3]) for i, prompt in enumerate(prompts(9))]
     answers = engine.generate([greedy(prompt, depth) for prompt, depth in asked])
-    for (prompt, depth), answer in zip(asked, answers, strict=True):
-        assert answer.tokens == model.generate_naive(prompt, 16, depth=depth, ignore_eos=True)
+    for number, ((_, depth), answer) in enumerate(zip(asked, answers, strict=True)):
+        assert answer.tokens == said(precision, number)
         assert (answer.finish_reason, answer.depth) == ("length", model.config.depth(depth))
     assert engine.stats()["kv_cache_usage_perc"] == 0
     if "units" in limits:
