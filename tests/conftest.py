@@ -35,9 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items[:] = budget.turned(items, config.getoption("turn"))
-    items[:] = in_turn(
-        items, together=getattr(config.option, "loadgroup", False)
-    )  # xdist's word for it in its processes
+    # What xdist's processes call it.
+    items[:] = in_turn(items, together=getattr(config.option, "loadgroup", False))
 
 
 def pytest_collection_finish() -> None:

@@ -37,11 +37,8 @@ from shoal.recipes.recipe import DEV, POLICY, SUITES, Recipe
 SETTINGS, REPORT, TOOK, BEGUN = "recipe.json", "report.json", "seconds.json", "begun.json"
 LEARNED = "learned.json"
 LEARN, QUANTIZE = GO_ON = ("learn", "quantize")  # steps that go on where they were broken off; others begin anew
-SPOILT = {
-    "data": (REPORT,),
-    LEARN: ("int8.run", "int8", REPORT),
-    QUANTIZE: (REPORT,),
-}  # by a step: what was of another model
+# By a step: what was of another model.
+SPOILT = {"data": (REPORT,), LEARN: ("int8.run", "int8", REPORT), QUANTIZE: (REPORT,)}
 FORMAT, VERSION = "shoal.recipe", 1
 TOKENIZER_ROWS = 2_000  # that a tokenizer is fitted to
 INT8_SHARE = 0.1  # of the minutes

@@ -137,9 +137,8 @@ def test_many_small_members_of_one_name_are_not_held(
             out.write(bare("a." + suffix.format(number)))
         out.write(bytes(1024))
     count, peak = in_a_process_of_its_own(tmp_path)
-    assert (
-        count == 6_000 and peak < 2.5 * 2**20
-    )  # the list that tarfile keeps takes 2.8 more than the 1.2 that are held
+    # The list that tarfile keeps takes 2.8 more than the 1.2 that are held.
+    assert count == 6_000 and peak < 2.5 * 2**20
 
 
 def header(name: str, size: int, kind: bytes) -> bytes:

@@ -5,8 +5,7 @@ The models are random and say nonsense. The suites take what one of them answers
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
-from hashlib import sha256
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from shoal.evaluate.prompts import Heldout, measured
 from shoal.inputs.chat import DEFAULT_TEMPLATE, Encoded, encode_chat
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.loop import costs
-from shoal.loop import gate as loop_gate
 from shoal.loop.gate import Verdict, gate
 from shoal.loop.suites import USES, freeze, looked_at, read, tasks, use
 from shoal.model.net import Net
@@ -33,7 +31,6 @@ from shoal.model.router import NEVER, fit_router
 from tests.corpus import write_corpus
 
 MOST_TOKENS = 8  # of an answer; more of it says no more here
-ask = loop_gate._answers
 BROKEN = Finished("broken", "error", error=RequestError("logits are not finite"))
 ASKED = [f"{word} {number}?" for number in range(70) for word in ("Where is", "Who has", "What costs", "How long")]
 
@@ -71,26 +68,9 @@ def write(path: Path, asked: list[str], right: list[str]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-KNOWN: dict[str, Any] = {}
-
-
-def known_or_asked(model: Model, asked: Sequence[Question], most: int, guides: Any) -> Any:
-    """What the gate's own gives: of weights, a router and questions as before, without an engine's help."""
-    if guides is not None or loop_gate.Engine is not Engine:
-        return ask(model, asked, most, guides)
-    weights = [*model.net.state_dict().values(), *(model.router.state_dict().values() if model.router else ())]
-    sha = sha256(b"".join(tensor.numpy().tobytes() for tensor in weights))
-    sha.update(repr((model.config, model.router and model.router.calibration, most)).encode())
-    sha.update(repr([row.prompt.ids for row in asked]).encode())
-    if (key := sha.hexdigest()) not in KNOWN:
-        KNOWN[key] = ask(model, asked, most, guides)
-    return KNOWN[key]
-
-
 @pytest.fixture(autouse=True)
 def short(untimed: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_gate, "MOST_TOKENS", MOST_TOKENS)
-    monkeypatch.setattr(loop_gate, "_answers", known_or_asked)
+    monkeypatch.setattr("shoal.loop.gate.MOST_TOKENS", MOST_TOKENS)
 
 
 @pytest.fixture(scope="module")
