@@ -31,7 +31,7 @@ class Recipe(Stage):
         typer.Option("--from", help="With NAME new: a .jsonl of chats, or a folder of .txt and .md. [none is begun]"),
     ] = None
     out: Annotated[Path, typer.Option(help="Folder to write; empty, or of the same recipe.")]
-    minutes: Annotated[float, typer.Option(help="Minutes of learning in all.")] = 9.0
+    minutes: Annotated[float, typer.Option(help="Minutes of learning in all.")] = 8.0
     seed: Annotated[int, typer.Option(help="Seed of the data and of fresh weights.")] = 0
     workers: Annotated[int, typer.Option(help="Training workers, one process each.")] = 2
     model: Annotated[
