@@ -31,7 +31,7 @@ GROUP = 64  # GPUs that share one model at most; more are groups that each hold 
 ROOM = 0.8  # of a GPU's memory that an estimate may fill before more is computed again
 HOST_LINK = 25e9  # bytes a second from a GPU to its host's memory (PCIe 4 x16)
 # Measured on two cores and logged: preparing 1 GB, and one-token events through one gateway process.
-PREPARE_SECONDS = 0.78  # of a processor, a MB of text
+PREPARE_SECONDS = 0.65  # of a processor, a MB of text
 GATEWAY_EVENTS = 3800  # a second
 BYTES_A_TOKEN = 4.0  # of English text with a vocabulary of 65,536
 BYTES_A_DOCUMENT = 5000.0  # of web pages' text

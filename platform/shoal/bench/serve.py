@@ -48,6 +48,7 @@ PARTS = ("start", "latency", "throughput", "overload", "scale")
 PROMPT = 32  # tokens
 CLIENTS = 16
 REQUESTS = 3  # of each client in `throughput`, one after the other
+SINGLE = 10  # requests of each round in `latency`
 TIMES_OVER = 10
 DOWN_SECONDS = 10.0  # before a replica is taken away, in `scale`
 SAMPLE_SECONDS = 0.5
@@ -193,10 +194,12 @@ def _latency(bench: Bench) -> dict[str, Any]:
     async def pairs_of() -> list[tuple[float, float]]:
         found = []
         async with httpx.AsyncClient(timeout=LIMIT_SECONDS) as client:
-            for number in range(10 * bench.rounds + 1):
-                before = bench.stats()["time_to_first_token_seconds_sum"]
+            before = await _counted(bench, 0)
+            for number in range(SINGLE * bench.rounds + 1):
                 reply = await _ask(client, bench, bench.body(number + 1, 4))
-                found.append((reply.first, bench.stats()["time_to_first_token_seconds_sum"] - before))
+                after = await _counted(bench, before[0] + 1)
+                found.append((reply.first, after[1] - before[1]))
+                before = after
         return found
 
     pairs = asyncio.run(pairs_of())
@@ -206,6 +209,23 @@ def _latency(bench: Bench) -> dict[str, Any]:
         "requests": len(added), "http_ms": statistics.median(http), "engine_ms": statistics.median(engine),
         "added_ms": statistics.median(added), "added_p90_ms": statistics.quantiles(added, n=10)[-1],
     }  # fmt: skip
+
+
+async def _counted(bench: Bench, least: float) -> tuple[float, float]:
+    """How many first tokens the engines have told of, and their seconds together. /metrics says what engines said up to a
+    second ago, so it is read until they are `least`. Raises ResourceError where they are more, which others asked for, or
+    stay fewer."""
+    name, limit = "time_to_first_token_seconds", time.monotonic() + LIMIT_SECONDS
+    while True:
+        stats = await asyncio.to_thread(bench.stats)
+        count = stats[f"{name}_count"]
+        if (least and count > least) or time.monotonic() > limit:
+            raise ResourceError(
+                "the first tokens of the service", got=count, allowed=least, do="let nobody else ask it"
+            )
+        if count >= least:
+            return count, stats[f"{name}_sum"]
+        await asyncio.sleep(SAMPLE_SECONDS / 10)
 
 
 def _throughput(bench: Bench) -> dict[str, Any]:
