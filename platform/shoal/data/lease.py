@@ -2,7 +2,8 @@
 few seconds. One that is not is a killed command's, and the next takes it over.
 
 Notable: whether it was written again is told by its tag, and how long ago by S3's own clock, so no two machines' clocks are
-compared. All writes are conditional: of two commands that want it at once one gets it.
+compared. All writes are conditional: of two commands that want it at once one gets it. Tasks of a command look at it before
+they write what they made (`Place.need_held`): they may go on where the command itself stands still.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from shoal.data.place import WORK, Bucket
+from shoal.data.place import LEASE, Bucket, said
 from shoal.errors import DataError
 
-NAME = f"{WORK}/lease.json"
+NAME = LEASE
 SECONDS, RENEWED = 30.0, 5.0  # after which one is over that was not written again, and between two writings
 LOOK = 0.5  # seconds between two looks at another's
 
@@ -114,15 +115,6 @@ def leased(bucket: Bucket, run: str, *, command: str = "prepare", name: str = NA
         yield lease
     finally:
         lease.end()
-
-
-def said(bucket: Bucket, name: str = NAME) -> dict[str, Any]:
-    """What the lease says, of whom it is: ``run`` and ``who``; empty where there is none."""
-    try:
-        told = json.loads(bucket.text(name) or b"{}")
-    except ValueError:
-        return {}
-    return told if isinstance(told, dict) else {}
 
 
 def _age(head: dict[str, Any]) -> float:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import posixpath
 import shutil
@@ -32,6 +33,7 @@ from shoal.data.sources.s3 import S3
 from shoal.errors import DataError, ResourceError
 
 WORK = ".prepare"  # folder there, until the corpus is finished
+LEASE = f"{WORK}/lease.json"  # says which command works there (`data.lease`)
 SPARED = 600.0  # seconds after it was used in which a file stays on this machine, whatever the bound says
 _LOST = ("404", "NoSuchKey")  # what S3 answers where there is no such object
 
@@ -49,7 +51,8 @@ class Place:
 
     @property
     def folder(self) -> Path:
-        """This machine's folder of it, made where it is not there; those of earlier commands go. Raises ResourceError."""
+        """This machine's folder of it, made where it is not there; those of earlier commands go, where this one works there.
+        Raises ResourceError."""
         cache = ranged.cache()
         try:
             folder = _folder(self, cache)
@@ -68,6 +71,19 @@ class Place:
     @property
     def bucket(self) -> Bucket:
         return _bucket(self.uri, self.service)
+
+    def is_held(self) -> bool:
+        """Whether the lease there is this command's."""
+        return said(self.bucket, LEASE).get("run") == self.run
+
+    def need_held(self) -> None:
+        """Raises DataError where another command has taken over: of one that stood still, or that nobody reached, tasks go on."""
+        if not self.is_held():
+            raise DataError(
+                f"another prepare took over {self.uri}",
+                got="a task of the one before it, which writes nothing",
+                do="let that one end, and give another --out",
+            )
 
     def leave(self) -> None:
         """Remove what this machine has of it."""
@@ -231,6 +247,22 @@ def put(path: Path) -> str | None:
     return tag
 
 
+def need_held(path: Path) -> None:
+    """`Place.need_held` where `path` is of a corpus that is made in S3."""
+    place, _ = _of(path)
+    if place is not None:
+        place.need_held()
+
+
+def said(bucket: Bucket, name: str) -> dict[str, Any]:
+    """What a lease says, of whom it is: ``run`` and ``who``; empty where there is none."""
+    try:
+        told = json.loads(bucket.text(name) or b"{}")
+    except ValueError:
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
 def bucket_of(path: Path) -> tuple[Bucket, str] | None:
     """Where `path` lies in S3: bucket and name there; None where it is a file and no more."""
     place, name = _of(path)
@@ -250,8 +282,9 @@ def _of(path: Path) -> tuple[Place | None, str]:
 def _folder(place: Place, cache: Path) -> Path:
     folder = cache / "prepare" / _digest(place.uri) / place.run
     folder.mkdir(parents=True, exist_ok=True)
-    for other in folder.parent.iterdir():
-        if other != folder:
+    others = [other for other in folder.parent.iterdir() if other != folder]
+    if others and place.is_held():  # who only looks, or was taken over, has no right to what another works in
+        for other in others:
             shutil.rmtree(other, ignore_errors=True)
     _known[folder] = place
     return folder

@@ -30,8 +30,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from shoal.data.lease import leased, said
-from shoal.data.place import Bucket
+from shoal.data.lease import leased
+from shoal.data.place import Bucket, said
 from shoal.data.ranged import cache, room
 from shoal.data.remote import is_remote
 from shoal.data.sources.s3 import S3

@@ -22,6 +22,7 @@ from shoal.data.documents import SourceSpec
 from shoal.data.lease import Lease
 from shoal.data.operators.pipeline import Operators
 from shoal.data.place import WORK, Bucket
+from shoal.data.publish import published
 from shoal.data.shards import INDEX, open_index
 from shoal.data.sources.s3 import S3
 from shoal.errors import DataError, ResourceError
@@ -304,6 +305,67 @@ def test_a_command_whose_lease_another_took_completes_nothing(
         prepare(URI, **ask, s3=s3.inside, on_progress=taken)
     assert bucket.tag(INDEX) is None and bucket.tag(lease.NAME) is not None
     other.end()
+
+
+def test_tasks_of_a_command_whose_lease_another_took_write_nothing(
+    bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any]
+) -> None:
+    """It was noticed when the corpus was to be completed: until then its shards came to lie over those of the other."""
+    other = Lease(bucket, "another")
+
+    def taken(what: str, done: int, total: int) -> None:
+        if what == "encode and pack" and not done:
+            other.take()
+
+    with pytest.raises(DataError, match=f"another prepare took over {URI}") as caught:
+        prepare(URI, **ask, s3=s3.inside, on_progress=taken)
+    assert "\n" not in str(caught.value) and not [name for name, _ in bucket.sizes() if name.endswith("-000.arrow")]
+    other.end()
+
+
+def test_a_task_that_goes_on_where_nobody_reaches_it_changes_nothing_of_the_next_command(
+    bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any], undisturbed: dict[str, bytes], monkeypatch
+) -> None:
+    """Of a node that was given up: it wrote shards of another request under the same names, as long to the byte."""
+    each, left = machines.each, list[Any]()
+
+    def given_up(task: Any, jobs: Any, sizes: Any, what: str, on_progress: Any) -> Iterator[Any]:
+        if what == "encode and pack" and not left:
+            left.extend((task, job) for job in jobs)
+            raise KeyboardInterrupt
+        yield from each(task, jobs, sizes, what, on_progress)
+
+    refused = []
+
+    def late(what: str, done: int, total: int) -> None:
+        if what == "draw chats" and not done:
+            for task, job in left:
+                with monkeypatch.context() as here, pytest.raises(DataError, match="another prepare took over") as caught:
+                    here.setenv("SHOAL_CACHE", str(machines.folders[0]))
+                    task(*job)
+                refused.append(caught)
+
+    monkeypatch.setattr("shoal.on_ray.prepare.each", given_up)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(URI, **{**ask, "mix": {"text": 1.0}, "seed": 6}, s3=s3.inside)
+    prepare(URI, **ask, s3=s3.inside, on_progress=late)
+    assert len(refused) == PARTS and contents(bucket) == undisturbed
+
+
+def test_two_that_look_at_a_finished_corpus_at_once_both_find_it(
+    bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second removed what the first had just fetched, which then said that there is no prepared corpus."""
+    report, found = prepare(URI, **ask, s3=s3.inside), []
+
+    def fetched(place: place.Place) -> None:
+        published(place)
+        if not found:
+            found.append(None)
+            found.append(prepare(URI, **ask, s3=s3.inside))
+
+    monkeypatch.setattr("shoal.on_ray.prepare.published", fetched)
+    assert prepare(URI, **ask, s3=s3.inside) == report == found[1]
 
 
 def test_a_cache_has_its_bound_and_what_goes_is_fetched_again(
