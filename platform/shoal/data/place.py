@@ -8,7 +8,8 @@ Tasks read and write files as ever. What a task made is put (`put`) before its r
 fetched when it is opened (`here`). So no folder is shared, and a machine that is lost takes nothing with it.
 
 Notable: a machine's folder is of one command, since the next may give the same names to other bytes. It has the bound of the
-cache (`SHOAL_CACHE_BYTES`): what was not used for a while goes, and is fetched again where it is wanted.
+cache (`SHOAL_CACHE_BYTES`): what was not used for a while goes, and is fetched again where it is wanted. What lies nowhere else yet
+stays, however long its task takes: a shard is put when its part is done.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import os
 import posixpath
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ from shoal.errors import DataError, ResourceError
 
 WORK = ".prepare"  # folder there, until the corpus is finished
 LEASE = f"{WORK}/lease.json"  # says which command works there (`data.lease`)
+THERE = 0o444  # mode of a file that lies in S3 as well; the others, of tasks that are at work, must not go
 SPARED = 600.0  # seconds after it was used in which a file stays on this machine, whatever the bound says
 _LOST = ("404", "NoSuchKey")  # what S3 answers where there is no such object
 
@@ -304,9 +307,15 @@ def _code(error: Any) -> str:
 
 
 def _added(place: Place, path: Path) -> None:
-    """Count a file in, and now and then keep the bound."""
+    """Count in a file that lies in S3 as well, and now and then keep the bound."""
     most = ranged.cache_bytes()
+    path.chmod(THERE)
     with ranged.room(place.folder):
         due = ranged.is_look_due(place.folder, path.stat().st_size, most)
     if due:
-        ranged.trim(place.folder.rglob("*.*"), most, before=time.time() - SPARED)
+        ranged.trim(place.folder.rglob("*.*"), most, before=time.time() - SPARED, may_go=_is_there)
+
+
+def _is_there(stats: os.stat_result) -> bool:
+    """Whether a file lies in S3 as well."""
+    return not stats.st_mode & stat.S_IWUSR

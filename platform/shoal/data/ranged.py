@@ -17,7 +17,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -219,15 +219,22 @@ def is_look_due(folder: Path, added: int, most: int) -> bool:
         os.close(counted)
 
 
-def trim(paths: Iterable[Path], most: int, before: float = math.inf) -> None:
+def trim(
+    paths: Iterable[Path],
+    most: int,
+    before: float = math.inf,
+    may_go: Callable[[os.stat_result], bool] = lambda stats: True,
+) -> None:
     """Remove the oldest of these files that are too many for `most` bytes, with some to spare; none that was used since
-    `before`, seconds by the clock."""
-    found = []
+    `before`, seconds by the clock, and of the others those that `may_go`."""
+    found, total = [], 0
     for path in paths:
         with suppress(FileNotFoundError):
             stats = path.stat()
-            found.append((stats.st_mtime_ns, stats.st_size, path))
-    over = sum(size for _, size, _ in found) - most * (LOOKS - 2) // LOOKS
+            total += stats.st_size
+            if may_go(stats):
+                found.append((stats.st_mtime_ns, stats.st_size, path))
+    over = total - most * (LOOKS - 2) // LOOKS
     for used, size, path in sorted(found):
         if over <= 0 or used >= before * 1e9:
             return

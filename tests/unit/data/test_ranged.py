@@ -55,6 +55,21 @@ def test_so_it_is_where_a_corpus_is_made(cache: Path, monkeypatch: pytest.Monkey
     assert MOST // 2 < most <= MOST + BLOCK
 
 
+def test_what_lies_nowhere_else_yet_stays_however_long_its_task_takes(cache: Path) -> None:
+    """The first shard of a part that takes ten minutes, or a file that is still written, went, and ended the command."""
+    here = Place("s3://ocean/made", S3("http://127.0.0.1:9"), "run")
+    only = [here.folder / name for name in ("train-text-00000-000.arrow", ".train-text-00000-001.arrow.5eC0.7.tmp")]
+    for path in only:
+        path.write_bytes(bytes(4 * BLOCK))
+        os.utime(path, (1, 1))
+    for number in range(160):
+        path = here.work / f"{number:05}.arrow"
+        path.write_bytes(bytes(BLOCK))
+        os.utime(path, (2 + number, 2 + number))
+        place._added(here, path)
+    assert all(path.exists() for path in only) and held(cache) <= MOST + BLOCK
+
+
 def test_a_block_that_is_taken_away_while_it_is_written_is_read_nevertheless(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
