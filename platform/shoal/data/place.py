@@ -90,7 +90,7 @@ class Place:
 
     def leave(self) -> None:
         """Remove what this machine has of it."""
-        folder = ranged.cache() / "prepare" / _digest(self.uri)
+        folder = _corpus(self, ranged.cache())
         _known.pop(folder / self.run, None)
         _folder.cache_clear()
         shutil.rmtree(folder / self.run, ignore_errors=True)
@@ -283,7 +283,7 @@ def _of(path: Path) -> tuple[Place | None, str]:
 
 @lru_cache(maxsize=16)
 def _folder(place: Place, cache: Path) -> Path:
-    folder = cache / "prepare" / _digest(place.uri) / place.run
+    folder = _corpus(place, cache) / place.run
     folder.mkdir(parents=True, exist_ok=True)
     others = [other for other in folder.parent.iterdir() if other != folder]
     if others and place.is_held():  # who only looks, or was taken over, has no right to what another works in
@@ -298,8 +298,10 @@ def _bucket(uri: str, service: S3) -> Bucket:
     return Bucket(uri, service)
 
 
-def _digest(uri: str) -> str:
-    return hashlib.sha256(uri.encode()).hexdigest()[:32]
+def _corpus(place: Place, cache: Path) -> Path:
+    """The folder of all commands at one address of one service."""
+    address = "\0".join((place.service.resolved().endpoint, place.uri))
+    return cache / "prepare" / hashlib.sha256(address.encode()).hexdigest()[:32]
 
 
 def _code(error: Any) -> str:

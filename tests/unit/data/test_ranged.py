@@ -70,6 +70,16 @@ def test_what_lies_nowhere_else_yet_stays_however_long_its_task_takes(cache: Pat
     assert all(path.exists() for path in only) and held(cache) <= MOST + BLOCK
 
 
+def test_two_services_may_have_corpora_of_one_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command at the one removed what this machine had made for the other."""
+    monkeypatch.setattr(Place, "is_held", lambda place: True)
+    one, other = (Place("s3://ocean/made", S3(f"http://127.0.0.1:{port}"), f"run{port}") for port in (8, 9))
+    (one.work / "00000.arrow").write_bytes(b"documents")
+    assert other.work != one.work and (one.work / "00000.arrow").read_bytes() == b"documents"
+    other.leave()
+    assert (one.work / "00000.arrow").exists() and not list(cache.rglob("run9"))
+
+
 def test_a_block_that_is_taken_away_while_it_is_written_is_read_nevertheless(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
