@@ -17,12 +17,13 @@ from shoal import presets
 from shoal.data import copies, ranged, remote
 from shoal.data.batches import PretrainBatches
 from shoal.data.documents import MODALITIES
+from shoal.data.place import Bucket
 from shoal.data.shards import SPLITS, Rows, open_index, write_index
 from shoal.errors import DataError, ResourceError
 from shoal.train.loop import fit
 from shoal.train.plan import located, pretrain_plan
 from tests.corpus import write_corpus
-from tests.s3 import Service, service, upload
+from tests.s3 import Service, at_once, service, upload
 
 BLOCK = 1024  # bytes
 URI = "s3://corpora/large"
@@ -245,6 +246,37 @@ def test_one_whose_shards_stay_in_s3_keeps_no_part_of_them(corpus: Path, cache: 
     shutil.copy(corpus / shard, folder / shard)
     (folder / "index.json").unlink()  # as if it had been fetched by half
     assert shard not in names(remote.local(URI)) and ranged.ORIGIN in names(folder)
+
+
+def test_a_corpus_that_lies_at_two_addresses_is_read_at_the_one_that_is_given(s3: Service, corpus: Path) -> None:
+    """The copy is that of its index, whichever address it came from: shards were asked for at the first for good."""
+    first = Bucket("s3://corpora/before-it-moved", s3.s3)
+    upload(corpus, first.uri, s3.s3)
+    folder = remote.local(first.uri)
+    first.remove([name for name, _ in first.sizes()])
+    assert remote.local(URI) == folder
+    assert Rows(folder, open_index(folder), "train", "text")[0][0].tolist()
+
+
+def test_a_file_that_is_replaced_while_it_is_fetched_is_not_kept_as_the_one_before(s3: Service) -> None:
+    """Its copy has a name that follows from the tag that was listed, and held what another had put meanwhile."""
+    key = {"Bucket": "corpora", "Key": "chats/c.jsonl"}
+    s3.client.put_object(**key, Body=b"{1}\n")
+
+    def replaced(method: str, path: str, port: int) -> None:
+        if "list-type" in path:
+            s3.before = at_once
+            s3.client.put_object(**key, Body=b"{2}\n")
+
+    s3.before = replaced
+    try:
+        with pytest.raises(DataError, match=r"c\.jsonl was replaced while it was fetched; run it again"):
+            remote.local("s3://corpora/chats/c.jsonl")
+    finally:
+        s3.before = at_once
+    assert remote.local("s3://corpora/chats/c.jsonl").read_bytes() == b"{2}\n"
+    s3.client.put_object(**key, Body=b"{1}\n")
+    assert remote.local("s3://corpora/chats/c.jsonl").read_bytes() == b"{1}\n"
 
 
 def test_a_file_for_which_there_is_no_room_is_one_line(

@@ -89,6 +89,8 @@ def local(place: str | Path, service: S3 | None = None) -> Path:
                             here = {}
                         _fetch(client, bucket, key, folder, files)
                         _check(folder, here | {TOKENIZER: listed.tokenizer_sha256}, uri)
+            elif (folder / ORIGIN).is_file():
+                write_origin(folder, uri, service)  # the same corpus may lie elsewhere too, and be gone there
     return folder
 
 
@@ -117,6 +119,9 @@ def _file(uri: str, service: S3) -> Path:
                             do="set SHOAL_CACHE_BYTES higher",
                         )
                     client.download_file(bucket, key, str(copy))  # renamed when it is complete
+                if client.head_object(Bucket=bucket, Key=key)["ETag"] != found[0]["ETag"]:
+                    copy.unlink()  # it may be the one or the other
+                    raise DataError(f"{uri} was replaced while it was fetched", do="run it again")
     return copy
 
 
