@@ -270,7 +270,7 @@ def test_a_file_that_is_replaced_while_it_is_fetched_is_not_kept_as_the_one_befo
 
     s3.before = replaced
     try:
-        with pytest.raises(DataError, match=r"c\.jsonl was replaced while it was fetched; run it again"):
+        with pytest.raises(DataError, match=r"c\.jsonl was replaced while it was fetched: run it again"):
             remote.local("s3://corpora/chats/c.jsonl")
     finally:
         s3.before = at_once

@@ -51,7 +51,8 @@ Item = TypeVar("Item")
 class Found:
     """What reading a part gave, beside the documents in its file and their identities."""
 
-    text_bytes: Counter[str] = field(default_factory=Counter)  # of the texts in UTF-8, by modality
+    # of the texts in UTF-8, by modality: what a tokenizer's sample may take of them, of each at most `SAMPLE_TEXT`
+    text_bytes: Counter[str] = field(default_factory=Counter)
     documents: int = 0
     drops: Drops = field(default_factory=dict)
     changes: Drops = field(default_factory=dict)  # operator -> what it changed -> times
@@ -128,7 +129,7 @@ def read_part(
                 if near_copies:
                     near.add(len(identities), document)
                 identities.add(Identity(fingerprint(document), document.group, document.modality, heldout))
-                found.text_bytes[document.modality] += len(document.text.encode())
+                found.text_bytes[document.modality] += len(_begins(document.text, SAMPLE_TEXT).encode())
                 yield document
 
         for some in batched(kept(), _size):
@@ -160,8 +161,8 @@ def sample(paths: Iterable[Path], splits: Iterable[Sequence[str | None]]) -> lis
 
 
 def shares(text_bytes: Mapping[str, int], vocab: int) -> dict[str, float]:
-    """Which share of the documents of each modality `draw_sample` is to draw, by the bytes of their texts, for a vocabulary of
-    so many tokens."""
+    """Which share of the documents of each modality `draw_sample` is to draw, by the bytes that it may take of their texts, for a
+    vocabulary of so many tokens."""
     most = max(SAMPLE_BYTES, vocab * SAMPLE_A_TOKEN)
     return {modality: min(1.0, most / count) for modality, count in text_bytes.items() if count}
 

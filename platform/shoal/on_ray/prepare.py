@@ -231,7 +231,7 @@ def decide(decision: Decision, sizes: list[int], packed: Packed, on_progress: Pr
 def _tokenizer(
     decision: Decision, besides: list[int], text_bytes: Counter[str], job: _Job, on_progress: Progress
 ) -> Tokenizer:
-    """Fitted to a sample of the training documents, which the tasks draw. `text_bytes`: of each modality."""
+    """Fitted to a sample of the training documents, which the tasks draw. `text_bytes`: what they may draw of each modality."""
     vocab = job.preset.model.vocab
     if len(decision.parts) <= parts.SAMPLED_WHOLE:
         (text,) = each(fit_whole, [(decision, besides, vocab)], [1], "fit the tokenizer", on_progress)

@@ -266,6 +266,21 @@ def test_a_drawn_sample_has_as_many_bytes_in_any_script(tmp_path: Path, monkeypa
     assert max(len(text.encode()) for text in parts.sampled([tmp_path / ".drawn"])) in (98, 99, 100)
 
 
+def test_a_sample_of_long_texts_is_as_large_as_one_of_short_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their share was that of all of their bytes, and taken of each were the first: of books a hundredth of what was meant."""
+    monkeypatch.setattr(parts, "SAMPLE_BYTES", 10_000)
+    monkeypatch.setattr(parts, "SAMPLE_TEXT", 100)
+    draws, raw = random.Random(3), tmp_path / "raw"
+    raw.mkdir()
+    for number in range(400):
+        (raw / f"{number:03}.txt").write_text(" ".join(f"word{draws.randrange(10**6)}" for _ in range(300)))
+    path = tmp_path / ".books"
+    found = parts.read_part(list_files(SourceSpec("s", str(raw))), path, near_copies=False)
+    shares = parts.shares(found.text_bytes, 0)
+    drawn = parts.draw_sample(path, ["train"] * found.documents, shares, 3, tmp_path / ".drawn")
+    assert found.documents == 400 and 8_000 < drawn["text"] < 12_000, (found.text_bytes, shares)
+
+
 def test_a_large_corpus_has_parts_of_more_bytes_and_not_more_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a task that reads a span of keys out of every part would read crumbs."""
     monkeypatch.setattr(parts, "MOST_PARTS", 10)
