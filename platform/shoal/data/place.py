@@ -206,11 +206,20 @@ class Bucket:
         return str(put["ETag"])
 
     def remove(self, names: list[str]) -> None:
-        """Remove objects, where they are."""
+        """Remove objects, where they are. Raises DataError for some that S3 keeps, which says so in an answer that is none of a
+        fault."""
+        kept: list[dict[str, str]] = []
         with told(self.uri):
             for at in range(0, len(names), 1000):  # as many as one request may name
                 keys = [{"Key": self._prefix + name} for name in names[at : at + 1000]]
-                self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": keys, "Quiet": True})
+                answer = self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": keys, "Quiet": True})
+                kept += (one for one in answer.get("Errors", ()) if one["Code"] not in _LOST)
+        if kept:
+            raise DataError(
+                f"{self.uri}: {len(kept)} objects cannot be removed",
+                got=f"{kept[0]['Code']} for {kept[0]['Key'][len(self._prefix) :]}",
+                do="give the right to delete there (s3:DeleteObject), and run it again",
+            )
 
     def _unless_lost(self, ask: Callable[[], T]) -> T | None:
         from botocore.exceptions import ClientError

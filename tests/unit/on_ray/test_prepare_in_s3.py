@@ -368,6 +368,22 @@ def test_two_that_look_at_a_finished_corpus_at_once_both_find_it(
     assert prepare(URI, **ask, s3=s3.inside) == report == found[1]
 
 
+def test_what_may_not_be_removed_is_one_line_and_not_left_in_silence(
+    bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any]
+) -> None:
+    """S3 answers 200, and in it what it did not do: the work folder of a corpus, as large as its text, lay there for good."""
+    never = {"Effect": "Deny", "Principal": "*", "Action": "s3:DeleteObject", "Resource": "arn:aws:s3:::ocean/*"}
+    s3.client.put_bucket_policy(Bucket="ocean", Policy=json.dumps({"Version": "2012-10-17", "Statement": [never]}))
+    try:
+        with pytest.raises(DataError, match=f"{URI}: [0-9]+ objects cannot be removed: got 'AccessDenied for ") as caught:
+            prepare(URI, **ask, s3=s3.inside)
+        assert "\n" not in str(caught.value) and bucket.tag(INDEX) is not None, "the corpus is there, and can be read"
+    finally:
+        s3.client.delete_bucket_policy(Bucket="ocean")
+    prepare(URI, **ask, s3=s3.inside)
+    assert not [name for name, _ in bucket.sizes(WORK)]
+
+
 def test_a_cache_has_its_bound_and_what_goes_is_fetched_again(
     bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any], undisturbed: dict[str, bytes], monkeypatch
 ) -> None:
