@@ -38,6 +38,7 @@ WORK = ".prepare"  # folder there, until the corpus is finished
 LEASE = f"{WORK}/lease.json"  # says which command works there (`data.lease`)
 THERE = 0o444  # mode of a file that lies in S3 as well; the others, of tasks that are at work, must not go
 SPARED = 600.0  # seconds after it was used in which a file stays on this machine, whatever the bound says
+LEFT_BEHIND = 86400.0  # seconds after which a folder of another corpus is a killed command's
 _LOST = ("404", "NoSuchKey")  # what S3 answers where there is no such object
 
 T = TypeVar("T")
@@ -298,8 +299,20 @@ def _folder(place: Place, cache: Path) -> Path:
     if others and place.is_held():  # who only looks, or was taken over, has no right to what another works in
         for other in others:
             shutil.rmtree(other, ignore_errors=True)
+    for other in folder.parent.parent.glob("*/*"):  # of another corpus, whose command may work here beside this one
+        if other.parent != folder.parent and _last_used(other) < time.time() - LEFT_BEHIND:
+            shutil.rmtree(other, ignore_errors=True)
     _known[folder] = place
     return folder
+
+
+def _last_used(folder: Path) -> float:
+    """When anything in it was, seconds by the clock."""
+    used = 0.0
+    for path in (folder, *folder.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):
+            used = max(used, path.stat().st_mtime)
+    return used
 
 
 @lru_cache(maxsize=16)

@@ -80,6 +80,18 @@ def test_two_services_may_have_corpora_of_one_name(cache: Path, monkeypatch: pyt
     assert (one.work / "00000.arrow").exists() and not list(cache.rglob("run9"))
 
 
+def test_what_a_killed_command_left_of_another_corpus_goes_once_nobody_used_it_for_a_day(cache: Path) -> None:
+    """Each that was killed on a machine left as much there as the cache may hold, for good."""
+    service, day = S3("http://127.0.0.1:9"), place.LEFT_BEHIND
+    for name, age in (("killed", day + 60), ("working", day - 60)):
+        made = Place(f"s3://ocean/{name}", service, name).work
+        (made / "00000.arrow").write_bytes(bytes(BLOCK))
+        for path in (made / "00000.arrow", made, made.parent):
+            os.utime(path, 2 * (time.time() - age,))
+    assert Place("s3://ocean/next", service, "next").work.is_dir()
+    assert sorted(path.name for path in cache.glob("prepare/*/*")) == ["next", "working"]
+
+
 def test_a_block_that_is_taken_away_while_it_is_written_is_read_nevertheless(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
