@@ -10,9 +10,12 @@ from shoal.errors import DataError
 from shoal.train.bucket import store_of
 from shoal.train.plan import REPLAY_EVERY, fingerprint
 
+MOST_ROWS = 2**18  # that are looked at of a run; baselines are fitted to 16 MB of them
+
 
 def rows_read(runs: Iterable[str | Path], data: Path) -> dict[str, list[int]]:
-    """Modality -> numbers of the training rows in `data` that any of `runs` read, each once however often it was read.
+    """Modality -> numbers of the training rows in `data` that any of `runs` read, each once however often it was read; of a run
+    that read more than `MOST_ROWS`, of evenly spaced updates.
 
     `runs`: folders of training runs, on the shards themselves or on chats with the shards as replay. Raises DataError for one
     that left no checkpoint, and when none read `data`.
@@ -33,7 +36,8 @@ def rows_read(runs: Iterable[str | Path], data: Path) -> dict[str, list[int]]:
         batch_rows = max(1, train["batch_tokens"] // length)
         order = PretrainBatches(data, mix=trained.get("mix"), seed=train["seed"], batch_rows=batch_rows)
         every = state.trained.get("replay_every", REPLAY_EVERY) if replays else 1
-        for step in range(state.step // every):
+        steps = state.step // every
+        for step in range(0, steps, max(1, -(-steps * batch_rows // MOST_ROWS))):
             for modality, row in order.rows(step):
                 found.setdefault(modality, set()).add(row)
     if asked and not found:

@@ -18,7 +18,7 @@ import re
 import shutil
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -210,7 +210,7 @@ def _gated(recent: Path) -> Asked:
     return found
 
 
-def _fitted_to(held: Path, half: Collection[int], apart: Sequence[Asked]) -> list[dict[str, Any]]:
+def _fitted_to(held: Path, half: Container[int], apart: Sequence[Asked]) -> list[dict[str, Any]]:
     found = []
     for line in lines(held):
         with chats_of(held):
