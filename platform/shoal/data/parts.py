@@ -114,7 +114,10 @@ def read_part(
     files: Sequence[File], path: Path, pipeline: Pipeline | None = None, *, seed: int = 0, near_copies: bool = True
 ) -> Found:
     """Read the files of a part and run the operators [the default ones]; the documents go to `path`, and beside it their
-    identities, drawn by `seed`, and what near copies are found by, where they are looked for."""
+    identities, drawn by `seed`, and what near copies are found by, where they are looked for. Raises DataError where this
+    machine does not see a source."""
+    for file in {id(file.spec): file for file in files}.values():
+        file.store.need(file.spec)
     pipeline = pipeline or Pipeline(Operators())
     found, identities, near = Found(), Identities(seed), Signatures()
     pipeline.take_changes()  # of a part that failed

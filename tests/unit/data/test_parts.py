@@ -22,6 +22,7 @@ from shoal.data.parts import BATCH, BATCH_SIZE, batched, split_files
 from shoal.data.shards import TOKENIZER
 from shoal.data.sources.files import File, Local, list_files
 from shoal.data.tables import Parts
+from shoal.errors import DataError
 from shoal.inputs.tokenizer import Tokenizer
 
 
@@ -279,6 +280,21 @@ def test_a_sample_of_long_texts_is_as_large_as_one_of_short_ones(tmp_path: Path,
     shares = parts.shares(found.text_bytes, 0)
     drawn = parts.draw_sample(path, ["train"] * found.documents, shares, 3, tmp_path / ".drawn")
     assert found.documents == 400 and 8_000 < drawn["text"] < 12_000, (found.text_bytes, shares)
+
+
+def test_a_source_that_this_machine_does_not_see_is_one_line_and_no_smaller_corpus(tmp_path: Path) -> None:
+    """On a cluster whose machines share no folder all that the others read was counted as gone, and the corpus was finished."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (raw / name).write_text("The nets were mended by lamplight while the wind turned. " * 3)
+    files = list_files(SourceSpec("tales", str(raw)))
+    (raw / "b.txt").unlink()
+    assert parts.read_part(files, tmp_path / ".part").drops == {"read": Counter(["not a regular file"])}
+    raw.rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"source tales: .*raw does not exist on .*: put it where every machine sees it"):
+        parts.read_part(files, tmp_path / ".other")
+    assert not (tmp_path / ".other").exists()
 
 
 def test_a_large_corpus_has_parts_of_more_bytes_and_not_more_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
