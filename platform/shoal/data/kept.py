@@ -12,9 +12,11 @@ import base64
 import dataclasses
 import json
 import os
+import platform
 import typing
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +28,8 @@ from shoal.data import place
 from shoal.machine import write_aside
 
 AT_ONCE = 1024  # values that are JSON together
+# what mends, hashes, decodes, tells the language and fits a tokenizer; Python itself parses code and HTML
+LIBRARIES = ("datasketch", "ftfy", "numpy", "pillow", "py3langid", "pyarrow", "tokenizers", "xxhash")
 
 T = TypeVar("T")
 
@@ -47,9 +51,10 @@ def digest_of_list(values: Iterable[Any]) -> str:
 
 
 def code_digest() -> str:
-    """Of the code that makes a corpus: what other code made is not gone on with."""
+    """Of the code that makes a corpus, ours and what it calls: what other code made is not gone on with."""
     folders = (Path(__file__).parent, Path(inputs.__file__).parent)
-    return digest([[path.name, _hash(path)] for folder in folders for path in sorted(folder.rglob("*.py"))])
+    ours = [[path.name, _hash(path)] for folder in folders for path in sorted(folder.rglob("*.py"))]
+    return digest(ours, [[name, metadata.version(name)] for name in LIBRARIES], platform.python_version())
 
 
 def kept(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,14 @@ def test_a_packed_part_comes_back_as_it_was() -> None:
 def test_a_digest_tells_requests_apart() -> None:
     assert digest(1, "a") == digest(1, "a") != digest("a", 1)
     assert code_digest() == code_digest()
+
+
+@pytest.mark.parametrize("name", ["ftfy", "tokenizers"])
+def test_what_another_version_of_a_library_made_is_not_gone_on_with(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the texts of a corpus were mended by the one, and half by the other."""
+    before, version = code_digest(), metadata.version
+    monkeypatch.setattr(metadata, "version", lambda of: version(of) + ".1" * (of == name))
+    assert code_digest() != before
 
 
 @given(st.lists(st.lists(st.one_of(st.integers(), st.text(), st.dictionaries(st.text(), st.integers())))))
