@@ -132,6 +132,8 @@ class RangedShard:
 
     def read(self, start: int, length: int) -> bytes:
         """Bytes of the file. Raises DataError where they cannot be had, ResourceError where the disk is full."""
+        if start < 0 or length < 0 or start + length > self._size:  # by what a broken file says of itself
+            raise _other(self._origin, self._name, f"a row at {start}, of {length} bytes", self._size)
         numbers = range(start // BLOCK, -(-(start + length) // BLOCK))
         data = b"".join(self._blocks.get(self._origin, self._name, self._size, number) for number in numbers)
         first = start - numbers.start * BLOCK

@@ -38,6 +38,7 @@ SPLITS = ("train", "heldout")
 SHARD_BYTES = 256 * 2**20  # of one file, about
 BATCH_BYTES = 32 * 2**20  # of the rows that are written at once, which a writer holds
 OPENED = 256  # batches of each split and modality that are mapped at once
+MOST_BYTES = 2**46  # of a shard that an index may speak of: memory stands for its bytes where they stay in S3
 STATED = 1024  # shards whose sizes are looked at when a corpus is opened; of more, each when it is first read
 INDEX, TOKENIZER = "index.json", "tokenizer.json"
 
@@ -168,6 +169,9 @@ def _read_index(path: Path, *stamp: int) -> Index:
             raise DataError(
                 f"{path}: shard", got=shard.file, allowed="names of files in its folder", do="prepare again"
             )
+        if shard.rows < 1 or not 0 < shard.size < MOST_BYTES:
+            got, allowed = f"{shard.rows} rows, {shard.size} bytes", f"rows, and bytes up to {MOST_BYTES}"
+            raise DataError(f"{path}: shard {shard.file}", got=got, allowed=allowed, do="prepare again")
     return index
 
 
@@ -293,6 +297,8 @@ class Rows:
             need_size(path, shard)
             file = pa.ipc.open_file(pa.memory_map(str(path)))
             batches = [file.get_batch(number) for number in range(file.num_record_batches)]
+            for batch in batches:  # what a row has of the file is told by the file: read beyond its end, a process is killed
+                batch.validate(full=True)
         except (OSError, EOFError, pa.ArrowException) as error:
             raise DataError(f"shard {path} cannot be read", got=str(error)[:160], do="prepare again") from error
         rows = sum(map(len, batches))

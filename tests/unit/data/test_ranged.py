@@ -11,8 +11,9 @@ import pytest
 
 from shoal.data import place, ranged
 from shoal.data.place import Place
-from shoal.data.ranged import BLOCK, Origin, _Blocks
+from shoal.data.ranged import BLOCK, Origin, RangedShard, _Blocks
 from shoal.data.sources.s3 import S3
+from shoal.errors import DataError
 
 MOST = 64 * BLOCK
 HERE = Origin("s3://ocean/corpus")
@@ -120,3 +121,11 @@ def test_what_is_used_while_the_cache_is_looked_through_stays(cache: Path) -> No
 
     ranged.trim(looked(), 0, before=time.time() - 600)
     assert used.exists() and not old.exists()
+
+
+@pytest.mark.parametrize(("start", "length"), [(-8, 8), (2**20 - 4, 8), (0, 2**60), (8, -8)])
+def test_what_a_broken_shard_says_of_itself_is_not_asked_of_s3(start: int, length: int) -> None:
+    shard = RangedShard(HERE, "train-text-00000-000.arrow", 2**20, Path("corpus"))
+    assert len(shard.read(2**20 - 8, 8)) == 8
+    with pytest.raises(DataError, match=r"shard train-text-00000-000\.arrow: got 'a row at .* bytes'; allowed: "):
+        shard.read(start, length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -163,3 +164,35 @@ def test_of_many_shards_one_that_is_damaged_is_found_when_it_is_read(
     assert (read[0][0] == made[0].tokens).all()
     with pytest.raises(DataError, match=path.name):
         read[len(made) - 1]
+
+
+def test_a_shard_that_says_that_a_row_goes_on_beyond_its_end_is_refused(tmp_path: Path) -> None:
+    """What stands there was taken for the row's, or the process was killed by the system, which says nothing."""
+    index, _ = corpus(tmp_path, count=3, shard_bytes=10**6)
+    (shard,) = index.shards
+    path = tmp_path / shard.file
+    with pa.memory_map(str(path)) as source:
+        batch = pa.ipc.open_file(source).get_batch(0)
+        patches = batch.column("patches")
+        offsets = np.frombuffer(patches.buffers()[1], np.int64)[: len(batch) + 1].copy()
+        assert offsets[1] < offsets[2]
+        offsets[2] = 2**40
+        wrong = pa.Array.from_buffers(patches.type, len(batch), [None, pa.py_buffer(offsets), patches.buffers()[2]])
+        columns = {name: wrong if name == "patches" else batch.column(name) for name in batch.schema.names}
+        made = pa.record_batch(columns, batch.schema)
+        with pa.OSFile(str(tmp_path / "other"), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(made)
+    (tmp_path / "other").replace(path)
+    write_index(tmp_path, dataclasses.replace(index, shards=(dataclasses.replace(shard, size=path.stat().st_size),)))
+    with pytest.raises(DataError, match=f"shard .*{shard.file} cannot be read") as caught:
+        Rows(tmp_path, open_index(tmp_path), "train", "image")[1]
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"rows": 0}, {"rows": -3}, {"size": -1}, {"size": 2**62}])
+def test_numbers_of_a_shard_that_none_can_have_are_refused(tmp_path: Path, change: dict[str, int]) -> None:
+    index, _ = corpus(tmp_path)
+    first, *others = index.shards
+    write_index(tmp_path, dataclasses.replace(index, shards=(dataclasses.replace(first, **change), *others)))
+    with pytest.raises(DataError, match=f"shard {first.file}: got '.* rows, .* bytes'"):
+        open_index(tmp_path)
