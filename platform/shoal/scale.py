@@ -191,6 +191,7 @@ class Corpus:
     stored: float  # bytes of the shards
     files: int  # of the corpus
     meanwhile: int  # objects in the work folder, gone at the end
+    requests: int  # to put all of them in S3
     memory: dict[str, int]  # bytes of the command that prepares, by what they are for
     cpu_hours: float
 
@@ -211,6 +212,7 @@ def corpus(size: float, preset: str, file: float = SOURCE_FILES[0]) -> Corpus:
         tokens * STORED,
         shards + SMALL,
         meanwhile,
+        work.requests(size / BYTES_A_DOCUMENT, size, shards, tokens * STORED, TASKS_OF_BANDS),
         work.command(shards, shards + meanwhile),
         size / 1e6 * PREPARE_SECONDS / 3600,
     )

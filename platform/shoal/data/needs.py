@@ -18,7 +18,11 @@ from shoal.data.tables import SPAN_DOCUMENTS
 
 A_PART, A_SPAN = 12, 2  # files in the work folder: of a part, and of a task that looks at a span
 DRAWN = 2  # of the former, where the tokenizer's sample is drawn in the parts
-SMALL = 5  # files of a corpus beside its shards: tokenizer, chats of two splits, report, index; its page is one more
+SMALL = 6  # files of a corpus beside its shards, at most: tokenizer, chats of two splits, report and its page, index
+# Requests to S3: bytes that one puts, of a larger file; of a kept result, which is looked for and put, and of the lease before
+A_PUT, A_RESULT = 8 * 2**20, 3
+# Bytes of a document in the tables of its part: fingerprint, group, signature and its bands' keys, what is dropped
+TABLES = (20, 22, 568, 1)
 # Bytes that the command holds: what it imports, with Ray (measured and logged), and of each ...
 ITSELF = 560_000_000
 FILE, PIECE = 610, 460  # source file as it is listed, with a name of 20 characters; piece of one that is cut
@@ -68,6 +72,15 @@ class Work:
         full = math.ceil(most / batch) * batch
         return self.parts * sum(math.ceil(stored / self.parts * share / full) for share in (1 - HELDOUT, HELDOUT))
 
+    def requests(self, documents: float, text: float, shards: int, stored: float, bands: int) -> int:
+        """That tasks make to put what they make of `text` bytes, in S3, `stored` bytes of `shards` of them; of what they read
+        none, since that is as the cache has it."""
+        small = 2 + (self.parts > SAMPLED_WHOLE)  # chats, what of them is asked, and where it is drawn the sample
+        of_part = put_requests(text / self.parts) + sum(put_requests(of * documents / self.parts) for of in TABLES)
+        of_part += small * put_requests(0) + A_RESULT * (3 + (self.parts > SAMPLED_WHOLE))
+        of_span = (2 + bands) * (put_requests(0) + A_RESULT)
+        return self.parts * of_part + self.spans * of_span + shards * put_requests(stored / shards)
+
     def command(self, shards: int, objects: int) -> dict[str, int]:
         """Bytes of the command's memory by what they are for, when they are most. `objects`: in S3, 0 where it is a folder."""
         return {
@@ -78,6 +91,11 @@ class Work:
             "objects": objects * OBJECT,
             "their index": shards * WRITTEN,
         }
+
+
+def put_requests(size: float) -> int:
+    """That boto3 makes to put a file of so many bytes, with the one that asks for its tag."""
+    return 2 if size < A_PUT else math.ceil(size / A_PUT) + 3
 
 
 def of_a_rank(rows: float, shards: int) -> dict[str, float]:

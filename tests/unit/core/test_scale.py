@@ -13,6 +13,7 @@ from torch import nn
 
 from shoal import presets, scale
 from shoal.cli import main
+from shoal.data.needs import of_a_rank
 from shoal.data.shards import open_index
 from shoal.errors import ConfigError
 from shoal.model.cost import kv_bytes_stored, parameters
@@ -120,6 +121,15 @@ def test_10_tb_are_prepared_by_a_head_of_8_gb_unless_in_small_files() -> None:
     memory = {file: sum(scale.corpus(10e12, "7b", file).memory.values()) for file in scale.SOURCE_FILES}
     assert memory[1e9] < memory[32e6] < 2e9 and memory[1e6] > 4e9
     assert sum(scale.corpus(1e12, "7b").memory.values()) < memory[1e9]
+
+
+def test_what_the_page_says_of_requests_and_of_the_order_of_rows() -> None:
+    found = [scale.corpus(10e12, "7b", file).requests for file in scale.SOURCE_FILES]
+    page = " ".join((DOCS / "scale.md").read_text().split())
+    assert {f"{count / 1e6:.1f}" for count in found} == {"3.7"} and "of 10 TB 3.7 million." in page
+    orders = [of_a_rank(rows, 0)["order"] / 1e6 for rows in (2**20 + 1, 2**21, scale.corpus(10e12, "7b").rows)]
+    assert [round(order) for order in orders] == [57, 113, 64]
+    assert "of the rows' order 57 to 113 MB, however many there are, here 64" in page
 
 
 def test_what_gpus_exchange_follows_the_definition() -> None:

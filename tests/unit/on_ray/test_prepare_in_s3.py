@@ -20,12 +20,14 @@ from shoal import presets
 from shoal.data import lease, parts, place, remote
 from shoal.data.documents import SourceSpec
 from shoal.data.lease import Lease
+from shoal.data.needs import A_RESULT, Work, put_requests
 from shoal.data.operators.pipeline import Operators
 from shoal.data.place import WORK, Bucket
 from shoal.data.publish import published
 from shoal.data.shards import INDEX, open_index
 from shoal.data.sources.s3 import S3
 from shoal.errors import DataError, ResourceError
+from shoal.on_ray.corpus_tasks import TASKS_OF_BANDS
 from shoal.on_ray.prepare import prepare
 from tests.s3 import Service, service
 
@@ -382,6 +384,34 @@ def test_what_may_not_be_removed_is_one_line_and_not_left_in_silence(
         s3.client.delete_bucket_policy(Bucket="ocean")
     prepare(URI, **ask, s3=s3.inside)
     assert not [name for name, _ in bucket.sizes(WORK)]
+
+
+def test_as_many_requests_are_made_as_are_said(
+    bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two for each file of a task, three for each result."""
+    files, results = list[str](), list[str]()
+    put, put_text = Bucket.put, Bucket.put_text
+    monkeypatch.setattr(Bucket, "put", lambda there, file, name: files.append(name) or put(there, file, name))
+    monkeypatch.setattr(
+        Bucket, "put_text", lambda there, name, data, **only: results.append(name) or put_text(there, name, data, **only)
+    )
+    prepare(URI, **{**ask, "operators": Operators()}, s3=s3.inside)
+    shards = [name for name in files if name.endswith(".arrow") and WORK not in name]
+    made = [name for name in files if WORK in name] + shards
+    kept = [name for name in results if name != lease.NAME]
+    work = Work(1, 1, sum(name.endswith(".read.json") for name in kept), 1)
+    said = work.requests(60, 10_000, len(shards), 10_000, TASKS_OF_BANDS)
+    assert 2 * len(made) + A_RESULT * len(kept) == pytest.approx(said, rel=0.2)
+
+
+@pytest.mark.parametrize("size", [10, 2**23 - 1, 2**23, 20_000_000])
+def test_a_file_is_put_in_as_many_requests_as_are_said(bucket: Bucket, tmp_path: Path, size: int) -> None:
+    (tmp_path / "file").write_bytes(bytes(size))
+    asked = list[str]()
+    bucket._client.meta.events.register("before-send.s3", lambda event_name, **_: asked.append(event_name))
+    bucket.put(tmp_path / "file", "file")
+    assert len(asked) == put_requests(size), asked
 
 
 def test_a_cache_has_its_bound_and_what_goes_is_fetched_again(
