@@ -1,5 +1,6 @@
 """Results of finished tasks, so that a run that was killed goes on where it was: one JSON for each, beside the files it made.
-Of a corpus that is made in S3 both are put there, the result last, and looked for there (`place`), while the command has its lease.
+Of a corpus that is made in S3 both are put there, the result last, and looked for there (`place`), while the command has its
+lease.
 
 Notable: a result is taken again only under the same key, a digest of all that it follows from and that is known before; while
 what it came upon is the same; and while its files are byte for byte what they were. So nothing of another request, of changed

@@ -164,8 +164,8 @@ def sample(paths: Iterable[Path], splits: Iterable[Sequence[str | None]]) -> lis
 
 
 def shares(text_bytes: Mapping[str, int], vocab: int) -> dict[str, float]:
-    """Which share of the documents of each modality `draw_sample` is to draw, by the bytes that it may take of their texts, for a
-    vocabulary of so many tokens."""
+    """Which share of the documents of each modality `draw_sample` is to draw, by the bytes that it may take of their texts, for
+    a vocabulary of so many tokens."""
     most = max(SAMPLE_BYTES, vocab * SAMPLE_A_TOKEN)
     return {modality: min(1.0, most / count) for modality, count in text_bytes.items() if count}
 

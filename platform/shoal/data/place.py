@@ -8,8 +8,8 @@ Tasks read and write files as ever. What a task made is put (`put`) before its r
 fetched when it is opened (`here`). So no folder is shared, and a machine that is lost takes nothing with it.
 
 Notable: a machine's folder is of one command, since the next may give the same names to other bytes. It has the bound of the
-cache (`SHOAL_CACHE_BYTES`): what was not used for a while goes, and is fetched again where it is wanted. What lies nowhere else yet
-stays, however long its task takes: a shard is put when its part is done.
+cache (`SHOAL_CACHE_BYTES`): what was not used for a while goes, and is fetched again where it is wanted. What lies nowhere else
+yet stays, however long its task takes: a shard is put when its part is done.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class Place:
         return said(self.bucket, LEASE).get("run") == self.run
 
     def need_held(self) -> None:
-        """Raises DataError where another command has taken over: of one that stood still, or that nobody reached, tasks go on."""
+        """Raises DataError where another command has taken over: of one that stood still, or that nobody reached, tasks go
+        on."""
         if not self.is_held():
             raise DataError(
                 f"another prepare took over {self.uri}",

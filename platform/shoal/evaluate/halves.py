@@ -27,7 +27,8 @@ Labels = Iterable[tuple[str, int]]  # task and group of each row
 
 @dataclass(frozen=True)
 class Drawn(Container[int]):
-    """One half of the groups of a large corpus: those of its chats as they were dealt, of the others those whose hash is even."""
+    """One half of the groups of a large corpus: those of its chats as they were dealt, of the others those whose hash is
+    even."""
 
     sides: Mapping[int, int]  # of the groups of chats
 
