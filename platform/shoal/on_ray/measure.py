@@ -73,10 +73,13 @@ def workers(
     else:
         if gpus is None and may_grow:
             say("no GPU is in the cluster now: measured on CPUs, in fp32; --gpu waits for the autoscaler to start one")
-        cpus = max((node["Resources"].get("CPU", 1.0) for node in nodes), default=1.0) if whole else 1.0
-        asked = {"num_cpus": cpus, "memory": float(OWN + int(BYTES * pieces.BESIDE * sum(parameters)))}
+        memory = float(OWN + int(BYTES * pieces.BESIDE * sum(parameters)))
+        found = [node["Resources"] for node in nodes if node["Resources"].get("CPU", 0.0) >= 1]  # a head may have none
         if not may_grow:
-            need_machine(asked["memory"], [node["Resources"].get("memory", 0.0) for node in nodes])
+            need_machine(memory, [of.get("memory", 0.0) for of in found])
+        # one machine is to have both, or the piece would wait for ever
+        cpus = [of["CPU"] for of in found if of.get("memory", 0.0) >= memory] or [of["CPU"] for of in found]
+        asked = {"num_cpus": max(cpus, default=1.0) if whole else 1.0, "memory": memory}
 
     def run(some: Sequence[Piece]) -> Iterator[Any]:
         jobs = [(_Whole(piece),) for piece in some]
@@ -87,7 +90,7 @@ def workers(
 
 
 def need_machine(need: float, machines: Sequence[float]) -> None:
-    """Raises ResourceError where none of `machines`, by their bytes of memory, has as many as a worker needs."""
+    """Raises ResourceError where none of `machines` with a CPU, by their bytes of memory, has as many as a worker needs."""
     if need > max(machines, default=0.0):
         raise ResourceError(
             f"a worker that measures needs {need / 2**30:.1f} GiB of memory",
