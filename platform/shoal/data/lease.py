@@ -73,7 +73,8 @@ class Lease:
         if self._tag and not self._lost:
             self._renew_once()  # it may be another's since, where this process stood still
         if self._tag and not self._lost:
-            with contextlib.suppress(DataError):  # so it is free in `SECONDS`; what is to be removed besides says why not now
+            # Else it is free in `SECONDS`; what is to be removed besides says why not now.
+            with contextlib.suppress(DataError):
                 self._bucket.remove([self._name])
 
     def _put(self, **only: str) -> bool:

@@ -297,7 +297,8 @@ class Rows:
             need_size(path, shard)
             file = pa.ipc.open_file(pa.memory_map(str(path)))
             batches = [file.get_batch(number) for number in range(file.num_record_batches)]
-            for batch in batches:  # what a row has of the file is told by the file: read beyond its end, a process is killed
+            # What a row has of the file the file says: where that lies beyond its end, the process would be killed.
+            for batch in batches:
                 batch.validate(full=True)
         except (OSError, EOFError, pa.ArrowException) as error:
             raise DataError(f"shard {path} cannot be read", got=str(error)[:160], do="prepare again") from error

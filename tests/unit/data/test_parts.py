@@ -267,7 +267,9 @@ def test_a_drawn_sample_has_as_many_bytes_in_any_script(tmp_path: Path, monkeypa
     assert max(len(text.encode()) for text in parts.sampled([tmp_path / ".drawn"])) in (98, 99, 100)
 
 
-def test_a_sample_of_long_texts_is_as_large_as_one_of_short_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_of_long_texts_is_as_large_as_one_of_short_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their share was that of all of their bytes, and taken of each were the first: of books a hundredth of what was meant."""
     monkeypatch.setattr(parts, "SAMPLE_BYTES", 10_000)
     monkeypatch.setattr(parts, "SAMPLE_TEXT", 100)
@@ -292,7 +294,9 @@ def test_a_source_that_this_machine_does_not_see_is_one_line_and_no_smaller_corp
     (raw / "b.txt").unlink()
     assert parts.read_part(files, tmp_path / ".part").drops == {"read": Counter(["not a regular file"])}
     raw.rename(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match=r"source tales: .*raw does not exist on .*: put it where every machine sees it"):
+    with pytest.raises(
+        DataError, match=r"source tales: .*raw does not exist on .*: put it where every machine sees it"
+    ):
         parts.read_part(files, tmp_path / ".other")
     assert not (tmp_path / ".other").exists()
 

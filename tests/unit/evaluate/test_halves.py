@@ -107,7 +107,9 @@ def test_of_a_large_corpus_groups_draw_their_sides_and_no_row_is_read_for_it(
     monkeypatch.setattr(halves, "DEALT", 2)
     monkeypatch.setattr(halves, "heldout_groups", read)
     asked, of_chats = asked_groups(data), {group_number(str(row["group"])) for row in rows}
-    assert {group for group in of_chats if group in asked} == asked_groups(data / HELDOUT), "the sides of the chats alone"
+    assert {group for group in of_chats if group in asked} == asked_groups(data / HELDOUT), (
+        "the sides of the chats alone"
+    )
     drawn = [group for group in map(group_number, map(str, range(1000))) if group in asked]
     assert 440 < len(drawn) < 560 and drawn == [group for group in drawn if group in asked_groups(data)]
 

@@ -342,7 +342,10 @@ def test_a_task_that_goes_on_where_nobody_reaches_it_changes_nothing_of_the_next
     def late(what: str, done: int, total: int) -> None:
         if what == "draw chats" and not done:
             for task, job in left:
-                with monkeypatch.context() as here, pytest.raises(DataError, match="another prepare took over") as caught:
+                with (
+                    monkeypatch.context() as here,
+                    pytest.raises(DataError, match="another prepare took over") as caught,
+                ):
                     here.setenv("SHOAL_CACHE", str(machines.folders[0]))
                     task(*job)
                 refused.append(caught)
@@ -377,7 +380,9 @@ def test_what_may_not_be_removed_is_one_line_and_not_left_in_silence(
     never = {"Effect": "Deny", "Principal": "*", "Action": "s3:DeleteObject", "Resource": "arn:aws:s3:::ocean/*"}
     s3.client.put_bucket_policy(Bucket="ocean", Policy=json.dumps({"Version": "2012-10-17", "Statement": [never]}))
     try:
-        with pytest.raises(DataError, match=f"{URI}: [0-9]+ objects cannot be removed: got 'AccessDenied for ") as caught:
+        with pytest.raises(
+            DataError, match=f"{URI}: [0-9]+ objects cannot be removed: got 'AccessDenied for "
+        ) as caught:
             prepare(URI, **ask, s3=s3.inside)
         assert "\n" not in str(caught.value) and bucket.tag(INDEX) is not None, "the corpus is there, and can be read"
     finally:
@@ -394,7 +399,9 @@ def test_as_many_requests_are_made_as_are_said(
     put, put_text = Bucket.put, Bucket.put_text
     monkeypatch.setattr(Bucket, "put", lambda there, file, name: files.append(name) or put(there, file, name))
     monkeypatch.setattr(
-        Bucket, "put_text", lambda there, name, data, **only: results.append(name) or put_text(there, name, data, **only)
+        Bucket,
+        "put_text",
+        lambda there, name, data, **only: results.append(name) or put_text(there, name, data, **only),
     )
     prepare(URI, **{**ask, "operators": Operators()}, s3=s3.inside)
     shards = [name for name in files if name.endswith(".arrow") and WORK not in name]
