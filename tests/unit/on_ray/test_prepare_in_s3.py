@@ -354,7 +354,7 @@ def test_a_task_that_goes_on_where_nobody_reaches_it_changes_nothing_of_the_next
     with pytest.raises(KeyboardInterrupt):
         prepare(URI, **{**ask, "mix": {"text": 1.0}, "seed": 6}, s3=s3.inside)
     prepare(URI, **ask, s3=s3.inside, on_progress=late)
-    assert len(refused) == PARTS and contents(bucket) == undisturbed
+    assert len(refused) == len(left) >= PARTS and contents(bucket) == undisturbed
 
 
 def test_two_that_look_at_a_finished_corpus_at_once_both_find_it(
