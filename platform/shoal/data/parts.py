@@ -29,7 +29,7 @@ from shoal.data.pack import Packer
 from shoal.data.place import here
 from shoal.data.shards import TOKENIZER, Shard, ShardWriter, group_number, token_bytes
 from shoal.data.sources.files import File, cut
-from shoal.data.sources.read import read
+from shoal.data.sources.read import need_seen, read
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.machine import aside
 
@@ -116,8 +116,8 @@ def read_part(
     """Read the files of a part and run the operators [the default ones]; the documents go to `path`, and beside it their
     identities, drawn by `seed`, and what near copies are found by, where they are looked for. Raises DataError where this
     machine does not see a source."""
-    for file in {id(file.spec): file for file in files}.values():
-        file.store.need(file.spec)
+    for spec in {id(file.spec): file.spec for file in files}.values():
+        need_seen(spec)
     pipeline = pipeline or Pipeline(Operators())
     found, identities, near = Found(), Identities(seed), Signatures()
     pipeline.take_changes()  # of a part that failed

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import platform
 import posixpath
 import stat
 from collections.abc import Iterator
@@ -56,7 +55,6 @@ class Store(Protocol):
     """Where files lie. Paths are the store's own, as strings."""
 
     def entries(self, spec: SourceSpec) -> list[Entry]: ...
-    def need(self, spec: SourceSpec) -> None: ...  # raises DataError where this machine does not see the source
     def open(self, path: str) -> IO[bytes]: ...
     def beside(self, root: str, path: str, name: str) -> str: ...  # the file `name` beside `path`, inside `root`
     def stamp(self, path: str) -> str: ...  # of its size and date; empty where there is no file
@@ -243,14 +241,6 @@ class Local:
                 found.append(_entry(path, os.path.relpath(path, start)))
         return found
 
-    def need(self, spec: SourceSpec) -> None:
-        """Or each of its files would be counted as one that is gone, and the corpus follow from which machine read what."""
-        if not local_path(spec.uri).exists():
-            raise DataError(
-                f"source {spec.name}: {spec.uri} does not exist on {platform.node()}",
-                do="put it where every machine sees it under this path, or into S3",
-            )
-
     def open(self, path: str) -> IO[bytes]:
         with reading(path):
             if not stat.S_ISREG(os.stat(path).st_mode):  # a socket, a device; a pipe would wait for ever
@@ -294,9 +284,6 @@ class S3Store:
         files = [info for info in everything if info.type == pafs.FileType.File]
         found = [_s3_entry(info, info.path[len(start) + 1 :]) for info in files]
         return [entry for entry in found if not any(left_out(part, spec) for part in PurePosixPath(entry.name).parts)]
-
-    def need(self, spec: SourceSpec) -> None:
-        """Every machine sees it, or says why not when it reads."""
 
     def open(self, path: str) -> IO[bytes]:
         with reading(s3.SCHEME + path):

@@ -7,21 +7,33 @@ bounded whatever a file holds: plain text is read in pieces, tables and archives
 from __future__ import annotations
 
 import io
+import platform
 from collections.abc import Iterator
 from typing import IO
 
 import pyarrow as pa
 
-from shoal.data.documents import Document, Skipped
+from shoal.data.documents import Document, Skipped, SourceSpec
 from shoal.data.sources import archive, pysource, rows
-from shoal.data.sources.files import File, Unusable, decoded, decompressed, filled, reading, whole
+from shoal.data.sources.files import File, Unusable, decoded, decompressed, filled, local_path, reading, whole
 from shoal.data.sources.kinds import ARCHIVE, HTML, PARQUET, PLAIN, TABLES, Kind, kind_of
+from shoal.data.sources.s3 import SCHEME
 from shoal.data.sources.webpage import html_text
 from shoal.errors import DataError
 from shoal.inputs import media
 
 MAX_FILE = 64 * 2**20  # bytes of a file that can only be one document: code, HTML
 PIECE = 16 * 2**20  # bytes of plain text from which a file becomes several documents, cut between lines
+
+
+def need_seen(spec: SourceSpec) -> None:
+    """Raises DataError where this machine does not see a source on a disk: each of its files would be counted as one that is
+    gone, and the corpus follow from which machine read what."""
+    if not spec.uri.startswith(SCHEME) and not local_path(spec.uri).exists():
+        raise DataError(
+            f"source {spec.name}: {spec.uri} does not exist on {platform.node()}",
+            do="put it where every machine sees it under this path, or into S3",
+        )
 
 
 def read(file: File) -> Iterator[Document | Skipped]:
