@@ -48,11 +48,15 @@ def replicas(least: int, most: int, requests: float) -> dict[str, Any]:
     return {"autoscaling_config": scaling}
 
 
-def wanted(requests: float, target: float, uses: list[float], replicas: int, use: str = KV_USE) -> tuple[int, str]:
+def wanted(
+    requests: float, target: float, uses: list[float], replicas: int, use: str = KV_USE, running: int | None = None
+) -> tuple[int, str]:
     """Replicas, and why. `requests`: running and queued, of all; `target`: of one replica; `uses`: share in use of what `use`
-    names, of each replica that told; `replicas`: as many as there are to be at present."""
+    names, of each replica that told; `replicas`: as many as there are to be at present, of which so many are `running` [all]:
+    those that have yet to start hold nothing."""
     name, unit, most = TARGETS[use]
-    taken = replicas * sum(uses) / len(uses) if uses and requests else 0.0  # in replicas' worth
+    there = replicas if running is None else running
+    taken = there * sum(uses) / len(uses) if uses and requests else 0.0  # in replicas' worth
     need = {"requests": requests / target, name: taken / most}
     cause = max(need, key=lambda name: need[name])
     told = f"{requests:.1f} requests, {target:g} a replica; {unit} of {taken:.2f} replicas in use"
@@ -68,8 +72,9 @@ def by_load(context: Any) -> tuple[int, dict[str, Any]]:
     metrics = context.aggregated_metrics or {}
     use = CPU_USE if CPU_USE in metrics else KV_USE
     uses = list((metrics.get(use) or {}).values())
-    present = context.target_num_replicas
-    number, reason = wanted(context.total_num_requests, context.config.target_ongoing_requests, uses, present, use)
+    present, running = context.target_num_replicas, context.current_num_replicas
+    target = context.config.target_ongoing_requests
+    number, reason = wanted(context.total_num_requests, target, uses, present, use, running)
     if number != (context.policy_state or {}).get("told", present):
         log.info("%s: %d replicas to be %d, %s", context.deployment_name, present, number, reason)
     return number, {"told": number}

@@ -70,8 +70,8 @@ def test_gateways_are_as_many_as_their_requests_or_their_processors_want() -> No
         told = {str(place): use for place, use in enumerate(uses)}
         config = SimpleNamespace(target_ongoing_requests=REQUESTS_OF_ONE)
         context = SimpleNamespace(
-            aggregated_metrics={CPU_USE: told}, target_num_replicas=present, total_num_requests=requests, config=config,
-            policy_state=None, deployment_name="Gateway",
+            aggregated_metrics={CPU_USE: told}, target_num_replicas=present, current_num_replicas=present,
+            total_num_requests=requests, config=config, policy_state=None, deployment_name="Gateway",
         )  # fmt: skip
         return by_load(context)[0]
 
@@ -115,9 +115,11 @@ def context(
     uses: tuple[float, ...] = (),
     state: dict[str, object] | None = None,
     config: Any = None,
+    running: int | None = None,
 ) -> SimpleNamespace:
     return SimpleNamespace(
-        total_num_requests=requests, current_num_replicas=replicas, target_num_replicas=replicas, config=config or to_eight(),
+        total_num_requests=requests, current_num_replicas=replicas if running is None else running,
+        target_num_replicas=replicas, config=config or to_eight(),
         aggregated_metrics={KV_USE: dict(enumerate(uses))} if uses else {}, policy_state=state or {},
         deployment_name="EngineReplica",
     )  # fmt: skip
@@ -132,6 +134,16 @@ def test_replicas_follow_requests_and_memory() -> None:
     for silent.aggregated_metrics in (None, {}, {KV_USE: None}, {KV_USE: {}}):  # until a replica has told
         silent.policy_state = None
         assert by_load(silent) == (1, {"told": 1})
+
+
+def test_replicas_that_have_yet_to_start_hold_nothing() -> None:
+    """What two can hold asks for two, however often it is asked until the second is there, which may wait for a node."""
+    for uses, enough in (((0.9,), 2), ((1.0,), 2), ((0.9, 0.8), 3)):
+        present, running = len(uses), len(uses)
+        for _ in range(20):
+            present, _ = by_load(context(8, replicas=present, running=running, uses=uses))
+        assert present == enough
+    assert by_load(context(8, replicas=2, running=0))[0] == 1, "requests alone count then"
 
 
 def test_why_is_said_as_it_is() -> None:
