@@ -96,6 +96,14 @@ class Quotas:
             self._held[gateway][line] += key.places is not None
         return self._left(gateway, line, refusal)
 
+    def come(self, gateway: str, line: str) -> None:
+        """`gateway` admitted a request by itself, after it had said what it holds."""
+        held, key = self._held.get(gateway), self._key(line)
+        if held is not None:
+            held[line] += key.places is not None
+            if key.requests is not None:
+                key.requests.spend(1)
+
     def leave(self, gateway: str, line: str) -> None:
         """A request that was admitted has ended."""
         held = self._held.get(gateway)
@@ -154,8 +162,10 @@ class Link(Protocol):
 
     def tell(self, gateway: str, spent: Mapping[str, int]) -> Awaitable[dict[str, Left] | None]: ...
 
-    def leave(self, gateway: str, line: str) -> None:
-        """Waits for nothing, and raises nothing."""
+    def come(self, gateway: str, line: str) -> None:
+        """Waits for nothing, and raises nothing; nor does `leave`."""
+
+    def leave(self, gateway: str, line: str) -> None: ...
 
 
 class Shared:
@@ -167,7 +177,8 @@ class Shared:
         self._spent = Counter[str]()  # tokens that it has not been told of
         self._joins = 0
         self._joining = asyncio.Lock()
-        self._left = Counter[str]()  # requests that ended while we joined with them
+        # requests that were admitted here alone, and requests that ended, while we joined without or with them
+        self._came, self._left = Counter[str](), Counter[str]()
         self._alone = False  # the count does not answer
         self._told = -BEAT_SECONDS
 
@@ -230,7 +241,8 @@ class Shared:
         for line, left in (told or {}).items():
             if (key := self._known.get(line)) is not None:
                 self._take(key, left)
-                if _is_whole(key) and not self._spent[line] and not (key.places and key.places.taken):
+                # While some run elsewhere we are to hear when they end: batches wait for that.
+                if _is_whole(key) and not self._spent[line] and not (key.places and key.places.all_taken):
                     del self._known[line]
 
     def _tell(self) -> Awaitable[dict[str, Left] | None]:
@@ -255,13 +267,15 @@ class Shared:
                     left = await self._counted(key.line)
             except Exception as error:
                 self._lost(error)
+        self._known[key.line] = key  # A report may have dropped it meanwhile.
         if left is None:
             try:
                 key.admit()
             except RateLimitError as error:
                 return error
+            if self._joining.locked():
+                self._came[key.line] += 1
             return None
-        self._known[key.line] = key  # A report may have dropped it meanwhile.
         self._take(key, left)
         if left.refusal is None and key.places is not None:
             key.places.taken += 1
@@ -285,9 +299,12 @@ class Shared:
             if self._joins == joins:
                 held = {line: _held(key) for line, key in self._known.items()}
                 self._spent.clear()  # what is left here is without it
+                self._came.clear()
                 self._left.clear()
                 await self._link.join(self._gateway, held)
                 self._joins += 1
+                for line in self._came.elements():
+                    self._link.come(self._gateway, line)
                 for line in self._left.elements():
                     self._link.leave(self._gateway, line)
 

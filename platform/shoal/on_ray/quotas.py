@@ -57,6 +57,10 @@ class ActorLink:
     async def tell(self, gateway: str, spent: Mapping[str, int]) -> dict[str, Left] | None:
         return cast("dict[str, Left] | None", await self._actor.tell.remote(gateway, dict(spent)))
 
+    def come(self, gateway: str, line: str) -> None:
+        with suppress(Exception):  # as of `leave`
+            self._actor.come.remote(gateway, line)
+
     def leave(self, gateway: str, line: str) -> None:
         with suppress(Exception):  # what Ray raises of an actor that is gone: it counts nothing any more
             self._actor.leave.remote(gateway, line)

@@ -60,6 +60,10 @@ class Wire:
         await self._arrive()
         return self.count.tell(gateway, spent)
 
+    def come(self, gateway: str, line: str) -> None:
+        if not self.cut and not self.silent:
+            asyncio.get_running_loop().call_soon(self.count.come, gateway, line)
+
     def leave(self, gateway: str, line: str) -> None:
         if not self.cut and not self.silent:
             asyncio.get_running_loop().call_soon(self.count.leave, gateway, line)
@@ -155,6 +159,21 @@ async def test_batches_leave_to_others_what_runs_at_another_gateway() -> None:
     await asyncio.sleep(0)
     await gateways.report()
     assert gateways.keys[1].spare(0.5) == 0
+
+
+async def test_batches_hear_of_ends_elsewhere_though_nothing_runs_here() -> None:
+    gateways = Gateways("alpha at_once=4")
+    one, other = gateways.keys
+    assert await admitted(one, 2) == 2 and await admitted(other) == 1
+    other.leave()
+    await asyncio.sleep(0)
+    await gateways.report()
+    assert other.spare(0.5) > 0
+    for _ in range(2):
+        one.leave()
+    await asyncio.sleep(0)
+    await gateways.report()
+    assert other.spare(0.5) == 0
 
 
 async def test_what_a_gateway_held_is_free_once_it_is_dead() -> None:
@@ -297,6 +316,52 @@ async def test_what_ends_while_its_gateway_joins_holds_no_place_for_ever() -> No
         assert gateways.running == 0
         await gateways.report()
         assert await admitted(other) == 1
+
+
+@pytest.mark.parametrize("ends", [False, True])
+async def test_what_comes_while_its_gateway_joins_is_counted(ends: bool) -> None:
+    """The count was away: until the gateway has joined it again it admits by itself, after it has said what it holds."""
+    gateways = Gateways("alpha at_once=2 requests=10")
+    one, other = gateways.keys
+    assert await admitted(one) == 1
+    gateways.wire.cut = True
+    await gateways.report()
+    gateways.wire.cut, gateways.shared[0]._told = False, -1000.0
+
+    async with gateways.wire._turn:
+        joining = asyncio.create_task(gateways.shared[0].report())
+        await asyncio.sleep(0)
+        assert gateways.shared[0]._joining.locked()
+        await one.admitted()
+        if ends:
+            one.leave()
+    await joining
+    await asyncio.sleep(0)
+    assert gateways.wire.count._taken(one.line) == gateways.running == 2 - ends
+    assert await admitted(other, 2) == ends
+    for key in (one,) if ends else (one, one):
+        key.leave()
+    await asyncio.sleep(0)
+    assert await admitted(other, 3) == 2 - ends
+    assert other.requests is not None and other.requests.level == 6
+
+
+async def test_what_is_admitted_when_the_count_is_lost_is_told_though_a_report_forgot_the_key() -> None:
+    gateways = Gateways("alpha at_once=1")
+    one, other = gateways.keys
+    assert await admitted(one) == 1
+    one.leave()
+    await asyncio.sleep(0)
+
+    def lose() -> None:
+        gateways.shared[0]._known.clear()  # as a report does that comes back meanwhile
+        gateways.wire.cut = True
+
+    gateways.wire.meanwhile = lose
+    assert await admitted(one) == 1
+    gateways.wire.meanwhile, gateways.wire.cut = lambda: None, False
+    await gateways.report()
+    assert await admitted(other) == 0
 
 
 async def test_a_report_that_crosses_a_request_does_not_make_it_unknown() -> None:
