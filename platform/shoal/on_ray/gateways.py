@@ -95,13 +95,18 @@ class GatewayNames:
     async def elsewhere(self) -> Mapping[str, str] | None:
         if self._application is None:
             return {}
+        told: list[Any]
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 asked = _all_of(self._application).broadcast("look_at_adapters")
                 results = await asked._fetch_replica_results_async()
-                told = await asyncio.gather(*(result.get_async() for result in results))  # type: ignore[no-untyped-call]
+                calls = [result.get_async() for result in results]  # type: ignore[no-untyped-call]
+                # As results: else a call that its gateway has cancelled would end who asks.
+                told = await asyncio.gather(*calls, return_exceptions=True)
         except Exception as error:  # of Ray
-            log.warning("gateways do not say which adapters they hold: %s", type(error).__name__)
+            told = [error]
+        if (lost := next((each for each in told if isinstance(each, BaseException)), None)) is not None:
+            log.warning("gateways do not say which adapters they hold: %s", type(lost).__name__)
             return None
         return {identity: directory for each in told for identity, directory in each.items()}
 
@@ -117,4 +122,5 @@ async def counted(application: str) -> dict[str, Samples]:
     done, late = await asyncio.wait(asked, timeout=ANSWER_SECONDS)
     for task in late:
         task.add_done_callback(lambda task: task.cancelled() or task.exception())  # read, so that nobody tells of it
-    return dict(task.result() for task in done if task.exception() is None)
+    # One that goes may cancel what it was asked.
+    return dict(task.result() for task in done if not task.cancelled() and task.exception() is None)
