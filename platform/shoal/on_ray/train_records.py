@@ -71,11 +71,12 @@ def following_file(run: str, on_progress: Report) -> contextlib.AbstractContextM
 
     def new() -> Iterator[Record]:
         nonlocal at, rest
-        if not path.exists():
+        try:
+            with path.open("rb") as file:
+                file.seek(at)
+                read = file.read()
+        except OSError:  # it is not there yet, or a file system of many machines is away for a moment
             return
-        with path.open("rb") as file:
-            file.seek(at)
-            read = file.read()
         at += len(read)
         *lines, rest = (rest + read).split(b"\n")
         for text in lines:

@@ -1,9 +1,12 @@
 """Records in TensorBoard's files, read back; MLflow and W&B where they are installed, and one line where they are not."""
 
+import errno
 import importlib.util
 import struct
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
@@ -142,3 +145,24 @@ def test_a_torn_line_or_a_listener_that_fails_ends_no_progress(tmp_path: Path, c
         ("start", 0), ("warning", 0), ("step", 2), ("step", 4), ("end", None)
     ]  # fmt: skip
     assert "cannot be read" in heard[1]["text"] and "step record was not shown" in capsys.readouterr().err
+
+
+def test_a_file_system_that_is_away_for_a_moment_ends_no_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor the metrics that Ray is told of, which come the same way: an alert would ring for a run that goes on."""
+    open_, away, heard = Path.open, threading.Event(), list[log.Record]()
+
+    def opened(path: Path, mode: str = "r", *args: Any, **how: Any) -> Any:
+        if mode == "rb" and path == log.metrics_file(tmp_path) and not away.is_set():
+            away.set()
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return open_(path, mode, *args, **how)
+
+    monkeypatch.setattr("shoal.on_ray.train_records.POLL", 0.01)
+    monkeypatch.setattr(Path, "open", opened)
+    with following_file(str(tmp_path), heard.append):
+        log.Speaker(tmp_path, True, log.ignore)("start", step=0)
+        assert away.wait(60)
+        log.Speaker(tmp_path, True, log.ignore)("end")
+    assert [record["kind"] for record in heard] == ["start", "end"]
