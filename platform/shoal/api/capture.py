@@ -42,6 +42,8 @@ log = logging.getLogger("shoal.api")
 BEGINS = 4096  # characters of a text, or ids of a prompt, that tell its conversation
 SLICE = 64  # characters of a slice's name
 SLICES, OTHER = 8, "other"  # names of slices that are kept apart: each costs the detector power
+# why rows are lost: each is told from the beginning, since of a number that was not there nobody sees the growth
+LOSSES = ("queue", "disk", "bound", "texts", "fault")
 MOST_IDS = 100_000  # of prompts, five bytes each in a pipe of 1 MiB: of more no surprisal is known
 MOST_DAYS = 36_500  # that rows or texts are kept: a hundred years; what is before the year 1 is no day
 SUBJECTS = 4096  # whose hashes are in memory
@@ -127,7 +129,7 @@ class Recorder:
             sample("capture_waiting_files"): float(self.outbox.waiting),
             sample("capture_scribes"): float(self.outbox.scribes),
         }
-        reasons = {"queue": 0, "disk": 0, "bound": 0, **self.outbox.dropped}
+        reasons = {**dict.fromkeys(LOSSES, 0), **self.outbox.dropped}
         votes = {"up": 0, "down": 0, **self.feedback}
         found |= {sample("feedback", rating=rating): float(n) for rating, n in votes.items()}
         found |= {sample("capture_dropped", reason=reason): float(n) for reason, n in reasons.items()}
