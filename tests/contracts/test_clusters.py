@@ -20,6 +20,7 @@ from ray.autoscaler._private import resource_demand_scheduler as demand
 from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
 
 from shoal.on_ray.serve_config import check_serve_config
+from shoal.scale import GPUS, training
 
 ROOT = Path(__file__).parents[2]
 CLUSTERS = ROOT / "clusters"
@@ -224,3 +225,16 @@ def test_the_local_file_is_a_runtime_environment() -> None:
     assert set(values) == {"env_vars"}
     assert (ROOT / values["env_vars"]["PYTHONPATH"] / "shoal" / "__init__.py").is_file()
     assert all(isinstance(value, str) for value in values["env_vars"].values())
+
+
+def test_a_job_that_is_stopped_has_the_time_of_an_update_and_a_checkpoint() -> None:
+    """Of `7b` on 8 GPUs, where Ray gives 3 seconds. What the supervisor of a job reads is its environment: the head's, or the
+    job's own."""
+    longest = training("7b", 8, GPUS["h100"], utilisation=0.1, disk=2e9)
+    name, least = "RAY_JOB_STOP_WAIT_TIME_S", longest.compute + longest.exchange + longest.checkpoint
+    local = yaml.safe_load((CLUSTERS / "local.yaml").read_text())["env_vars"][name]
+    (command,) = [line for line in aws()["head_start_ray_commands"] if "ray start --head" in line]
+    found = re.search(rf"\b{name}=(\d+) ", command)
+    (head,) = kuberay()[0]["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    pod = {each["name"]: each["value"] for each in head["env"]}[name]
+    assert found and min(map(int, (local, found[1], pod))) > least
