@@ -142,10 +142,11 @@ def test_what_was_said_once_is_there_while_the_run_lasts(calm: Path) -> None:
 
 
 @pytest.mark.drill
-def test_a_killed_worker_costs_no_step_and_no_bit(calm: Path, data: Path, tmp_path: Path) -> None:
-    """SIGKILL to one of two: the group restarts from its newest checkpoint."""
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_killed_worker_costs_no_step_and_no_bit(calm: Path, data: Path, tmp_path: Path, resume: str) -> None:
+    """SIGKILL to one of two: the group restarts from its newest checkpoint, also of a run that was to begin anew."""
     kill = Once(kill_a_worker)
-    hit = plan(data, tmp_path / "hit", checkpoint_minutes=0.0)
+    hit = plan(data, tmp_path / "hit", checkpoint_minutes=0.0, resume=resume)
     train(hit, workers=2, cpus_per_worker=0.5, max_failures=1, on_progress=kill)
     starts = [record["step"] for record in log.read(tmp_path / "hit") if record["kind"] == "start"]
     assert len(starts) == 2 and starts[0] == 0 and starts[1] >= kill.at - 1

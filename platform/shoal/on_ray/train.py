@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import secrets
 import signal
 import threading
 import time
@@ -23,7 +24,7 @@ import ray.exceptions
 import ray.train
 import torch.distributed
 from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 
 from shoal.config import dump, load
 from shoal.data.alone import alone
@@ -33,6 +34,7 @@ from shoal.data.sources.s3 import S3
 from shoal.errors import DataError, ResourceError, ShoalError, UsageError, first_line, last_line
 from shoal.machine import need_disk
 from shoal.on_ray.resources import NODE_GROUP, local_ray, worker_env
+from shoal.on_ray.train_failures import Trainer
 from shoal.on_ray.train_metrics import Exported
 from shoal.on_ray.train_records import following_actor, following_file, records, sent_to
 from shoal.train.bucket import ask_to_stop, bucket_of, commanding, has_lease
@@ -40,11 +42,12 @@ from shoal.train.log import Record, Report, ignore
 from shoal.train.loop import FitResult, fit
 from shoal.train.needs import copied_whole, disk_needed, memory_needed, saved_at_once
 from shoal.train.plan import FitPlan, located
-from shoal.train.refusal import check, need_groups
+from shoal.train.refusal import TooSmallError, check, need_groups
 from shoal.train.run import COMMAND, LESS_MEMORY, stop_file
 from shoal.train.trackers import together
 
-STARTS = 3  # times that Ray may try to start the workers: its default retries an infeasible plan for ever
+# times in a row that Ray may try again to start the workers: its default retries an infeasible plan for ever
+STARTS = 3
 COLLECTIVE_TIMEOUT = 300  # seconds that one exchange between workers may take
 CHECKPOINTS = "checkpoints"  # folder of the run that CheckpointStore writes to
 OF_RAY = ".ray"  # what Ray notes of a run in S3, below its prefix
@@ -57,7 +60,7 @@ RAY_SETTINGS = {  # defaults of ours, which the environment may change
 # Seconds that workers may take to start. Ray's own 60 are too few for two busy cores; but where their number may change, Ray
 # counts a node that has just died for 20 seconds more, and must find out soon that so many cannot be had.
 START_SECONDS, ELASTIC_START_SECONDS = "180", "45"
-NODE_START_SECONDS = "600"  # where a machine must be started first
+NODE_START_SECONDS = "600"  # where a machine may have to be started first, in place of one that was lost, too
 # glibc gives large blocks back to the system and faults them in again at every step: kept, `tiny` trains 6 to 13 % faster
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
@@ -82,6 +85,8 @@ def train(
     be followed (a cluster with an autoscaler is waited for), and what `fit` raises.
     """
     plan = _absolute(plan)
+    if plan.resume == "never":
+        plan = dataclasses.replace(plan, command=secrets.token_hex(8))
     least, most = (workers, workers) if isinstance(workers, int) else workers
     if max_failures < -1:
         raise UsageError("--max-failures", got=max_failures, allowed="0 or more, or -1 for no end of them")
@@ -91,8 +96,8 @@ def train(
     with _alone(plan) as plan, local_ray():
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         use_gpu = resources.get("GPU", 0) >= least if gpus is None else gpus
-        room = _room(plan.at_world(most, least), least, cpus_per_worker, use_gpu, resources, on_progress)
-        start = ELASTIC_START_SECONDS if least < most else START_SECONDS if room else NODE_START_SECONDS
+        _need_room(plan.at_world(most, least), least, cpus_per_worker, use_gpu, resources, on_progress)
+        start = ELASTIC_START_SECONDS if least < most else NODE_START_SECONDS if _grows() else START_SECONDS
         actor = records() if is_remote(plan.run) else None
         trainer = _trainer(plan, (least, most), cpus_per_worker, use_gpu, max_failures, actor)
         ours = {**RAY_SETTINGS, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": start}
@@ -143,20 +148,23 @@ def preflight(plan: FitPlan, workers: int, cpus: float, use_gpu: bool, resources
         )
 
 
-def _room(
+def _need_room(
     plan: FitPlan, workers: int, cpus: float, use_gpu: bool, resources: dict[str, float], on_progress: Report
-) -> bool:
-    """Has the cluster room for `plan` now? Where an autoscaler may yet make some, `on_progress` is told; else raises what
-    `preflight` does. An autoscaler gives each node a group, the head too; how far its groups may grow, Ray does not say."""
+) -> None:
+    """Raises what `preflight` does where the cluster has no room for `plan` now; where an autoscaler may yet make some,
+    `on_progress` is told instead. How far its groups may grow, Ray does not say."""
     try:
         preflight(plan, workers, cpus, use_gpu, resources)
     except ResourceError as error:
-        if not any(node["Labels"].get(NODE_GROUP) for node in ray.nodes()):  # type: ignore[no-untyped-call]
+        if not _grows():
             raise
         text = f"{error}; waiting for the cluster's autoscaler"
         on_progress({"kind": "warning", "time": time.time(), "step": 0, "text": text})
-        return False
-    return True
+
+
+def _grows() -> bool:
+    """Has the cluster an autoscaler? It gives each node a group, the head too."""
+    return any(node["Labels"].get(NODE_GROUP) for node in ray.nodes())  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
@@ -193,8 +201,8 @@ def _storage(plan: FitPlan) -> dict[str, Any]:
 
 def _trainer(
     plan: FitPlan, workers: tuple[int, int], cpus: float, use_gpu: bool, max_failures: int, actor: Any
-) -> TorchTrainer:
-    return TorchTrainer(
+) -> Trainer:
+    return Trainer(
         _worker,  # type: ignore[arg-type]  # Ray's older annotation: the result of rank 0 is kept
         train_loop_config={"plan": dump(plan), "most": workers[1], "records": actor},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT),
@@ -220,7 +228,8 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | ShoalError:
     """Runs in each worker; rank 0's return value becomes the run's. An error of ours is returned, not raised, since it would be
     the same after a restart; but for what a machine lacks, which may have been this worker's alone."""
 
-    first, actor = ray.train.get_context().get_world_rank() == 0, config["records"]
+    context, actor = ray.train.get_context(), config["records"]
+    first, world = context.get_world_rank() == 0, context.get_world_size()
     send = sent_to(actor) if first and actor is not None else ignore
 
     def report(record: Record) -> None:
@@ -232,11 +241,12 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | ShoalError:
 
     try:
         plan = load(FitPlan, config["plan"], "plan")
-        plan = plan.at_world(config["most"], ray.train.get_context().get_world_size())
+        plan = plan.at_world(config["most"], world)
         return dataclasses.asdict(fit(plan, report))
-    except ResourceError:
-        raise
     except ShoalError as error:
+        # GPUs that are too few may be more after a restart, where there may be more workers.
+        if isinstance(error, ResourceError) and not (isinstance(error, TooSmallError) and world == config["most"]):
+            raise
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # should the error be this worker's alone, the others must not wait
         return error

@@ -117,14 +117,16 @@ def has_lease(plan: FitPlan) -> bool:
 def writing(plan: FitPlan, stop: Path) -> Iterator[FitPlan]:
     """On rank 0: the lease is this run's in this block, and the file `stop` is there once an end is asked for, or another
     command took over: nothing that this run does would ever be kept. Raises DataError where another command trains there."""
-    bucket, over, lost = bucket_of(plan.uri), threading.Event(), threading.Event()
+    bucket, over, lost, asked = bucket_of(plan.uri), *(threading.Event() for _ in range(3))
 
     def look() -> None:
         while not over.wait(LOOK):
             with contextlib.suppress(DataError):  # asked again
                 if said(bucket, LEASE).get("run") != plan.lease:
                     lost.set()
-                if lost.is_set() or bucket.tag(STOP) is not None:
+                if not lost.is_set() and bucket.tag(STOP) is not None:
+                    asked.set()
+                if lost.is_set() or asked.is_set():
                     stop.touch()
 
     with contextlib.ExitStack() as held:
@@ -140,10 +142,11 @@ def writing(plan: FitPlan, stop: Path) -> Iterator[FitPlan]:
         finally:
             over.set()
             thread.join()
-            if stop.exists():  # whoever asked has been heard
-                stop.unlink()
+            stop.unlink(missing_ok=True)
+            # Whoever asked has been heard; the run may have removed the file by then.
+            if asked.is_set() and not lost.is_set():
                 with contextlib.suppress(DataError):
-                    bucket.remove([] if lost.is_set() else [STOP])
+                    bucket.remove([STOP])
 
 
 class BucketStore(CheckpointStore):

@@ -63,6 +63,8 @@ class FitPlan:
     dtype: Dtype = "auto"
     profile: int = 0  # updates that are traced, for Perfetto
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest whole checkpoint of the run
+    # of a run that is begun anew, whose it is: its workers, started again, go on from what they wrote
+    command: str = ""
     # folder of a run whose schedule, as it was recorded, is followed again: the same rates at each step
     rates_of: str = ""
     uri: str = ""  # of a run in S3, where `run` is this machine's folder of it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,6 +22,10 @@ from shoal.train.plan import FitPlan, fingerprint, recorded
 
 COMPILER = os.environ.get("CXX", "g++")  # what torch.compile runs on a CPU
 DOUBT = 0.8  # an estimate is refused by where a fifth less would not fit either
+
+
+class TooSmallError(ResourceError):
+    """GPUs cannot hold the plan, however often its workers are started."""
 
 
 def check(plan: FitPlan, workers: int) -> None:
@@ -69,7 +74,7 @@ def _is_one(place: str, other: str) -> bool:
 
 
 def need_memory_of_gpu(plan: FitPlan, world: int, memory: int) -> None:
-    """Raises ResourceError, with how many would do, where a GPU with so many bytes of `memory` cannot hold what is estimated:
+    """Raises TooSmallError, with how many would do, where a GPU with so many bytes of `memory` cannot hold what is estimated:
     by more than a fifth, which the estimate may be wrong by."""
     need = memory_needed(plan, world, low=2)
     if need <= memory / DOUBT:
@@ -80,21 +85,29 @@ def need_memory_of_gpu(plan: FitPlan, world: int, memory: int) -> None:
     elif memory_needed(less, world, low=2) <= memory / DOUBT:
         do = "use --set recompute=true"
     else:
-        more = (world * 2**n for n in range(1, 11) if less.batch_rows >= world * 2**n)
-        alone = (
-            dataclasses.replace(less, parts=0, train=dataclasses.replace(less.train, accumulate=1)),
-            "--accumulate 1 and ",
-        )
-        ways = [(size, one, text) for size in more for one, text in ((less, ""), alone)]
-        fits = ((size, text) for size, one, text in ways if memory_needed(one, size, low=2) <= memory / DOUBT)
-        size, text = next(fits, (0, ""))
-        do = f"use --set recompute=true, {text}{size} GPUs" if size else "use a smaller preset, or larger GPUs"
-    raise ResourceError(
+        size, each = next(_larger(less, world, memory), (0, 0))
+        also = "" if each == plan.train.accumulate else f"--accumulate {each} and "
+        do = f"use --set recompute=true, {also}{size} GPUs" if size else "use a smaller preset, or larger GPUs"
+    raise TooSmallError(
         f"{plan.name} on {world} GPU(s)",
         got=f"{need / 2**30:.1f} GiB a GPU",
         allowed=f"{memory / 2**30:.1f} GiB",
         do=do,
     )
+
+
+def _larger(plan: FitPlan, world: int, memory: int) -> Iterator[tuple[int, int]]:
+    """Twice as many workers, or that again, of which each holds its share of `plan`, fewest first; and how many micro-batches
+    of each: the plan's, the most that its rows divide into, or one."""
+    for size in (world * 2**n for n in range(1, 11)):
+        if plan.batch_rows < size:
+            return
+        ways = range(plan.train.accumulate, 0, -1)
+        possible = [each for each in ways if not (plan.on_shards and plan.batch_rows % (size * each))]
+        for each in dict.fromkeys((*possible[:1], *possible[-1:])):
+            one = dataclasses.replace(plan, parts=0, train=dataclasses.replace(plan.train, accumulate=each))
+            if memory_needed(one, size, low=2) <= memory / DOUBT:
+                yield size, each
 
 
 def need_groups(plan: FitPlan, workers: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch.optim import Optimizer
 
 from shoal.data.alone import alone
-from shoal.errors import CheckpointError, ResourceError, ShoalError
+from shoal.errors import CheckpointError, ConfigError, ResourceError, ShoalError
 from shoal.train import log
 from shoal.train.bucket import BucketStore, writing
 from shoal.train.checkpoint import CheckpointStore
@@ -74,11 +74,12 @@ class Run:
             now = TrainState(
                 world=self.ranks.world,
                 code=code_version(),
+                command=self.plan.command,
                 trained=identity,
                 limits=self.plan.limits,
                 measured_on=self.plan.measured_on,
             )
-        if self.plan.resume == "never":
+        if self.plan.resume == "never" and not self._is_begun():
             self.store.clear(self.ranks)
         path = self._path = self.store.newest(self.ranks, lambda text: self.say("warning", step=0, text=text))
         if path is None:
@@ -91,12 +92,27 @@ class Run:
             text = f"{who} was written by other code ({saved.code}, now {now.code}): the run may differ in rounding"
             self.say("warning", step=saved.step, text=text)
         self.saved_at, self._saved_step = saved.seconds, saved.step
-        state = dataclasses.replace(saved, world=now.world, code=now.code, limits=now.limits)
+        state = dataclasses.replace(saved, world=now.world, code=now.code, command=now.command, limits=now.limits)
         if saved.limits != now.limits:  # another length has another schedule
             state.schedule = 0.0
         if saved.measured_on != now.measured_on:
             state.best, state.best_step, state.measured_on = None, 0, now.measured_on
         return state
+
+    def _is_begun(self) -> bool:
+        """Has this very command begun the run anew, and left a checkpoint? Then its workers were started again: one of them was
+        lost, or there are more of them now."""
+
+        def ours(path: Path) -> bool:
+            with contextlib.suppress(CheckpointError, ConfigError, ValueError):  # one that cannot be read is not
+                return self.store.state(path).command == self.plan.command
+            return False
+
+        found = False
+        with self.ranks.alike():
+            if self.plan.command and self.ranks.first:
+                found = any(ours(path) for path in self.store.steps())
+        return bool(self.ranks.agree(found))
 
     def schedule(self, state: TrainState) -> dict[int, float]:
         """For steps to come, the share of the run at which they take their rates, where that is known: of a run that is

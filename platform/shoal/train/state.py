@@ -29,6 +29,7 @@ class TrainState:
     limits: dict[str, Any] = field(default_factory=dict)  # how long the run was to be
     schedule: float = 0.0  # share of that length at which the last update took its rates
     code: str = ""  # fingerprint of the code that wrote it
+    command: str = ""  # which command's run it is, of one that was begun anew
     trained: dict[str, Any] = field(default_factory=dict)  # what a resumed run must agree with, as plain values
     best: float | None = None  # fewest held-out bits a byte that a checkpoint was written for, mean of what is measured
     best_step: int = 0  # when that was

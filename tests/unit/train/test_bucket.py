@@ -94,6 +94,20 @@ def test_a_run_whose_machine_is_lost_goes_on_from_s3_on_another_to_the_bytes_of_
     assert rows_read([uri], shards) == rows_read([tmp_path / "calm"], shards)
 
 
+def test_workers_of_a_run_in_s3_that_are_started_again_do_not_begin_anew_a_second_time(
+    uri: str, shards: Path, tmp_path: Path, machine: Machine
+) -> None:
+    fit(short(shards, tmp_path / "calm"))
+    fit(short(shards, uri, steps=3, learning_rate=0.02))
+    anew = short(shards, uri, resume="never", command="mine")
+    with pytest.raises(Interrupted):
+        fit(anew, stop_at(4, "checkpoint"))
+    machine("second")
+    fit(anew)
+    assert said(folder_of(uri), "start", "step") == [(0,), (4,)]
+    assert (models.here(f"{uri}/model") / "model.safetensors").read_bytes() == weights(tmp_path / "calm")
+
+
 def test_a_checkpoint_of_other_bytes_or_half_put_is_passed_over(
     s3: Service, uri: str, shards: Path, tmp_path: Path, machine: Machine
 ) -> None:
@@ -220,10 +234,12 @@ def test_a_command_that_was_taken_over_does_not_stop_the_other(s3: Service, uri:
         assert not bucket.has_lease(plan) and "stop" not in objects(s3, uri)
 
 
+@pytest.mark.parametrize("seconds", [0.01, 0.5])
 def test_an_object_called_stop_ends_a_run_with_a_checkpoint(
-    s3: Service, uri: str, shards: Path, monkeypatch: pytest.MonkeyPatch
+    s3: Service, uri: str, shards: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
-    monkeypatch.setattr(bucket, "LOOK", 0.01)
+    """And it goes, or the next sitting would end at once: whether it is looked for again before the run has ended or not."""
+    monkeypatch.setattr(bucket, "LOOK", seconds)
     begun = threading.Event()
 
     def ask(record: log.Record) -> None:

@@ -332,6 +332,43 @@ def test_a_schedule_with_a_hole_is_refused(shards: Path, tmp_path: Path) -> None
         fit(short(shards, tmp_path / "again", rates_of=str(tmp_path / "first")))
 
 
+# ---- a run that is begun anew
+
+
+def test_workers_that_are_started_again_do_not_begin_anew_a_second_time(shards: Path, tmp_path: Path) -> None:
+    """Ray starts them with the plan that they had; another command's plan is another's."""
+    fit(short(shards, tmp_path / "calm"))
+    run = tmp_path / "run"
+    fit(short(shards, run, steps=3, learning_rate=0.02))
+    anew = short(shards, run, resume="never", command="mine")
+    for step in (4, 5):
+        with pytest.raises(Interrupted):
+            fit(anew, stop_at(step, "checkpoint"))
+    fit(anew)
+    assert said(run, "start", "step") == [(0,), (4,), (5,)] and weights(run) == weights(tmp_path / "calm")
+    fit(dataclasses.replace(anew, command="another", steps=1))
+    assert said(run, "start", "step") == [(0,)] and said(run, "step", "step") == [(1,)]
+    fit(dataclasses.replace(anew, command="", steps=1))
+    assert said(run, "start", "step") == [(0,)] and said(run, "step", "step") == [(1,)]
+
+
+def test_a_command_that_begins_a_run_anew_tells_its_workers_whose_it_is(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[FitPlan] = []
+
+    def stop_there(plan: FitPlan) -> None:
+        plans.append(plan)
+        raise Interrupted
+
+    monkeypatch.setattr("shoal.on_ray.train._alone", stop_there)
+    for resume in ("never", "never", "auto"):
+        with pytest.raises(Interrupted):
+            train(short(shards, tmp_path / "run", resume=resume))
+    one, other, none = (plan.command for plan in plans)
+    assert one and other and one != other and not none
+
+
 # ---- one run at a time
 
 

@@ -1,6 +1,7 @@
 """``--set KEY=VALUE``: what may be set, and how wrong ones are told; plans that cannot be."""
 
 import dataclasses
+import re
 import weakref
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from shoal.model.cost import parameters
 from shoal.on_ray.train import parse_workers, preflight, train
 from shoal.train.needs import memory_needed, saved_at_once
 from shoal.train.parallel import Ranks
-from shoal.train.plan import finetune_plan, pretrain_plan, quantize_plan
+from shoal.train.plan import FitPlan, finetune_plan, pretrain_plan, quantize_plan
 from shoal.train.refusal import check, need_memory_of_gpu
 from shoal.train.run import enough_memory
 from shoal.train.settings import settings
@@ -69,6 +70,27 @@ def test_a_gpu_that_is_too_small_is_told_what_would_do() -> None:
         need_memory_of_gpu(one, 8, 24 * 10**9)
     with pytest.raises(ResourceError, match="use a smaller preset, or larger GPUs"):
         need_memory_of_gpu(one, 1, 10**9)
+
+
+def test_what_a_gpu_that_is_too_small_is_told_can_be_done(tmp_path: Path) -> None:
+    """In the workers, whose plan has the number of all micro-batches: as many GPUs hold it, and the rows divide."""
+
+    def of(each: int, size: int) -> FitPlan:
+        values = {"steps": 1, "recompute": True, "batch_tokens": 96 * 2048, "accumulate": each}
+        return pretrain_plan("base", str(tmp_path), "run", **values).at_world(size, size)
+
+    told = set()
+    for memory in range(10**9, 6 * 10**9, 5 * 10**7):
+        try:
+            need_memory_of_gpu(of(4, 8), 8, memory)
+        except ResourceError as error:
+            found = re.search(r"recompute=true, (?:--accumulate (\d+) and )?(\d+) GPUs$", str(error))
+            if found is not None:
+                each, size = int(found[1] or 4), int(found[2])
+                assert of(each, size).micro_rows(size) >= 1
+                need_memory_of_gpu(of(each, size), size, memory)
+                told.add((each, size))
+    assert len(told) > 1, told
 
 
 def test_what_does_not_divide_says_what_would() -> None:
