@@ -40,7 +40,7 @@ from shoal.errors import CheckpointError, ShoalError, last_line
 from shoal.machine import write_json
 from shoal.train.manifest import MANIFEST, STATE, STEP, damage, entry
 from shoal.train.mirror import Mirror
-from shoal.train.parallel import Ranks
+from shoal.train.parallel import PULSE, Ranks
 from shoal.train.snapshot import Entry, Snapshot, random_file, set_random_state
 from shoal.train.state import FORMAT, VERSION, TrainState, read_state
 
@@ -133,6 +133,8 @@ class CheckpointStore:
         saved, self.pending = self.pending, None
         assert saved is not None and self._snapshot is not None, "nothing was begun"
         came = time.perf_counter()
+        while not self.ready(ranks):  # one exchange that waited for the slowest would be given up
+            self._snapshot.wait(PULSE)
         problem, met, mine = "", None, {}
         try:
             mine = self._snapshot.result()
@@ -250,11 +252,12 @@ class CheckpointStore:
         """The newest whole checkpoint, fetched when it is only in the mirror, or None, the same on all ranks. Damaged ones
         are passed over, with a warning. Raises CheckpointError when there is none here and the mirror does not answer."""
         found: Path | ShoalError | None = None
-        if ranks.first:
-            try:
-                found = self._newest(warn)
-            except ShoalError as error:
-                found = error
+        with ranks.at_leisure():  # one is hashed, or fetched, whole
+            if ranks.first:
+                try:
+                    found = self._newest(warn)
+                except ShoalError as error:
+                    found = error
         chosen: Path | ShoalError | None = ranks.agree(found)
         if isinstance(chosen, ShoalError):
             raise chosen
@@ -306,9 +309,10 @@ class CheckpointStore:
         path = self.at(step)
 
         def bring() -> None:
-            problem = self._problem(path) if ranks.first else None
-            if problem and self.mirror is not None:
-                problem = self._fetch(self.mirror, path.name)
+            with ranks.at_leisure():
+                problem = self._problem(path) if ranks.first else None
+                if problem and self.mirror is not None:
+                    problem = self._fetch(self.mirror, path.name)
             if problem:
                 raise OSError(problem)
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from shoal.errors import ConfigError, DataError
+from shoal.data.batches import Batch
+from shoal.errors import ConfigError, DataError, ShoalError
 from shoal.model.cost import parameters
 from shoal.model.gpu import trial
 from shoal.model.linears import fake_quantize_
@@ -30,7 +31,7 @@ from shoal.train.feed import Feed, open_feed
 from shoal.train.heldout import Bpb, HeldoutReport, measure
 from shoal.train.log import Report, Speaker, ignore
 from shoal.train.loss import LossModel
-from shoal.train.meter import Meter, matmul_rate
+from shoal.train.meter import Meter, matmul_rate, training_flops
 from shoal.train.optim import (
     exit_weights,
     learning_rate,
@@ -84,8 +85,10 @@ def _fit(plan: FitPlan, ranks: Ranks, say: Speaker, at_end: contextlib.ExitStack
     with ranks.alike():
         need_possible(plan)
         need_replaceable(plan)  # where its model goes is looked at before it is trained
+    with ranks.alike(), ranks.at_leisure():  # one machine may have what another has to fetch
         plan = located(plan)
         start = Start.of(plan, ranks)
+    with ranks.alike():
         identity = plan.identity(start.read)
         if plan.dtype == "bfloat16" and ranks.device.type == "cpu":
             raise ConfigError("dtype", got=plan.dtype, allowed="auto or float32 without a GPU")
@@ -117,7 +120,9 @@ def _fit(plan: FitPlan, ranks: Ranks, say: Speaker, at_end: contextlib.ExitStack
     if compiled and _done(plan, run, state) < 1.0:
         _rehearsed(plan, run, state)
     heads = min(2, len(model.exits)) if rotates(plan.model, plan.train) else len(model.exits)
-    meter = Meter(plan.model, matmul_rate(ranks.device), ranks.world, heads=heads)
+    frozen = plan.biases_only or plan.train.lora_rank > 0
+    work = training_flops(plan.model, heads, plan.row_length, frozen=frozen, exits_only=plan.exits_only)
+    meter = Meter(work, matmul_rate(ranks.device), ranks.world)
     say("start", _summary(plan, ranks, meter), mix=dict(feed.mix), step=state.step)
     if chats := feed.chats:
         say("chats", chats, step=state.step)
@@ -142,7 +147,7 @@ def _updates(plan: FitPlan, run: Run, state: TrainState, meter: Meter, followed:
         tracer.before()
         watch = Watch()
         with watch("data"):
-            batches = feed.at(state.step)
+            batches, problem = _read(feed, state.step)
         # The schedules are read at the end of this update, so that the first has a rate and the last has the lowest.
         # One that was compiled in, or measured after, is no measure of the next: of the last two the shorter is.
         expected, took = min(took, clock.last_step), clock.last_step
@@ -156,7 +161,7 @@ def _updates(plan: FitPlan, run: Run, state: TrainState, meter: Meter, followed:
         # Rounding begins when the rate has warmed up: AdamW's moments are empty until then, and rounding is noise to them.
         fake_quantize_(model.net, plan.quantize and at > plan.train.warmup)
         how: dict[str, Any] = {"config": plan.train, "weights": weights, "rate": rate, "ranks": ranks, "skip": skip}
-        result = update(model, run.optimizer, batches, watch=watch, **how)
+        result = update(model, run.optimizer, batches, watch=watch, problem=problem, **how)
         state.step, state.tokens = state.step + 1, state.tokens + result.tokens
         state.cursor, state.seconds, state.schedule = feed.cursor(state.step), clock.step(), at
         if not expected:  # nobody knew how long it takes: the run's time may have ended in it
@@ -172,6 +177,15 @@ def _updates(plan: FitPlan, run: Run, state: TrainState, meter: Meter, followed:
     return done
 
 
+def _read(feed: Feed, step: int) -> tuple[list[Batch], ShoalError | None]:
+    """This rank's micro-batches of an update, or what of ours it met: the others, which read other rows, hear of it in the
+    update's first exchange."""
+    try:
+        return feed.at(step), None
+    except ShoalError as error:
+        return [], error
+
+
 def _done(plan: FitPlan, run: Run, state: TrainState) -> float:
     """The share of the run that `state` has done."""
     share = progress(plan, step=state.step, seconds=state.seconds, steps_in_epoch=run.feed.steps_in_epoch)
@@ -181,7 +195,9 @@ def _done(plan: FitPlan, run: Run, state: TrainState) -> float:
 def _rehearsed(plan: FitPlan, run: Run, state: TrainState) -> None:
     """Compile the layers before the clock of the run starts, by a pass forward and backward that is forgotten; where it trains
     to be rounded, as they are and rounded."""
-    batch, weights = run.feed.at(state.step)[0], _weights(plan, state.schedule, state.step)
+    with run.ranks.alike():
+        batch = run.feed.at(state.step)[0]
+    weights = _weights(plan, state.schedule, state.step)
     skip = left_out(plan.model, plan.train, state.step)
     for rounded in sorted({False, plan.quantize}):
         fake_quantize_(run.model.net, rounded)

@@ -12,12 +12,25 @@ from shoal.model.cost import flops_per_token, scoring_flops
 BACKWARD = 2  # a backward pass costs twice its forward
 
 
-def training_flops(config: ModelConfig, heads: int | None = None) -> int:
-    """Floating-point operations to train on one token, at the training length, with `heads` exits' losses (default: all).
-    Blocks are scored forward alone."""
-    early = 2 * config.vocab * config.width * ((len(config.exits) if heads is None else heads) - 1)
-    scoring = scoring_flops(config, config.train_length)
-    return (1 + BACKWARD) * (flops_per_token(config, config.train_length) + early) - BACKWARD * scoring
+def training_flops(
+    config: ModelConfig,
+    heads: int | None = None,
+    length: int | None = None,
+    *,
+    frozen: bool = False,
+    exits_only: bool = False,
+) -> int:
+    """Floating-point operations to train on one token of a row of `length` tokens [the training length], with `heads` exits'
+    losses (default: all). Blocks are scored forward alone. `frozen`: the weights stay as they are, beside thin matrices, and
+    the half of a backward pass that is their gradients is left out; `exits_only`: it ends at the early exits."""
+    c, length = config, length or config.train_length
+    early = (len(c.exits) if heads is None else heads) - 1
+    head, own = 2 * c.vocab * c.width, 2 * 3 * c.width * c.exit_ffn
+    forward = flops_per_token(c, length) + early * (head + own)
+    if exits_only:
+        return forward + early * (head + BACKWARD * own)
+    back = BACKWARD // 2 if frozen else BACKWARD
+    return (1 + back) * forward - back * scoring_flops(c, length)
 
 
 def matmul_rate(device: torch.device, seconds: float = 0.1, size: int = 512) -> float:
@@ -38,10 +51,8 @@ def matmul_rate(device: torch.device, seconds: float = 0.1, size: int = 512) -> 
 class Meter:
     """Tokens a second, smoothed over the last steps, and the share of the matmul rate that they amount to."""
 
-    def __init__(
-        self, config: ModelConfig, rate: float, world: int, memory: float = 0.9, heads: int | None = None
-    ) -> None:
-        self.flops_per_token, self.rate, self.memory = training_flops(config, heads), rate * world, memory
+    def __init__(self, flops_per_token: int, rate: float, world: int, memory: float = 0.9) -> None:
+        self.flops_per_token, self.rate, self.memory = flops_per_token, rate * world, memory
         self._tokens = self._seconds = 0.0
 
     def add(self, tokens: int, seconds: float) -> None:

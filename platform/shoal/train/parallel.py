@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 
 STAYS_GATHERED = 2**28  # parameters (1 GiB in fp32): a smaller model is gathered once an update, not at each use
+PULSE = 5.0  # seconds between two exchanges of ranks that wait for one which reads or writes for long
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,33 @@ class Ranks:
         problem = next((met for met in self.gather(problem) if met is not None), None)
         if problem is not None:
             raise problem
+
+    @contextlib.contextmanager
+    def at_leisure(self) -> Iterator[None]:
+        """What ranks do in this block, by themselves and without an exchange, may take any of them long: it ends on all of them
+        together, when the last is done. Meanwhile a thread of each exchanges a number every `PULSE` seconds, since one exchange
+        that waited for the slowest would be given up (`on_ray.train.COLLECTIVE_TIMEOUT`). All ranks enter it."""
+        if self.world == 1:
+            yield
+            return
+        over, met = threading.Event(), list[BaseException]()
+
+        def exchange() -> None:
+            try:
+                while int(self.sum(torch.tensor([float(not over.is_set())]))):
+                    over.wait(PULSE)
+            except BaseException as error:  # of a rank that is gone; told where somebody hears it
+                met.append(error)
+
+        thread = threading.Thread(target=exchange, name="at-leisure", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+        if met:
+            raise met[0]
 
     def wait(self) -> None:
         """Until every rank is here."""

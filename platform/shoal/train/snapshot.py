@@ -122,6 +122,11 @@ class Snapshot:
         """Is there still something to be written?"""
         return self._thread is not None and self._thread.is_alive()
 
+    def wait(self, seconds: float) -> None:
+        """Until all is written, or `seconds` are over."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
     def result(self) -> dict[str, Entry]:
         """The files that were written, by name, once they are. Raises what the thread met."""
         if self._thread is not None:

@@ -6,9 +6,10 @@ import copy
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -97,7 +98,8 @@ class Start:
         """What is done to the weights, in place, once the data are known."""
         if self.solves:
             updates = exits.updates_solved_on(plan.model, plan.train.batch_tokens, feed.steps_in_epoch)
-            read = [[batch.to(ranks.device) for batch in feed.at(step)] for step in range(updates)]
+            with ranks.alike():
+                read = [[batch.to(ranks.device) for batch in feed.at(step)] for step in range(updates)]
             exits.solve_(ranks.place(self.net), read, ranks)
         if plan.quantize and self.source is not None:
             ranks.place(self.net)
@@ -119,8 +121,11 @@ class Start:
         thin = [name for name in names if lora.is_thin(name)]
         whole = [name for name in names if not lora.is_thin(name)]
         told = sorted(_backbone(plan, dict.fromkeys(whole), plan.model)) if plan.adapts else []
-        tensors, after = whole_tensors(model, ranks, [*thin, *told, *whole]), ""
-        with ranks.alike():
+        after = ""
+        with ranks.alike(), ExitStack() as rest:
+            # What comes after the last tensor, hashes of all that was written and in S3 its way there, may take many minutes.
+            last = partial(rest.enter_context, ranks.at_leisure())
+            tensors = _and_then(whole_tensors(model, ranks, [*thin, *told, *whole]), last)
             try:
                 if ranks.first:
                     with _unwritten(plan):
@@ -189,6 +194,12 @@ def whole_tensors(model: LossModel, ranks: Ranks, names: Sequence[str] = ()) -> 
         yield name, whole.detach().cpu() if ranks.first else whole
 
 
+def _and_then(tensors: Iterator[tuple[str, Tensor]], act: Callable[[], object]) -> Iterator[tuple[str, Tensor]]:
+    """`tensors`, and `act` once the last of them was taken."""
+    yield from tensors
+    act()
+
+
 def _backbone(plan: FitPlan, state: Mapping[str, T], config: ModelConfig) -> dict[str, T]:
     """What the `state` of a net of `config` has, by name, of the tensors to which `plan` adds others."""
     return (sparse if plan.biases_only else exits).backbone(state, config)
@@ -197,7 +208,8 @@ def _backbone(plan: FitPlan, state: Mapping[str, T], config: ModelConfig) -> dic
 def _smooth(net: Net, feed: Feed, ranks: Ranks) -> None:
     """Move what single channels of the activations have too much of, for some rows of the data, into the weights, in place and
     alike on all ranks: a model of other people's has not learned to live with the rounding (decision 0041)."""
-    batches = [batch for step in range(min(SMOOTHED_BY, feed.steps_in_epoch)) for batch in feed.at(step)]
+    with ranks.alike():
+        batches = [batch for step in range(min(SMOOTHED_BY, feed.steps_in_epoch)) for batch in feed.at(step)]
     rows = [
         tokens[docs >= 0].to(ranks.device)
         for batch in batches

@@ -50,17 +50,22 @@ class Counts:
     rows: int  # that hold something
 
 
-def count(batches: Sequence[Batch], ranks: Ranks, way: object = ()) -> Counts:
-    """Counts over all ranks. `way`: what this rank will run of the model. Raises DataError when ranks hold different numbers of
-    micro-batches and ShoalError when their ways differ, on all of them: they would wait for each other for ever."""
+def count(batches: Sequence[Batch], ranks: Ranks, way: object = (), *, problem: ShoalError | None = None) -> Counts:
+    """Counts over all ranks. `way`: what this rank will run of the model; `problem`: why it could not read its micro-batches.
+    Raises that, DataError when ranks hold different numbers of micro-batches and ShoalError when their ways differ, each on all
+    of them: they would wait for each other for ever."""
     mark = float(zlib.crc32(repr(way).encode()) % 2**20)  # its square still counts exactly
-    local = torch.zeros(8, dtype=torch.float64)
+    local = torch.zeros(9, dtype=torch.float64)
     for b in batches:
         targets, patches = (b.targets >= 0).sum(), predicted_patches(b.tokens, b.docs, b.patches).sum()
         tokens, text = (b.docs >= 0).sum(), b.row_bytes[text_rows(b)].sum()
         local[:6] += torch.tensor([1, targets, patches, tokens, text, filled(b).sum()])
-    local[6:] = torch.tensor([mark, mark**2], dtype=torch.float64)
-    micro, *rest, marks, squares = (int(value) for value in ranks.sum(local).tolist())
+    local[6:] = torch.tensor([mark, mark**2, problem is not None], dtype=torch.float64)
+    micro, *rest, marks, squares, problems = (int(value) for value in ranks.sum(local).tolist())
+    if problems:
+        with ranks.alike():
+            if problem is not None:
+                raise problem
     if micro != len(batches) * ranks.world:
         raise DataError(
             "micro-batches differ by worker", got=f"{len(batches)} here, {micro} in all", allowed="the same everywhere"
@@ -93,17 +98,18 @@ def update(
     ranks: Ranks,
     skip: Collection[int] = (),
     watch: Watch | None = None,
+    problem: ShoalError | None = None,
 ) -> StepReport:
     """Train on one global batch, of which `batches` are this rank's micro-batches, wherever they lie: each is moved to the
     rank's device when its turn comes, and that is waited for once an update, before anything is written.
 
     `weights`: share of each of the model's exits in the loss, 0 for one that this update leaves out; `rate`: learning rate;
-    `skip`: layers that it leaves out; `watch`: is told where time goes. Raises ShoalError, on every rank and before anything is
-    written, when the loss or a gradient is not finite.
+    `skip`: layers that it leaves out; `watch`: is told where time goes; `problem`: why this rank has no `batches`. Raises what
+    `count` does, and ShoalError, on every rank and before anything is written, when the loss or a gradient is not finite.
     """
     run, watch = [e for e, weight in zip(model.exits, weights, strict=True) if weight > 0], watch or Watch()
     with watch("waiting"):
-        counts = count(batches, ranks, (run, sorted(skip)))
+        counts = count(batches, ranks, (run, sorted(skip)), problem=problem)
     shares = torch.tensor(weights, device=ranks.device)
     divisor = max(1, counts.rows // 2 if config.dpo else counts.targets)  # pairs, or tokens
     with watch("compute"):

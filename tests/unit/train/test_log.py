@@ -175,7 +175,7 @@ def test_utilisation_is_work_done_over_work_possible() -> None:
     scoring = scoring_flops(config, config.train_length)  # of blocks, which has no backward pass
     assert scoring > 0
     assert training_flops(config) == 3 * (flops_per_token(config, config.train_length) + early) - 2 * scoring
-    meter = Meter(config, rate=1e9, world=2, memory=0.5)
+    meter = Meter(training_flops(config), rate=1e9, world=2, memory=0.5)
     assert meter.read() == {"tokens_per_second": 0.0, "utilisation": 0.0}
     meter.add(tokens=100, seconds=2.0)
     meter.add(tokens=300, seconds=1.0)

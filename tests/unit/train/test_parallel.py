@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,18 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoal import presets, scale
+from shoal.data.batches import Batch, PretrainBatches
 from shoal.errors import CheckpointError, DataError, ShoalError
 from shoal.model import checkpoint
-from shoal.train import fresh, log, parallel
+from shoal.train import fresh, log, loop, parallel
+from shoal.train.checkpoint import CheckpointStore
 from shoal.train.feed import open_feed, shard_tokenizer
 from shoal.train.loop import fit
 from shoal.train.loss import LossModel
 from shoal.train.manifest import damage
 from shoal.train.optim import left_out, make_optimizer, rotates
 from shoal.train.plan import FitPlan, finetune_plan, pretrain_plan
+from shoal.train.snapshot import Snapshot
 from shoal.train.start import whole_tensors
 from shoal.train.step import count, update
 
@@ -128,6 +132,8 @@ def play(rank: int, who: str, root: Path, shards: Path, chats: Path, model: Path
     scene("full-model", 2, lambda: the_disk_is_full_for_the_model(shards, root))
     scene("depth", 2, lambda: ranks_differ_in_depth(shards, rank))
     scene("alone-in-error", 2, lambda: an_error_of_one_rank_is_every_ranks(shards, root, rank))
+    scene("one-row", 2, lambda: rows_that_one_rank_cannot_read_end_the_run_on_all(shards, root, rank))
+    scene("slow", 2, lambda: the_others_exchange_while_one_is_slow(shards, root, rank))
     scene("full-disk", 2, lambda: fit(plan(shards, root / "full-disk", 2, eval_every=0), fill_the_disk()))
 
 
@@ -256,6 +262,63 @@ def an_error_of_one_rank_is_every_ranks(shards: Path, root: Path, rank: int) -> 
     """Rank 1 finds no data; rank 0, which does, would wait for it at the first exchange."""
     with pytest.raises(DataError, match="nowhere"):
         fit(plan(shards if rank == 0 else root / "nowhere", root / "alone-in-error", 2))
+
+
+def rows_that_one_rank_cannot_read_end_the_run_on_all(shards: Path, root: Path, rank: int) -> None:
+    """In the middle of a run: rank 0, which reads others, would wait for rank 1, or hear of a broken connection."""
+
+    def read(self: PretrainBatches, step: int) -> list[Batch]:
+        if rank == 1 and step == 2:
+            raise DataError("row 7 is not what its index says")
+        return at(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        at = PretrainBatches.at
+        patch.setattr(PretrainBatches, "at", read)
+        with pytest.raises(DataError, match="row 7 is not what its index says"):
+            fit(plan(shards, root / "one-row", 2, eval_every=0))
+
+
+def the_others_exchange_while_one_is_slow(shards: Path, root: Path, rank: int) -> None:
+    """Rank 1 as it fetches what it reads, and as it writes its share of two checkpoints; rank 0 as it looks for the newest of
+    these, and with the model that it has written. Each goes on once it has seen three exchanges: one that waited for it would
+    end with the collectives' timeout."""
+    exchanges, seen, sum_ = 0, list[bool](), parallel.Ranks.sum
+
+    def counted(self: parallel.Ranks, values: torch.Tensor) -> torch.Tensor:
+        nonlocal exchanges
+        exchanges += 1
+        return sum_(self, values)
+
+    def slow(work: Callable[..., Any]) -> Callable[..., Any]:
+        def done(*args: Any, **how: Any) -> Any:
+            found, enough, end = work(*args, **how), exchanges + 3, time.monotonic() + 60
+            while exchanges < enough and time.monotonic() < end:
+                time.sleep(0.01)
+            seen.append(exchanges >= enough)
+            return found
+
+        return done
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel.Ranks, "sum", counted)
+        for module in ("parallel", "checkpoint"):
+            patch.setattr(f"shoal.train.{module}.PULSE", 0.01)
+        if rank == 1:
+            patch.setattr(loop, "located", slow(loop.located))
+            patch.setattr(Snapshot, "_work", slow(Snapshot._work))
+        else:
+            patch.setattr(CheckpointStore, "_newest", slow(CheckpointStore._newest))
+            patch.setattr(CheckpointStore, "_problem", slow(CheckpointStore._problem))
+            patch.setattr(checkpoint, "save", slow(checkpoint.save))
+        fit(plan(shards, root / "slow", 2, eval_every=0, steps=2))
+        assert seen == [True] * (3 if rank else 2)
+        CheckpointStore(root / "slow").fetched(2, parallel.Ranks.join())
+        assert seen == [True] * 3
+        ranks = parallel.Ranks.join()
+        with pytest.raises(DataError, match="nothing there"), ranks.alike(), ranks.at_leisure():
+            if rank:
+                raise DataError("nothing there")
 
 
 def fill_the_disk() -> log.Report:
@@ -438,6 +501,14 @@ def test_a_full_disk_costs_checkpoints_and_no_step(two: Path) -> None:
     assert "training goes on, the newest checkpoint is step 1" in said[0] and "File too large" in said[0]
     assert history(run, "step", "loss") == pytest.approx(history(two / "alone", "step", "loss"), rel=1e-5)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000001", "step-00000004"]
+
+
+def test_rows_that_one_rank_cannot_read_end_the_run_on_all_after_the_updates_before(two: Path) -> None:
+    assert history(two / "one-row", "step", "step") == [1, 2]
+
+
+def test_a_slow_rank_costs_nothing_but_time(two: Path) -> None:
+    assert history(two / "slow", "checkpoint", "step") == [1, 2] and (two / "slow" / "model").is_dir()
 
 
 def test_what_is_left_out_in_the_test_above_is_not_nothing() -> None:

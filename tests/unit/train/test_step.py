@@ -120,7 +120,7 @@ def test_a_large_gradient_is_clipped(shards: Path, alone: Ranks) -> None:
 def test_ranks_with_different_numbers_of_micro_batches_are_refused(shards: Path) -> None:
     class Two(Ranks):
         def sum(self, values: torch.Tensor) -> torch.Tensor:
-            return values + torch.tensor([1.0, 5, 0, 5, 5, 1, 0, 0])  # the other rank has one micro-batch
+            return values + torch.tensor([1.0, 5, 0, 5, 5, 1, 0, 0, 0])  # the other rank has one micro-batch
 
     plan = pretrain_plan("test", str(shards), "unused", steps=1, accumulate=2)
     batches = open_feed(plan, shard_tokenizer(shards), "", Ranks(0, 1, torch.device("cpu"))).at(0)
