@@ -114,9 +114,9 @@ def measure(net: Net, seed: int, families: Sequence[str], fit: int, test: int) -
 
 
 def policies(net: Net, router: Router, second: Router, fitted: Measured, tested: Measured) -> dict[str, Any]:
-    """At equal compute, mean over `BUDGETS`: the loss of each policy (nats a token above full depth) with how far it lies
-    behind the router's, and the same of exact match (what is missed that full depth hits). `second`: the router's second
-    look."""
+    """At equal compute: the loss of each policy (nats a token above full depth), mean over `BUDGETS` with how far it lies
+    behind the router's, and at each of them, with 95 % intervals over the prompts; and the same of exact match (what is
+    missed that full depth hits). `second`: the router's second look."""
     looks = looked_twice(net.config, router(tested.prompts.features)[0], second(tested.seen)[0])
     nats = frontier(net.config, router, fitted.prompts, tested.prompts, looks=looks)
     missed = (tested.hits[:, -1:].float() - tested.hits[:, :-1].float()).float()
@@ -126,7 +126,7 @@ def policies(net: Net, router: Router, second: Router, fitted: Measured, tested:
             "mean": {name: mean(row["gap"] for row in some["at"][name]) for name in _NAMES},
             "behind": some["behind"],
             "fixed": some["fixed"],
-            "at": {name: [row["gap"] for row in some["at"][name]] for name in _NAMES},
+            "at": some["at"],
         }
         for what, some in (("nats", nats), ("missed", match))
     } | {"full_match": float(tested.hits[:, -1].float().mean())}

@@ -15,6 +15,7 @@ from shoal.bench.commands import bench
 from shoal.bench.route import measured, route
 from shoal.bench.route_tasks import FAMILIES, LEVELS, NAMES, VOCAB, WORDS, prompts, rows
 from shoal.errors import ConfigError, UsageError
+from shoal.evaluate.frontier import BUDGETS
 from shoal.model.router import NLL
 
 NAMED = {number: word for word, number in WORDS.items()}
@@ -153,6 +154,11 @@ def test_the_benchmark_from_training_to_its_line_of_json(tmp_path: Path, capsys:
     assert counted == 30
     behind = run["families"]["lookup"]["nats"]["behind"]
     assert set(behind) == {"length", "domain", "random", "oracle", "second look"}
+    for found in run["families"]["all"]["nats"], run["families"]["all"]["missed"]:
+        for name, line in found["at"].items():
+            assert [row["flops_share"] for row in line] == list(BUDGETS)
+            assert all(row["low"] <= row["gap"] <= row["high"] for row in line)
+            assert found["mean"][name] == pytest.approx(sum(row["gap"] for row in line) / len(line))
     assert run["tolerance"] == 0.05 and run["calibration"]["all together"]["prompts"] == 60
     (kept,) = tmp_path.iterdir()
     stamp = kept.stat().st_mtime_ns
