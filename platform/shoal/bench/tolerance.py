@@ -57,6 +57,7 @@ class Way:
         after = sum(max(0, end.completion_tokens - 1) for end in ends)
         seconds = sum(end.total_seconds - end.first_token_seconds for end in ends)
         at_once = min(self.engine.scheduler.max_batch, len(ends))
+        # 0 where no answer has a second token: then nothing was timed
         self.rates.setdefault(task, []).append(at_once * after / seconds if seconds else 0.0)
 
 
@@ -133,7 +134,7 @@ def _row(way: Way, batch: int, asked: dict[str, list[Question]]) -> dict[str, An
     return {
         "batch": batch,
         "way": way.name,
-        "tokens_per_s": {task: statistics.median(rates) for task, rates in way.rates.items()},
+        "tokens_per_s": {task: statistics.median(rates) or None for task, rates in way.rates.items()},
         "turns": way.rates,  # tokens a second in each
         "counts": {  # in the last turn
             task: dict(zip(("steps", "rows", "drafts", "stood"), counts, strict=True))
@@ -161,23 +162,43 @@ def _tables(rows: Rows, batch: int, tasks: list[str], temperature: float) -> lis
     columns = ("way", *short, "mean", "turns", "depth", "spent", "most", "router")
     speed = Table(*columns, title=f"{how}: speed beside full depth, nats a token")
     scores = Table("way", *short, title=f"{how}: scores")
-    full = rows[0]["tokens_per_s"]
+    timed = [task for task in tasks if all(rows[0]["turns"][task])]
     for row in rows:
-        ratios = [row["tokens_per_s"][task] / full[task] for task in tasks]
+        ratios = {task: _beside(row, rows[0], task) for task in tasks}
         spent = ["-" if row[key] is None else f"{row[key]:.3f}" for key in ("spent", "most_spent")]
-        least, most = _spread(row, rows[0], tasks)
+        spread = _spread(row, rows[0], timed)
         decided = "-" if row["by_router"] is None else f"{row['by_router']} of {row['answers']}"
         speed.add_row(
-            row["way"], *(f"{ratio:.2f}" for ratio in ratios), f"{statistics.fmean(ratios):.2f}", f"{least:.2f} to {most:.2f}",
-            f"{row['mean_depth']:.2f}", *spent, decided,
+            row["way"], *(_figure(ratio) for ratio in ratios.values()), _figure(_mean([ratios[task] for task in timed])),
+            "-" if spread is None else f"{spread[0]:.2f} to {spread[1]:.2f}", f"{row['mean_depth']:.2f}", *spent, decided,
         )  # fmt: skip
         scores.add_row(row["way"], *(_score(row, task) for task in tasks))
     return [speed, scores]
 
 
-def _spread(row: dict[str, Any], full: dict[str, Any], tasks: list[str]) -> tuple[float, float]:
-    """Least and most of the turns' means over `tasks` of tokens a second beside those at full depth in the same turn."""
-    ratios = [[a / b for a, b in zip(row["turns"][task], full["turns"][task], strict=True)] for task in tasks]
+def _beside(row: dict[str, Any], full: dict[str, Any], task: str) -> float | None:
+    """Tokens a second beside those at full depth; None where the answers of either have one token, which nothing times."""
+    own, plain = row["tokens_per_s"][task], full["tokens_per_s"][task]
+    return own / plain if own and plain else None
+
+
+def _mean(ratios: Sequence[float | None]) -> float | None:
+    """None where there is none, or one of them is not known: the mean would be of other tasks than another way's."""
+    known = [ratio for ratio in ratios if ratio is not None]
+    return statistics.fmean(known) if known and len(known) == len(ratios) else None
+
+
+def _figure(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
+
+
+def _spread(row: dict[str, Any], full: dict[str, Any], tasks: list[str]) -> tuple[float, float] | None:
+    """Least and most of the turns' means over `tasks` of tokens a second beside those at full depth in the same turn; None
+    where a turn has a task of which nothing was timed."""
+    pairs = [list(zip(row["turns"][task], full["turns"][task], strict=True)) for task in tasks]
+    if not pairs or not all(own and plain for pair in pairs for own, plain in pair):
+        return None
+    ratios = [[own / plain for own, plain in pair] for pair in pairs]
     means = [statistics.fmean(turn) for turn in zip(*ratios, strict=True)]
     return min(means), max(means)
 

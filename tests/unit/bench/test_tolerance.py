@@ -73,6 +73,46 @@ def test_each_way_answers_every_batch_size(
     assert "1 at once, greedy" in said.getvalue() and " of 12" in said.getvalue()
 
 
+def test_answers_of_one_token_have_no_speed_and_all_else_is_told(
+    heldout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of image questions where "yes" is one token: a division by 0 ended the run when all was measured."""
+    monkeypatch.setitem(tolerance.TASKS, "customer service", 1)
+    lively().save(heldout / "model")
+    said = io.StringIO()
+    tolerance.tolerance(
+        Console(file=said, width=200), model=heldout / "model", data=heldout, batches=(2,), tolerances=(0.0,), prompts=3,
+        rounds=1, temperature=0.0,
+    )  # fmt: skip
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["tokens_per_s"] for row in rows] == 4 * [{"customer service": None}]
+    assert {row["answers"] for row in rows} == {3} and "2 at once, greedy: scores" in said.getvalue()
+
+
+def test_a_mean_is_over_the_same_tasks_in_every_way_or_there_is_none() -> None:
+    ways = {"full": ([2.0], [0.0], [4.0]), "shallow": ([4.0], [0.0], [4.0]), "mute": ([4.0], [3.0], [0.0])}
+    tasks = ["images", "signs", "code"]
+    rows = [
+        {
+            "way": name,
+            "turns": dict(zip(tasks, rates, strict=True)),
+            "mean_depth": 1.0,
+            "spent": None,
+            "most_spent": None,
+        }
+        | {"tokens_per_s": {task: rate or None for task, (rate,) in zip(tasks, rates, strict=True)}, "by_router": None}
+        | {"scores": dict.fromkeys(tasks, 0.5), "intervals": dict.fromkeys(tasks)}
+        for name, rates in ways.items()
+    ]
+    speed, _ = tolerance._tables(rows, 1, tasks, 0.0)
+    said = list(zip(*(column.cells for column in speed.columns), strict=True))
+    assert [cells[1:6] for cells in said] == [
+        ("1.00", "-", "1.00", "1.00", "1.00 to 1.00"),
+        ("2.00", "-", "1.00", "1.50", "1.50 to 1.50"),
+        ("2.00", "-", "-", "-", "-"),
+    ]
+
+
 def test_of_answers_of_depth_auto_it_is_said_how_many_the_router_decided_and_what_the_others_spent() -> None:
     way = tolerance.Way("auto 0.5", "auto", 0.5, None, rates={"customer service": [3.0, 1.0, 2.0]})
     ends = [
