@@ -262,7 +262,7 @@ class Signals:
     router_distance: float | None = None  # mean of ((x - center) / spread)^2 over the features x that it reads
     answer_nll: float | None = None  # of a sample of the answer's tokens at its depth: mean
     answer_nll_max: float | None = None  # and most
-    drafts_accepted: int = 0
+    drafts_accepted: int = 0  # tokens of the answer that are drafts which stood
     # nats a token that the router chose the depth for; None where it was to keep a budget
     tolerance: float | None = None
     # [A], of each early exit: mean of KL(full depth || exit) over the places of full depth's answer; where `Request.gaps`

@@ -191,7 +191,7 @@ class Scheduler(Planning):
             if work.running.told is None and not work.running.looking:
                 work.running.ran += work.running.layers + sampled.drafted * shallowest
             work.running.looking = False
-            self._append(work.running, sampled, now)
+            self._append(work.running, sampled, now, drafted=bool(sampled.after))
             if work.drafts:
                 self._take_drafts(work.running, sampled, now)
             self._look(work.running)
@@ -235,7 +235,8 @@ class Scheduler(Planning):
         if running.look is not None and running.answered >= running.look and self._live.get(running.id) is running:
             running.undecide(self.pages)
 
-    def _append(self, running: Running, sampled: Sampled, now: float) -> None:
+    def _append(self, running: Running, sampled: Sampled, now: float, drafted: bool = False) -> None:
+        """Take in the next token of `running`, or that there is none; `drafted`: it is a draft that stood."""
         running.holding.states, running.holding.states_from = [], None
         if sampled.error is not None:
             self._finish(running, "error", sampled.error)
@@ -257,6 +258,7 @@ class Scheduler(Planning):
             self.metrics.inter_token_latency_seconds.observe(now - running.last_token_at)
         running.last_token_at = now
         running.tokens.append(token)
+        running.heard.drafts_accepted += drafted
         sampling, answered = running.sampling, running.answered
         text, stopped = running.text.push(token, may_stop=answered >= sampling.min_tokens)
         if told is None:
@@ -274,12 +276,11 @@ class Scheduler(Planning):
         were written to."""
         self.metrics.drafts += sampled.drafted
         self.metrics.drafts_accepted += len(sampled.after)
-        running.heard.drafts_accepted += len(sampled.after)
-        for following in sampled.after:
+        for place, following in enumerate(sampled.after, 1):
             if self._live.get(running.id) is not running:
                 return
             running.holding.advance(self.pages, len(running.tokens), 0, running.groups or 0)
-            self._append(running, following, now)
+            self._append(running, following, now, drafted=place < len(sampled.after))
         if self._live.get(running.id) is running:
             running.holding.trim(self.pages, running.groups or 0)
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
 
 from shoal import Engine, Model
 from shoal.engine import runner
-from shoal.engine.events import Completion, Guide, Request, Sampling, Signals
+from shoal.engine.events import Completion, Event, Finished, Guide, Request, Sampling, Signals, Token
+from shoal.engine.plan import Outcome, Plan
 from shoal.engine.signals import Logits
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model.cpu import fused
 from shoal.model.router import features, fit_router, page_sums
 from tests.unit.engine.lively import lively
+from tests.unit.engine.test_speculative import EAGER
 
 MODEL = lively()
 PROMPTS = ["the sea", "a fish that swims in the deep sea at night", "def f(x):\n    return x + 1\n"]
@@ -207,6 +210,35 @@ def test_drafts_that_stood_are_counted() -> None:
     engine = Engine(MODEL, units=200, speculative_max_batch=8)
     engine.generate([asked(PROMPTS[0], temperature=0, speculative=4, max_tokens=30)])
     assert signals(answer).drafts_accepted == engine.scheduler.metrics.drafts_accepted
+
+
+def test_of_drafts_that_stood_those_are_counted_that_the_answer_holds() -> None:
+    """A stop string may end it in the middle of a step: what was right behind it is no part of it, and what completes it is."""
+    how: dict[str, Any] = {"temperature": 0.7, "speculative": 4, "max_tokens": 24}
+    (whole,) = run(EAGER, [asked(PROMPTS[0], **how)], speculative_max_batch=8)
+    behind = completes = 0
+    for stop in dict.fromkeys(whole.text):
+        engine, good = Engine(EAGER, units=200, speculative_max_batch=8), list[int]()
+        step = engine.runner.run
+
+        def seen(plan: Plan, step: Callable[[Plan], Outcome] = step, good: list[int] = good) -> Outcome:
+            outcome = step(plan)
+            good += [len(sampled.after) for sampled in outcome.samples]
+            return outcome
+
+        engine.runner.run = seen  # type: ignore[method-assign]
+        engine.submit(asked(PROMPTS[0], **how, stop=[stop]))
+        wanted, events = 0, list[Event]()
+        while not engine.idle:
+            good.clear()
+            events = engine.step()
+            told, stood = sum(isinstance(one, Token) for one in events), sum(good)
+            wanted += min(told, stood)
+            behind, completes = behind + (stood > told), completes + (engine.idle and told == 1 <= stood)
+        end = events[-1]
+        assert isinstance(end, Finished) and end.signals is not None
+        assert end.signals.drafts_accepted == wanted <= end.completion_tokens
+    assert behind and completes
 
 
 def test_nothing_is_told_unless_it_is_asked_for_and_tokens_are_the_same(routed: Model) -> None:
