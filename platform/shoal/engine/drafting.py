@@ -7,7 +7,7 @@ like it and from its own (`acceptance`). So in one step an answer may draft besi
 What is not known is tried: by an answer whose task nobody has drafted for, and again after ever more steps, of all and of its
 own, where it did not pay. What that may lose is counted, in steps without drafts, whatever was expected: the drafts of a task
 may lose what they have gained, at most `CREDIT`, and beyond that all together `LOSS` of the time and `ADVANCE` once. Where that
-is spent, who has gained nothing waits. No gain of one task is spent on another.
+is spent, who has gained nothing waits. Of what one task gains all others together may lose one step at most (`SHARED`).
 """
 
 from __future__ import annotations

@@ -204,7 +204,7 @@ def heldout_questions(
     model: Model | Described, data: Path, sizes: Sizes
 ) -> tuple[dict[str, list[Question]], dict[str, int]]:
     """Held-out chat rows by task; none where there are no chats. The router was fitted to others, of other documents and
-    conversations (`train.halves`). Beside them, by task, how many the model's context has no room for with an answer."""
+    conversations (`evaluate.halves`). Beside them, by task, how many the model's context has no room for with an answer."""
     limits = {
         "image question": sizes.vqa,
         "summarisation": sizes.bleu,

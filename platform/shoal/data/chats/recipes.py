@@ -1,5 +1,5 @@
 """Documents as fine-tuning chats: rows of ``{"messages", "task", "source", "license", "group", "synthetic"}``; ``group`` is the
-document's, so that what is asked and what a router is fitted to can be kept apart (`train.halves`).
+document's, so that what is asked and what a router is fitted to can be kept apart (`evaluate.halves`).
 
     code              a function's signature and docstring -> its code
     summarisation     a function's code -> the first sentence of its docstring
