@@ -13,12 +13,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shoal.config import Exits
 from shoal.engine.events import Request
+from shoal.errors import RequestError
 from shoal.inputs import media
 from shoal.inputs.chat import Encoded
 from shoal.model.model import Model
 from shoal.model.net import Net
 from shoal.model.router import Router, features, page_sums
+
+
+def asked(shape: Exits, request: Request, fixed: int | None) -> int | None:
+    """Layers for `request` by what it says itself; None where the router is to decide. `fixed`: layers that a deployment runs
+    for all [each request says its own]. Raises RequestError for another depth than that, and for depth "auto" with a tolerance
+    where that is an early exit: nobody knows what it loses, and nothing looks."""
+    layers = shape.asked(request.depth)
+    if fixed is None or layers == fixed:
+        return layers
+    if layers is not None:
+        allowed = "the depth that this deployment fixes"
+        raise RequestError("depth", param="depth", got=request.depth, allowed=allowed)
+    if request.quality_tolerance is not None and fixed < shape.exits[-1]:
+        do = f"leave it out: this deployment runs {fixed} of {shape.exits[-1]} layers for every request"
+        raise RequestError("quality_tolerance", param="quality_tolerance", got=request.quality_tolerance, do=do)
+    return fixed
 
 
 class Forerunner:

@@ -43,6 +43,7 @@ from shoal.inputs.chat import Encoded
 from shoal.vllm_plugin import PER_REQUEST
 from shoal.vllm_plugin.counts import GAUGES, Counts
 from shoal.vllm_plugin.images import as_image, collapsed
+from shoal.vllm_plugin.route import asked
 
 log = logging.getLogger(__name__)
 
@@ -162,17 +163,10 @@ class VllmEngine:
         return prompt if isinstance(prompt, Encoded) else Encoded(list(prompt))
 
     async def _layers(self, prompt: Encoded, request: Request) -> int:
-        shape = self._served.config
-        layers = shape.asked(request.depth)
-        if layers is None:
-            if self._per_request and self._route is not None:
-                return await asyncio.to_thread(self._route, prompt, request)
-            return self._all
-        if layers != self._all and not self._per_request:
-            raise RequestError(
-                "depth", param="depth", got=request.depth, allowed="the depth that this deployment fixes"
-            )
-        return layers
+        layers = asked(self._served.config, request, None if self._per_request else self._all)
+        if layers is None and self._route is not None:
+            return await asyncio.to_thread(self._route, prompt, request)
+        return self._all if layers is None else layers
 
     async def embed(
         self, prompts: list[list[int]], depth: str | int = FULL, *, payer: str = "", client: str = "", priority: int = 0

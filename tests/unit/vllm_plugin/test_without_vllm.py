@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from shoal import Engine, Model, Request, Sampling
+from shoal import Engine, Model, Request, Sampling, presets
 from shoal.api.serve_args import ServeArgs
-from shoal.errors import ConfigError
+from shoal.errors import ConfigError, RequestError
 from shoal.inputs.chat import Encoded
 from shoal.inputs.media import Patches
 from shoal.model.router import Calibration, Router
 from shoal.vllm_plugin import options
-from shoal.vllm_plugin.route import Forerunner
+from shoal.vllm_plugin.route import Forerunner, asked
 from tests.pretend_gpu import pretended
 
 
@@ -43,6 +43,25 @@ def test_a_prompt_is_routed_before_admission_as_our_engine_routes_it(tmp_path: P
     ours = [done.depth for done in Engine(model).generate(asked)]
     assert len(set(ours)) > 1, "the tolerances must reach several exits"
     assert [forerunner(prompt, request) for request in asked for prompt in [request.prompt]] == ours  # type: ignore[arg-type]
+
+
+def test_a_deployment_of_one_depth_refuses_others_and_what_it_cannot_keep() -> None:
+    """At an early exit nobody knows what an answer of depth "auto" loses: a tolerance, be it 0, was taken, and not kept."""
+    shape = presets.get("test").model
+    shallow, middle, full = shape.exits
+
+    def layers(fixed: int | None, depth: str | int, tolerance: float | None = None) -> int | None:
+        return asked(shape, Request([20], depth=depth, quality_tolerance=tolerance), fixed)
+
+    assert [layers(None, depth, 0.1) for depth in ("auto", "middle", full)] == [None, middle, full], "each its own"
+    assert layers(middle, "auto") == layers(middle, "middle", 0.0) == layers(middle, middle, 0.1) == middle
+    assert layers(full, "auto", 0.0) == layers(full, "auto") == full, "which loses nothing"
+    for tolerance in (0.0, 0.1):
+        with pytest.raises(RequestError, match="leave it out: this deployment runs 1 of 4 layers") as refused:
+            layers(shallow, "auto", tolerance)
+        assert refused.value.param == "quality_tolerance"
+    with pytest.raises(RequestError, match="depth: got 'full'; allowed: the depth that this deployment fixes"):
+        layers(middle, "full")
 
 
 def test_where_there_is_a_gpu_a_prompt_is_routed_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
