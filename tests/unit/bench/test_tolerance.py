@@ -13,6 +13,7 @@ from shoal.bench.commands import bench
 from shoal.data.chats.heldout import Question
 from shoal.engine.events import Completion, Finished
 from shoal.errors import UsageError
+from shoal.evaluate.evaluation import TASKS
 from shoal.inputs.chat import Encoded
 from tests.unit.engine.lively import lively, with_router
 
@@ -77,7 +78,7 @@ def test_answers_of_one_token_have_no_speed_and_all_else_is_told(
     heldout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of image questions where "yes" is one token: a division by 0 ended the run when all was measured."""
-    monkeypatch.setitem(tolerance.TASKS, "customer service", 1)
+    monkeypatch.setitem(TASKS, "customer service", 1)
     lively().save(heldout / "model")
     said = io.StringIO()
     tolerance.tolerance(
