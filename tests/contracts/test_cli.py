@@ -2,17 +2,14 @@
 nothing half-written left behind. No case here may need a running Ray, since all are found before work begins."""
 
 import contextlib
-import functools
 import os
 import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import typer.main
 
 from shoal import Model, cli
 from shoal.errors import ConfigError
@@ -27,14 +24,6 @@ UNITS = (
 # Options that say by themselves what happens without them.
 WITHOUT = ("--config", "--against", "--json", "--api-key")
 COMMANDS = commands()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _built_once() -> Iterator[None]:
-    """typer builds all commands anew whenever its app is called, once a process; here it is called three hundred times."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
-        yield
 
 
 @pytest.fixture

@@ -113,14 +113,17 @@ PICKLED = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 UNSAFE = re.compile("|".join([*PICKLED, r"torch\s*\.\s*(load|save)\b", "weights_only"]))
 
 
+@functools.cache
+def texts() -> list[tuple[Path, str]]:
+    return [(path, path.read_text(encoding="utf-8")) for path in tracked() if path != Path(__file__)]
+
+
 @pytest.mark.parametrize("what", FORBIDDEN)
 def test_no_file_holds(what: str) -> None:
     found = [
-        f"{name_of(path)}:{number}: {line.strip()[:100]}"
-        for path in tracked()
-        if path != Path(__file__)
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if re.search(FORBIDDEN[what], line)
+        f"{name_of(path)}:{text.count(chr(10), 0, match.start()) + 1}: {match[0][:100]}"
+        for path, text in texts()
+        for match in re.finditer(FORBIDDEN[what], text)
     ]
     assert found == []
 

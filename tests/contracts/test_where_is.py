@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ ASKED = (
 )  # fmt: skip
 
 
-def symbols(tree: ast.Module) -> set[str]:
-    """Names that a module defines at its top, and as ``Class.member`` those of its classes."""
+@cache
+def symbols(path: Path) -> set[str]:
+    """Names that the module at `path` defines at its top, and as ``Class.member`` those of its classes. The table alone names
+    some modules a dozen times."""
     found: set[str] = set()
 
     def add(body: list[ast.stmt], before: str) -> None:
@@ -35,7 +38,7 @@ def symbols(tree: ast.Module) -> set[str]:
                     before + name.id for each in targets for name in ast.walk(each) if isinstance(name, ast.Name)
                 )
 
-    add(tree.body, "")
+    add(ast.parse(path.read_text()).body, "")
     return found
 
 
@@ -47,7 +50,7 @@ def missing(text: str) -> list[str]:
         if path is None:
             lost.append(f"{name}: no such file")
         elif path.suffix == ".py":
-            lost += [] if symbol in symbols(ast.parse(path.read_text())) else [f"{name}: no {symbol}"]
+            lost += [] if symbol in symbols(path) else [f"{name}: no {symbol}"]
         elif not re.search(rf"\b{re.escape(symbol)}\b", path.read_text()):
             lost.append(f"{name}: no {symbol}")
     return lost
