@@ -278,7 +278,8 @@ def main(args: list[str] | None = None, *, usage: str | None = None) -> int:
         warnings.simplefilter("ignore")
         logging.getLogger().setLevel(logging.ERROR)
     try:
-        code = app(arguments, prog_name="shoal", standalone_mode=False)  # typer makes Ctrl-C a 130 of its own
+        # typer makes Ctrl-C a 130 of its own
+        code = app.only(arguments)(arguments, prog_name="shoal", standalone_mode=False)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         return code or 0

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer.main
+from typer.core import TyperGroup
 
 from shoal import Model, cli
 from shoal.errors import ConfigError
@@ -51,6 +53,20 @@ def fails(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, 
 def test_help_exits_with_0(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*words.split(), "--help"]) == 0
     assert "Usage" in capsys.readouterr().out
+
+
+def test_what_is_called_is_built_and_nothing_else() -> None:
+    """All of it where nothing is, which is then told what there is."""
+    for words in COMMANDS:
+        for given in (words.split(), [*words.split(), "--help"]):
+            built = typer.main.get_command(cli.app.only(given))
+            for word in words.split():
+                assert isinstance(built, TyperGroup) and [*built.commands] == [word]
+                built = built.commands[word]
+    for given in ([], ["--help"], ["--version"], ["pretrian"]):
+        assert cli.app.only(given) is cli.app
+    (bench,) = cli.app.only(["bench", "decod"]).registered_groups
+    assert bench.typer_instance is not None and len(bench.typer_instance.registered_commands) > 9
 
 
 @pytest.mark.parametrize("words", COMMANDS)

@@ -105,10 +105,12 @@ def test_the_engine_needs_no_http(without: dict[str, set[str]]) -> None:
 
 
 def test_what_must_start_quickly_does_not_load_torch_or_ray() -> None:
-    """`shoal --help` and `import shoal` are instant; the gateway tokenises without torch."""
-    (modules,) = loaded((("shoal.config", "shoal.presets", "shoal.cli", "shoal.inputs"), ()))
-    assert "shoal.inputs.media" in modules
-    assert not {"torch", "ray", "fastapi", "pyarrow"} & {*modules}
+    """`shoal --help` and `import shoal` are instant; the gateway tokenises without torch, and its scribe does not."""
+    quick = (("shoal.config", "shoal.presets", "shoal.cli", "shoal.inputs"), ("shoal.cli",), ("shoal.loop.scribe",))
+    modules, command, scribe = loaded(*((names, ()) for names in quick))
+    assert "shoal.inputs.media" in modules and "shoal.stages.release" in command and "shoal.loop.writer" in scribe
+    assert not {"torch", "ray", "fastapi", "pyarrow"} & {*modules} and "numpy" not in command
+    assert not {"torch", "tokenizers", "jinja2", "PIL"} & {*scribe}
 
 
 def test_the_blocker_blocks() -> None:

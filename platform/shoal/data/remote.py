@@ -27,10 +27,7 @@ from shoal.errors import DataError, ResourceError
 from shoal.machine import aside, sha256_of
 
 FILES = (".jsonl",)  # what the names of files end in that are no corpora
-
-
-def is_remote(place: str | Path) -> bool:
-    return str(place).startswith(s3.SCHEME)
+is_remote, told = s3.is_remote, s3.told
 
 
 def is_corpus(place: str | Path) -> bool:
@@ -196,17 +193,3 @@ def _fetching(folder: Path) -> Iterator[None]:
         folder.mkdir(exist_ok=True)
         copies.use(folder)
         yield
-
-
-@contextmanager
-def told(uri: str) -> Iterator[None]:
-    """Faults of boto3 become a DataError of one line."""
-    try:
-        from boto3.exceptions import Boto3Error
-        from botocore.exceptions import BotoCoreError, ClientError
-    except ImportError as error:
-        raise s3.no_boto() from error
-    try:
-        yield
-    except (BotoCoreError, Boto3Error, ClientError) as error:
-        raise s3.fault(uri, error) from error

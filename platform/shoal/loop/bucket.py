@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from shoal.data.ranged import cache
-from shoal.data.remote import told
 from shoal.data.sources import s3
+from shoal.data.sources.s3 import told
 from shoal.errors import DataError
 from shoal.machine import aside, write_aside
 

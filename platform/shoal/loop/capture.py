@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from shoal.data.remote import is_remote
+from shoal.data.sources.s3 import is_remote
 from shoal.errors import DataError, first_line
 from shoal.loop.bucket import Bucket
 from shoal.loop.rows import COPIES, SCHEMA, table_of

@@ -28,7 +28,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import shoal
-from shoal.data.remote import is_remote
+from shoal.data.sources.s3 import is_remote
 from shoal.loop.capture import now_ms
 from shoal.loop.facts import Facts, lighter, packed
 from shoal.loop.writer import Bounds

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-import numpy as np
-
 Z95, Z90 = 1.644854, 1.281552  # one-sided 95 %; and 90 % power
 MARGIN = 0.03  # a share that may be lost
 LEAST_RECENT = 200  # questions on which a candidate must be better
@@ -65,6 +63,8 @@ class Paired:
 
 def paired(candidate: Sequence[float], other: Sequence[float], groups: Sequence[int]) -> Paired:
     """Of n scores each, 0 to 1, and the group of each question."""
+    import numpy as np  # which who reads a verdict, as `shoal --help` does, need not load
+
     off = np.asarray(candidate, dtype=float) - np.asarray(other, dtype=float)
     of = np.unique(np.asarray(groups), return_inverse=True)[1]
     count, kinds = len(off), int(of.max(initial=-1)) + 1

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from shoal.data.remote import is_remote
+from shoal.data.sources.s3 import is_remote
 from shoal.errors import ShoalError
 from shoal.loop.capture import JOURNAL, ROWS, Capture, lines_of
 from shoal.loop.facts import Frames, row, unpacked

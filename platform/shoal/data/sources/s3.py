@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,6 +26,24 @@ ATTEMPTS = 7  # of one call, with growing pauses (half a minute in all), when S3
 SECONDS = 20.0  # that one answer may take
 PAUSE = 0.1  # seconds before an object is asked for again that broke off; twice as long each time
 _MAKING = threading.Lock()  # one session makes no two clients at once
+
+
+def is_remote(place: str | Path) -> bool:
+    return str(place).startswith(SCHEME)
+
+
+@contextmanager
+def told(uri: str) -> Iterator[None]:
+    """Faults of boto3 become a DataError of one line."""
+    try:
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
+    except ImportError as error:
+        raise no_boto() from error
+    try:
+        yield
+    except (BotoCoreError, Boto3Error, ClientError) as error:
+        raise fault(uri, error) from error
 
 
 @dataclass(frozen=True)
