@@ -2,12 +2,12 @@
 none takes its time twice. Drills and vLLM's tests have an end there (`tests.budget`)."""
 
 import ast
+import functools
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from _pytest.mark.expression import Expression
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +31,9 @@ def commands(makefile: str) -> Iterator[tuple[str, list[str]]]:
                 yield target, words
 
 
+_read = functools.cache(Expression.compile)  # four of them, and thousands of tests
+
+
 def selects(words: list[str], file: str, marks: set[str]) -> bool:
     """Whether pytest with `words` runs a test of `file` (from the root) that has `marks`."""
     where, without, wanted, take = [], [], "", iter(words)
@@ -45,7 +48,7 @@ def selects(words: list[str], file: str, marks: set[str]) -> bool:
             assert not word.startswith("-"), f"what does {word} select?"
             where.append(word)
     inside = [any(Path(file).is_relative_to(folder) for folder in folders) for folders in (where or ["tests"], without)]
-    return inside == [True, False] and (not wanted or Expression.compile(wanted).evaluate(lambda name: name in marks))
+    return inside == [True, False] and (not wanted or _read(wanted).evaluate(lambda name: name in marks))
 
 
 def marked(text: str) -> Iterator[tuple[str, set[str]]]:
@@ -66,13 +69,14 @@ def marked(text: str) -> Iterator[tuple[str, set[str]]]:
 
 def marks(node: ast.AST) -> set[str]:
     """Names of the ``pytest.mark.NAME`` in a decorator, or in what is assigned to ``pytestmark``."""
-    if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] != ["pytestmark"]:
+    if isinstance(node, ast.Assign) and [getattr(target, "id", "") for target in node.targets] != ["pytestmark"]:
         return set()
-    return {
-        each.attr
-        for each in ast.walk(node)
-        if isinstance(each, ast.Attribute) and ast.unparse(each.value) == "pytest.mark"
-    }
+    return {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute) and is_mark(each.value)}
+
+
+def is_mark(node: ast.expr) -> bool:
+    """Is it ``pytest.mark``?"""
+    return isinstance(node, ast.Attribute) and node.attr == "mark" and getattr(node.value, "id", "") == "pytest"
 
 
 COMMANDS = list(commands((ROOT / "Makefile").read_text()))
@@ -85,12 +89,14 @@ def test_the_targets_that_run_tests_are_known_and_ci_runs_each() -> None:
     assert all(re.search(rf"^make {target}\b(?!-)", run, re.MULTILINE) for target in TARGETS)
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_every_test_is_run_by_exactly_one_command(file: str) -> None:
-    found = dict(marked((ROOT / file).read_text())) or {"what the file makes": set[str]()}
-    for name, has in found.items():
-        by = [target for target, words in COMMANDS if selects(words, file, has)]
-        assert len(by) == 1, f"{name} with {sorted(has)} is run by {by}"
+def test_every_test_is_run_by_exactly_one_command() -> None:
+    wrong = list[str]()
+    for file in FILES:
+        found = dict(marked((ROOT / file).read_text())) or {"what the file makes": set[str]()}
+        for name, has in found.items():
+            by = [target for target, words in COMMANDS if selects(words, file, has)]
+            wrong += [f"{file}: {name} with {sorted(has)} is run by {by}"] * (len(by) != 1)
+    assert wrong == []
 
 
 def test_what_make_test_keeps_has_a_real_path_of_each_kind() -> None:
