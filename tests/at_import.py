@@ -3,6 +3,7 @@ and processes that tests start are as a user's are."""
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import importlib.abc
 import importlib.util
@@ -12,6 +13,8 @@ from functools import cache
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
+
+LOOK_SECONDS = 0.02
 
 
 class AtImport(importlib.abc.MetaPathFinder):
@@ -71,7 +74,26 @@ def compiled_once(runner: ModuleType) -> None:
     runner.Runner._compile = once
 
 
-def built_once(main: ModuleType) -> None:
-    """The commands of an app, which typer builds anew whenever the app is called (all of ours take 0.12 s of a processor): a
-    process does so once, and this one calls it hundreds of times."""
-    main.get_command = cache(main.get_command)
+def soon_stopped(serving: ModuleType) -> None:
+    """How often a server of Python's looks whether it is to stop: each one that a test ends is waited for that long, in half a
+    second's steps by default."""
+    serving.BaseWSGIServer.serve_forever.__defaults__ = (LOOK_SECONDS,)
+
+
+def soon_left(server: ModuleType) -> None:
+    """So for uvicorn, which looks ten times a second, and waits for one such step more before it looks who is still there."""
+
+    class Soon:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(asyncio, name)
+
+        @staticmethod
+        async def sleep(seconds: float) -> None:
+            await asyncio.sleep(min(seconds, LOOK_SECONDS))
+
+    server.asyncio = Soon()
+
+
+def soon_taken(alone: ModuleType) -> None:
+    """How often who waits for a lock of ours looks whether it is free: a fifth of a second otherwise."""
+    alone.PAUSE = LOOK_SECONDS

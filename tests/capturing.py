@@ -32,5 +32,6 @@ class AtOnce(Outbox):
 
 @pytest.fixture(autouse=True)
 def rows_are_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In tests of a module that imports this."""
+    """In tests of a module that imports this. So nobody need wait a second for a row that another gateway may write."""
     monkeypatch.setattr("shoal.api.capture.Outbox", AtOnce)
+    monkeypatch.setattr("shoal.api.storing.LOOK_SECONDS", 0.0)

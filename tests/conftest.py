@@ -1,5 +1,6 @@
 import gc
 import os
+import socketserver
 import ssl
 import sys
 from collections.abc import Iterator
@@ -10,20 +11,37 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import budget
-from tests.at_import import AtImport, built_once, compiled_once, kept_frozen, measured_once, one_thread, read_once
+from tests.at_import import (
+    LOOK_SECONDS,
+    AtImport,
+    compiled_once,
+    kept_frozen,
+    measured_once,
+    one_thread,
+    read_once,
+    soon_left,
+    soon_stopped,
+    soon_taken,
+)  # fmt: skip
 from tests.neighbours import end_what_is_not_asked_for, in_turn, scheduler
 
+# numpy's library has two threads on two cores, and one that has nothing to do spins for a while. Read when it is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Nothing is timed: a busy machine must not fail a test.
 settings.register_profile("shoal", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shoal")
 sys.meta_path[:0] = [
     AtImport("torch", one_thread),
-    AtImport("typer.main", built_once),
     AtImport("shoal.engine.front", kept_frozen),
     AtImport("shoal.engine.runner", compiled_once),
     AtImport("shoal.train.meter", measured_once),
     AtImport("shoal.train.run", read_once),
+    AtImport("uvicorn.server", soon_left),
+    AtImport("werkzeug.serving", soon_stopped),
+    AtImport("shoal.data.alone", soon_taken),
 ]
+# As `soon_stopped` says; the server that werkzeug's is made of.
+socketserver.BaseServer.serve_forever.__defaults__ = (LOOK_SECONDS,)
 gc.disable()  # until all is imported, of which nothing goes again
 
 
@@ -53,19 +71,6 @@ def one_context_of_a_kind() -> Iterator[None]:
     """httpx reads all certificates for each client, also for one that speaks no TLS: most of what it takes to ask once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ssl, "create_default_context", cache(ssl.create_default_context))
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_wait_for_the_disk() -> Iterator[None]:
-    """What must outlive a power cut is seen onto the disk, thousands of times, and no test cuts the power: who pretends to
-    (tests/unit/loop/test_power_cut.py) puts its own in this one's place. A descriptor that is closed is still refused."""
-
-    def known(descriptor: int) -> None:
-        os.fstat(descriptor)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", known)
         yield
 
 

@@ -48,6 +48,12 @@ def routed() -> Model:
     return Model(bare.config, bare.net, Tokenizer.bytes_only(), router=fit_router(bare.config, x, gaps, steps=20))
 
 
+@pytest.fixture(autouse=True)
+def soon_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most tests here wait for as long as nobody is answered, some several times."""
+    monkeypatch.setattr(reruns, "QUIET_SECONDS", 0.05)
+
+
 async def until(true: Callable[[], bool]) -> None:
     async with asyncio.timeout(60):
         while not true():
@@ -153,13 +159,13 @@ async def test_one_waits_until_nobody_is_answered_here_nor_by_the_engine_for_oth
     it.host.held, it.client.others = 1, 1.0
     task = asyncio.create_task(it.reruns.run())
     it.offer()
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(3 * reruns.QUIET_SECONDS)
     assert it.client.begun == 0
     it.host.held = 0
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(3 * reruns.QUIET_SECONDS)
     assert it.client.begun == 0, "another gateway's request runs"
     it.client.others, it.client.replicas = 0.0, 0.0
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(3 * reruns.QUIET_SECONDS)
     assert it.client.begun == 0, "no replica answers: those there are work, and none is started for this"
     it.client.replicas, _ = 1.0, it.client.go.set()
     await until(lambda: len(it.rows) == 1)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import importlib
+import inspect
+import socketserver
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from tests.at_import import AtImport, compiled_once, one_thread
+from tests.at_import import LOOK_SECONDS, AtImport, compiled_once, one_thread, soon_left
 
 
 def test_who_imports_it_first_has_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,3 +60,21 @@ def test_what_all_files_have_imported_stays_hidden_from_the_collector_where_a_se
     hidden = gc.get_freeze_count()
     importlib.import_module("shoal.engine.front").settle()
     assert 0.9 * hidden < gc.get_freeze_count() <= hidden, "some of it goes when nobody has it any more"
+
+
+def test_servers_look_often_whether_they_are_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is waited for so long when its test ends, and none is timed: by what they would wait."""
+    waited, server = list[float](), SimpleNamespace()
+    soon_left(server)  # type: ignore[arg-type]
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: asyncio.wait_for(looked(seconds), None))
+
+    async def looked(seconds: float) -> None:
+        waited.append(seconds)
+
+    for seconds in (0.1, 0.0):
+        asyncio.run(server.asyncio.sleep(seconds))
+    assert waited == [LOOK_SECONDS, 0.0] and server.asyncio.wait_for is asyncio.wait_for
+    uvicorn, werkzeug = (importlib.import_module(name) for name in ("uvicorn.server", "werkzeug.serving"))
+    assert uvicorn.asyncio is not asyncio and isinstance(uvicorn.asyncio.CancelledError, type)
+    for each in (socketserver.BaseServer, werkzeug.BaseWSGIServer):
+        assert inspect.signature(each.serve_forever).parameters["poll_interval"].default == LOOK_SECONDS

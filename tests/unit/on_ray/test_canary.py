@@ -49,6 +49,7 @@ class Serve:
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
     monkeypatch.setattr(canary, "serve", made := Serve())
+    monkeypatch.setattr(canary, "POLL_SECONDS", 0.01)
     # Ray writes a router's class down for one thread at a time; gateways are processes of their own
     monkeypatch.setattr(canary, "engine_options", lambda *given: {})
     return made
