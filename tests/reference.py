@@ -180,14 +180,6 @@ def logits(tokens: Sequence[int], w: Tensors, c: Mapping[str, Any], depth: int, 
     return head(hidden(tokens, w, c, depth, patches), w, c, depth)
 
 
-def greedy(tokens: Sequence[int], w: Tensors, c: Mapping[str, Any], depth: int, known: int, steps: int) -> list[int]:
-    """What follows `tokens`: the likeliest token each time, control tokens (0 to 8) and ids from `known` on left out."""
-    ids = list(tokens)
-    for _ in range(steps):
-        ids.append(9 + int(logits(ids, w, c, depth)[-1, 9:known].argmax()))
-    return ids[len(tokens) :]
-
-
 def router_features(tokens: Sequence[int], w: Tensors, c: Mapping[str, Any], patches: Array | None = None) -> Array:
     """[2D + 3] of a prompt after its first group: the mean state and the last one; the mean loss of the first exit at four
     places a page, of tokens in the same page that are no patches; the log of the length; the share of patches."""

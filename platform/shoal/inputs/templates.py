@@ -54,7 +54,7 @@ def variables(template: str) -> frozenset[str]:
     return frozenset(found - set(GIVEN) - set(_environment.globals))
 
 
-@lru_cache(maxsize=8)  # compiling takes longer than encoding a short chat
+@lru_cache(maxsize=32)  # compiling takes longer than encoding a short chat
 def _compiled(template: str) -> Template:
     if len(template) > LONGEST:
         raise TemplateError(f"{len(template):,} characters, and at most {LONGEST:,} are read")

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shoal import Engine, Request, Sampling
-from shoal.engine import naive
 from shoal.engine.events import Event, Finished, Guide, Token
 from shoal.errors import RequestError
 from shoal.model.model import Model
 from shoal.model.router import Router
+from tests import oracle
 from tests.unit.engine.lively import lively
 from tests.unit.engine.test_oracle import LETTERS, MODEL, REQUESTS, near
 
@@ -44,9 +44,9 @@ def resumed(request: Request, sent: list[Token]) -> Request:
 @settings(max_examples=25)
 @given(REQUESTS, st.sampled_from([0, 2]), st.data())
 def test_any_cut_gives_the_uncut_stream(request: Request, drafts: int, data: st.DataObject) -> None:
-    whole = naive.generate(MODEL, request)
     first = events(Engine(MODEL, units=400), request)
     tokens = [found for found in first if isinstance(found, Token)]
+    whole = oracle.answer(MODEL, request, [token.token for token in tokens])
     cut = data.draw(st.integers(0, len(tokens)))
     limits: dict[str, Any] = data.draw(st.sampled_from([{}, {"max_batch": 2, "max_batch_tokens": 10}]))
     other = Engine(MODEL, units=400, speculative=drafts, speculative_max_batch=8, **limits)

@@ -106,7 +106,7 @@ def test_what_a_plain_process_changes_is_left_as_it_was(scene: Scene, name: str)
 def test_what_never_ends_is_ended(scene: Scene, name: str) -> None:
     limits = Limits(seconds=1, wall=1) if "sleep" in name or name == "a lock" else SHORT
     with ThreadPoolExecutor(1) as beside:
-        plain = beside.submit(scene.plain, attacks.ENDLESS[name], seconds=1.5)
+        plain = beside.submit(scene.plain, attacks.ENDLESS[name], seconds=1.0)
         assert scene.boxed(attacks.ENDLESS[name], limits).how == TIME
         with pytest.raises(subprocess.TimeoutExpired):
             plain.result()
