@@ -35,6 +35,7 @@ def answered(page: Page, text: str, count: int) -> None:
     page.get_by_label("Submit").wait_for()
 
 
+@pytest.mark.drill
 def test_python_of_an_answer_is_run_by_its_button_and_what_it_may_not_do_is_said(
     page: Page, strangers: list[str]
 ) -> None:

@@ -146,6 +146,7 @@ def test_serving_a_port_in_use_is_one_line(service: Service) -> None:
             asyncio.run(start())
 
 
+@pytest.mark.drill  # the command below serves so, too
 def test_run_local_serves_a_directory_until_interrupted(tmp_path: Path) -> None:
     Model.from_preset("test", seed=1).save(tmp_path / "model")
     code = (

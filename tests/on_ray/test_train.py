@@ -115,6 +115,7 @@ def until_told(run: str, enough: Callable[[dict[str, float]], bool]) -> dict[str
     return found
 
 
+@pytest.mark.drill
 def test_a_run_tells_ray_its_numbers(calm: Path) -> None:
     """Those that grow stay when it is over."""
     tokens = log.read(calm)[-1]["tokens"]

@@ -699,7 +699,7 @@ def sequence(rng: random.Random) -> SchedulerMachine:
 
 
 @pytest.mark.parametrize(
-    "seeds", [range(300), pytest.param(range(300, 1000), marks=pytest.mark.drill)], ids=["few", "more"]
+    "seeds", [range(150), pytest.param(range(150, 1000), marks=pytest.mark.drill)], ids=["few", "more"]
 )
 def test_a_thousand_sequences_of_anything(seeds: range) -> None:
     """What hypothesis searches, in bulk; the counts say that each thing that may happen did, often."""

@@ -272,7 +272,7 @@ Release({str(release.directory)!r}).add({str(tmp_path / "model")!r})
     assert release.check() == 2
 
 
-@pytest.mark.parametrize("share", [0.02, 0.15])
+@pytest.mark.parametrize("share", [0.02, pytest.param(0.15, marks=pytest.mark.drill)])
 def test_a_canary_that_fails_as_often_as_the_stable_version_is_hardly_ever_taken_back(share: float) -> None:
     draw, back = random.Random(0), 0
     for _ in range(60):

@@ -325,6 +325,7 @@ def test_tasks_of_a_command_whose_lease_another_took_write_nothing(
     other.end()
 
 
+@pytest.mark.drill
 def test_a_task_that_goes_on_where_nobody_reaches_it_changes_nothing_of_the_next_command(
     bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any], undisturbed: dict[str, bytes], monkeypatch
 ) -> None:
