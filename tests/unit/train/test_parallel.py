@@ -1,7 +1,7 @@
 """Many ranks over gloo, without Ray: the same run as alone, whatever their number, and nobody waits for ever when one is odd.
 
 Processes are started once and play all scenes, since starting them takes longer than what they do: two play those of two, and
-eight those of more, which are drills.
+eight those of more, which are drills, with two longer ones of two.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from shoal.train.step import count, update
 
 pytestmark = pytest.mark.timeout(400)  # eight processes on what may be two busy cores
 PROCESSES = {"two": 2, "more": 8}
+DRILLS = ("long-2", "selective")  # of two, beside those of more
 # What an update may leave out or add: all ranks must leave out and add the same, or they wait for each other for ever
 ODD = {"layer_dropout": 0.9, "rotate_exits": "on", "distill": 0.5, "exit_warmup": 0.0, "seed": 2}
 INT8 = {"quantize": True, "distill": 30.0, "warmup": 0.3}  # with a teacher; rounding begins after the first update
@@ -71,8 +72,8 @@ TUNED = [
 
 
 def plan(shards: Path, run: Path, world: int = 1, **more: Any) -> FitPlan:
-    """With an evaluation and a checkpoint between updates, which must leave nothing gathered behind."""
-    values = {"steps": 4, "eval_every": 1, "eval_rows": 4, "checkpoint_minutes": 0.0, "accumulate": 4 // world, **more}
+    """With an evaluation and checkpoints between updates, which must leave nothing gathered behind."""
+    values = {"steps": 4, "eval_every": 2, "eval_rows": 4, "checkpoint_minutes": 0.0, "accumulate": 4 // world, **more}
     return pretrain_plan("test", str(shards), str(run), **values)
 
 
@@ -103,7 +104,8 @@ def play(rank: int, who: str, root: Path, shards: Path, chats: Path, model: Path
     torch.set_num_threads(1)
 
     def scene(name: str, world: int, act: Callable[[], object]) -> None:
-        many = world > PROCESSES["two"] or name.startswith("moved")  # from two, over one, to four
+        # `moved` goes from two, over one, to four
+        many = world > PROCESSES["two"] or name.startswith("moved") or name in DRILLS
         if rank < world and many == (who == "more"):
             # who plays in few scenes waits for those that play in all
             wait = datetime.timedelta(seconds=300)
@@ -341,11 +343,11 @@ def root(shards: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """The folder of all runs, with those of one process, whose names are those with ``alone``."""
     root = tmp_path_factory.mktemp("ranks")
     model = Path(fit(plan(shards, root / "alone", steps=4)).out)
-    for name, more in {"odd": ODD, "int8": INT8, "long": LONG, "muon": {"optimizer": "muon"}}.items():
+    for name, more in {"odd": ODD, "int8": INT8, "muon": {"optimizer": "muon"}}.items():
         fit(plan(shards, root / f"alone-{name}", **more))
     for name, more in {"chats": {}, "lora": LORA}.items():
         fit(tune(chats, model, root / f"alone-{name}", 1, **more))
-    mp.set_forkserver_preload(["shoal.train.loop", "torch._dynamo"])  # torch is imported once, not by each
+    mp.set_forkserver_preload([__name__, "torch._dynamo"])  # torch is imported once, not by each
     return root
 
 
@@ -357,8 +359,9 @@ def two(root: Path, shards: Path, chats: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def more(root: Path, shards: Path, chats: Path) -> Path:
-    """`root` with the runs of more processes too, and the one of a single process that they alone are held to."""
-    fit(plan(shards, root / "alone-moved", **MOVED))
+    """`root` with the runs of more processes too, and those of a single process that they alone are held to."""
+    for name, of in {"moved": MOVED, "long": LONG}.items():
+        fit(plan(shards, root / f"alone-{name}", **of))
     return by("more", root, shards, chats)
 
 
@@ -390,7 +393,6 @@ def trained_as_one(mine: Path, alone: Path) -> None:
         ("each-use", "alone"),
         ("once", "alone"),
         ("less-memory", "alone"),
-        ("selective", "alone"),
         ("odd", "alone-odd"),
         ("int8", "alone-int8"),
     ],
@@ -400,7 +402,7 @@ def test_ranks_train_as_one(two: Path, run: str, alone: str) -> None:
 
 
 @pytest.mark.drill
-@pytest.mark.parametrize("run", ["hsdp", "uneven"])
+@pytest.mark.parametrize("run", ["hsdp", "uneven", "selective"])
 def test_more_ranks_train_as_one(more: Path, run: str) -> None:
     trained_as_one(more / run, more / "alone")
 
@@ -411,13 +413,10 @@ def alike_over_50_steps(mine: Path, alone: Path) -> None:
     assert found == pytest.approx(want, abs=1e-5)
 
 
-def test_worlds_of_1_and_2_are_alike_over_50_steps(two: Path) -> None:
-    alike_over_50_steps(two / "long-2", two / "alone-long")
-
-
 @pytest.mark.drill
-def test_worlds_of_1_and_4_are_alike_over_50_steps(more: Path) -> None:
-    alike_over_50_steps(more / "long-4", more / "alone-long")
+@pytest.mark.parametrize("world", [2, 4])
+def test_worlds_are_alike_over_50_steps(more: Path, world: int) -> None:
+    alike_over_50_steps(more / f"long-{world}", more / "alone-long")
 
 
 def test_bf16_as_on_gpus_is_near_fp32_and_keeps_fp32_weights(two: Path) -> None:
