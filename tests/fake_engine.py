@@ -6,7 +6,8 @@ noted, and whose numbers are made up. Kernels of ours note what they are given, 
     python -m tests.fake_engine LIBRARY CASE...
 
 prints a line of JSON: of each case what was found, or the error that ended it. A case is PRESET, PRESET:int8, PRESET:KIND (D or
-S, of all layers), or PRESET:FAULT. Of int8, D and S there are two layers a group: sizes of a whole model follow from the first.
+S, of all layers), or PRESET:FAULT, with a layer in each group; or PRESET:whole, of all layers, which serves nothing and tells
+what it takes of the device's memory.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def _served(preset: str, fault: str) -> dict[str, Any]:
     """What requests of each kind make an engine of a model of `preset` do."""
 
     from shoal import presets
+    from shoal.config import GROUPS
     from shoal.engine.graphs import Graphs
     from shoal.inputs.tokenizer import Tokenizer
     from shoal.model.model import Model
@@ -72,8 +74,8 @@ def _served(preset: str, fault: str) -> dict[str, Any]:
     from shoal.model.router import Router
 
     c = presets.get(preset).model
-    if fault in ("int8", "D", "S"):
-        c = dataclasses.replace(c, layers=8)
+    if fault != "whole":
+        c = dataclasses.replace(c, layers=GROUPS)
     if fault == "int8":
         c = dataclasses.replace(c, quantization="w8a8")
     if fault in ("D", "S"):
@@ -82,6 +84,8 @@ def _served(preset: str, fault: str) -> dict[str, Any]:
     with there(watch, fault):
         model = Model(c, Net(c), Tokenizer.bytes_only(), router=Router(c).requires_grad_(False))
         engine = _engine(model.on_gpu())
+        if fault == "whole":
+            return {"rows": engine.scheduler.max_batch_tokens, "memory": _memory(engine)}
         run, takes = engine.runner.run, Graphs.takes
         engine.runner.graphs = Graphs(model.net, engine.runner.cache, 8, lambda run: run)
         watch.clear()
@@ -105,13 +109,22 @@ def _served(preset: str, fault: str) -> dict[str, Any]:
             if answer.finish_reason == "error":
                 raise RuntimeError(f"{answer.finished.error}")
         parts = (*model.net.state_dict().values(), *model.router.state_dict().values())  # type: ignore[union-attr]
-        memory = [engine.runner.cache.kv, engine.runner.cache.summaries]
+        memory = _tables(engine)
         router = sorted({str(p.dtype) for p in model.router.parameters()})  # type: ignore[union-attr]
         return {
             "steps": watch.steps, "sizes": watch.sizes, "kinds": watch.kinds, "kernels": watch.kernels, "answers": len(answers),
             "devices": sorted({str(each.device) for each in (*parts, *memory)}), "rows": engine.scheduler.max_batch_tokens,
-            "memory": sum(each.nbytes for each in memory), "router": router,
+            "router": router,
         }  # fmt: skip
+
+
+def _tables(engine: Any) -> list[Any]:
+    """Memory of pages that requests come to lie in."""
+    return [engine.runner.cache.kv, engine.runner.cache.summaries]
+
+
+def _memory(engine: Any) -> int:
+    return sum(each.nbytes for each in _tables(engine))
 
 
 def _engine(model: Any) -> Any:
