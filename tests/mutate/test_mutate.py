@@ -228,6 +228,7 @@ def test_of_none(tmp_path):
 """
 
 
+@pytest.mark.drill
 def test_a_change_is_put_in_place_after_its_tests_were_played_and_without_one_they_pass(tmp_path: Path) -> None:
     """In a process that has played them, as those are that a sample of changes is tried in."""
     (tmp_path / "test_held.py").write_text(HELD)

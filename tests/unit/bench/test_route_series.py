@@ -61,6 +61,7 @@ def test_a_prompt_is_the_program_and_its_answer_all_lines_with_their_values() ->
     assert torch.equal(found.groups, torch.arange(6))
 
 
+@pytest.mark.drill  # as of the other families: test_route
 def test_the_benchmark_from_training_to_its_line_of_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     how = {"shape": "test", "seeds": 1, "seed": 4, "steps": 2, "minutes": None, "keep": tmp_path, "fit": 40, "test": 20}
     run(Console(), **how)  # type: ignore[arg-type]

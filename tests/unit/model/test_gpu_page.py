@@ -152,6 +152,7 @@ def test_without_vllm_the_rest_is_measured(
     assert {each[4] for each in asked if each[0] == "decoding"} == {"ours", "plain"}
 
 
+@pytest.mark.drill
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_and_changes_nothing() -> None:
     before = measured.PAGE.read_text()

@@ -236,6 +236,7 @@ def interrupt(what: str, done: int, total: int) -> None:
         raise KeyboardInterrupt
 
 
+@pytest.mark.drill
 def test_what_another_request_left_is_not_mixed_in(
     bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any], undisturbed: dict[str, bytes]
 ) -> None:
@@ -247,6 +248,7 @@ def test_what_another_request_left_is_not_mixed_in(
     assert contents(bucket) == undisturbed | {"notes.txt": b"somebody's"}
 
 
+@pytest.mark.drill
 def test_a_part_that_was_changed_there_is_made_again(
     bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any], undisturbed: dict[str, bytes]
 ) -> None:
