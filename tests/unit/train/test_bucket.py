@@ -63,8 +63,17 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def short(shards: str | Path, run: str | Path, **more: object) -> FitPlan:
-    values: dict[str, Any] = {"steps": 6, "eval_every": 0, "eval_rows": 4, "checkpoint_minutes": 0.0, **more}
+    few = {"steps": 6, "eval_every": 0, "eval_rows": 4, "checkpoint_minutes": 0.0, "accumulate": 1}
+    values: dict[str, Any] = {**few, **more}
     return pretrain_plan("test", str(shards), str(run), **values)
+
+
+@pytest.fixture(scope="module")
+def calm(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in a folder, to which nothing happens."""
+    run = tmp_path_factory.mktemp("calm")
+    fit(short(shards, run))
+    return run
 
 
 def objects(s3: Service, uri: str) -> list[str]:
@@ -72,18 +81,17 @@ def objects(s3: Service, uri: str) -> list[str]:
 
 
 def test_a_run_whose_machine_is_lost_goes_on_from_s3_on_another_to_the_bytes_of_one_in_a_folder(
-    s3: Service, uri: str, shards: Path, tmp_path: Path, machine: Machine
+    s3: Service, uri: str, shards: Path, calm: Path, machine: Machine
 ) -> None:
-    fit(short(shards, tmp_path / "calm"))
     with pytest.raises(Interrupted):
         fit(short(shards, uri), stop_at(4, "checkpoint"))
     lost = machine("second")
     result = fit(short(shards, uri))
     assert not (lost / "corpora").exists() and result.out == f"{uri}/model"
-    assert (models.here(result.out) / "model.safetensors").read_bytes() == weights(tmp_path / "calm")
+    assert (models.here(result.out) / "model.safetensors").read_bytes() == weights(calm)
     folder = folder_of(uri)
     assert said(folder, "start", "step") == [(0,), (4,)], "the metrics went along"
-    assert said(folder, "step", "step", "loss") == said(tmp_path / "calm", "step", "step", "loss")
+    assert said(folder, "step", "step", "loss") == said(calm, "step", "step", "loss")
     assert Bucket(uri, s3.inside).text("metrics.jsonl") == log.metrics_file(folder).read_bytes()
     kept = {name.split("/")[1] for name in objects(s3, uri) if name.startswith("checkpoints/")}
     assert kept == {"step-00000005", "step-00000006"} and LEASE not in objects(s3, uri)
@@ -91,13 +99,13 @@ def test_a_run_whose_machine_is_lost_goes_on_from_s3_on_another_to_the_bytes_of_
         "nothing is left of what was put"
     )
     assert [path.name for path in store_of(uri).steps()] == sorted(kept)
-    assert rows_read([uri], shards) == rows_read([tmp_path / "calm"], shards)
+    assert rows_read([uri], shards) == rows_read([calm], shards)
 
 
+@pytest.mark.drill  # of a run in a folder: test_resume
 def test_workers_of_a_run_in_s3_that_are_started_again_do_not_begin_anew_a_second_time(
-    uri: str, shards: Path, tmp_path: Path, machine: Machine
+    uri: str, shards: Path, calm: Path, machine: Machine
 ) -> None:
-    fit(short(shards, tmp_path / "calm"))
     fit(short(shards, uri, steps=3, learning_rate=0.02))
     anew = short(shards, uri, resume="never", command="mine")
     with pytest.raises(Interrupted):
@@ -105,13 +113,13 @@ def test_workers_of_a_run_in_s3_that_are_started_again_do_not_begin_anew_a_secon
     machine("second")
     fit(anew)
     assert said(folder_of(uri), "start", "step") == [(0,), (4,)]
-    assert (models.here(f"{uri}/model") / "model.safetensors").read_bytes() == weights(tmp_path / "calm")
+    assert (models.here(f"{uri}/model") / "model.safetensors").read_bytes() == weights(calm)
 
 
+@pytest.mark.drill  # of a run in a folder: test_training_checkpoint
 def test_a_checkpoint_of_other_bytes_or_half_put_is_passed_over(
-    s3: Service, uri: str, shards: Path, tmp_path: Path, machine: Machine
+    s3: Service, uri: str, shards: Path, calm: Path, machine: Machine
 ) -> None:
-    fit(short(shards, tmp_path / "calm"))
     with pytest.raises(Interrupted):
         fit(short(shards, uri, keep=3), stop_at(4, "checkpoint"))
     place = Bucket(uri, s3.inside)
@@ -124,7 +132,7 @@ def test_a_checkpoint_of_other_bytes_or_half_put_is_passed_over(
         f"{uri}/checkpoints/step-00000004 is damaged (shard-00000.safetensors has 5 bytes" in text for text in warned
     )
     assert said(folder_of(uri), "start", "step") == [(0,), (2,)]
-    assert (models.here(f"{uri}/model") / "model.safetensors").read_bytes() == weights(tmp_path / "calm")
+    assert (models.here(f"{uri}/model") / "model.safetensors").read_bytes() == weights(calm)
 
 
 def test_who_puts_nothing_fails_at_the_end_alone_and_loses_nothing(
