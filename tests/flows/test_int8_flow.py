@@ -147,6 +147,7 @@ def test_a_machine_that_fails_the_self_test_refuses_int8_or_falls_back(
     assert (model.logits(ids) - exact).abs().mean() < 0.1 * exact.std()
 
 
+@pytest.mark.drill
 def test_a_wide_model_takes_a_quarter_of_the_file_and_never_its_fp32_weights_in_memory(tmp_path: Path) -> None:
     """A third of `base`, with smaller patches, so that what stays fp32 is as small a share as in the whole."""
     config = dataclasses.replace(presets.get("base").model, layers=4, ffn=1536, vocab=8192, patch=8)

@@ -106,6 +106,7 @@ def test_a_peers_own_logprobs_stand_beside(
         quality(Console(), peer={}, **{**given, "against": tmp_path / "other"})  # type: ignore[arg-type]
 
 
+@pytest.mark.drill
 def test_transformers_says_the_same_of_an_imported_model(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
