@@ -40,7 +40,10 @@ def test_workers(capsys: pytest.CaptureFixture[str]) -> None:
         assert name in said.getvalue()
 
 
-def test_characters_are_learned_by_all_three_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_characters_are_learned_by_all_three_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.bench.learn.ROWS", 4)  # of an update
     (tmp_path / "text").write_text("the shoal turns and the tide waits. " * 400)
     learn(Console(file=io.StringIO()), text=tmp_path / "text", steps=30, seeds=1, models=("plain", "dense", "hybrid"))
     told = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -17,7 +17,7 @@ DEPTHS = ("shallow", "middle", "full")
 
 
 def main_plan(shards: Path, run: Path) -> FitPlan:
-    more = {"steps": 24, "eval_every": 4, "eval_rows": 8, "exit_warmup": 0.0}
+    more = {"steps": 24, "eval_every": 4, "eval_rows": 8, "exit_warmup": 0.0, "accumulate": 1}
     return pretrain_plan("test", str(shards), str(run), **more)
 
 
@@ -33,7 +33,7 @@ def records(run: str | Path, kind: str) -> list[log.Record]:
 
 
 def test_19_deeper_exits_predict_held_out_rows_better(shards: Path, tmp_path: Path) -> None:
-    fit(pretrain_plan("test", str(shards), str(tmp_path), steps=100, eval_every=100, eval_rows=64))
+    fit(pretrain_plan("test", str(shards), str(tmp_path), steps=100, eval_every=100, eval_rows=64, accumulate=1))
     (measured,) = records(tmp_path, "eval")
     overall = [sum(measured["bpb"][kind][depth] for kind in ("text", "code", "image")) for depth in DEPTHS]
     assert overall[0] > overall[1] > overall[2], measured["bpb"]
