@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 GOOD = "The tide was out, and the boats lay on the sand until the evening.\n"
-GIB = 2**30
+LONG = 2**28  # bytes of a line: sixteen times what one may have, and twice what its reader may hold in its test
 
 
 def make(folder: Path) -> dict[str, str]:
@@ -104,12 +104,12 @@ def _tar(path: Path) -> None:
 
 
 def _hole(path: Path, start: bytes) -> None:
-    """A line of a gibibyte that takes no room on disk, and a good one after it."""
+    """A line of `LONG` that takes no room on disk, and a good one after it."""
     good = GOOD.strip().encode()
     last = (
         json.dumps({"text": f"after {path.name} {GOOD}"}).encode() if path.suffix == ".jsonl" else b"after it " + good
     )
     with path.open("wb") as out:
         out.write(start)
-        out.seek(GIB)
+        out.seek(LONG)
         out.write(b"\n" + last + b"\n")

@@ -14,9 +14,9 @@ from shoal.data.operators.pipeline import Operators, Pipeline
 from shoal.data.sources.files import list_files
 from shoal.data.sources.read import read
 from shoal.inputs.tokenizer import Tokenizer
-from tests.data.bad.make import GOOD, make, odd_names
+from tests.data.bad.make import GOOD, LONG, make, odd_names
 
-MEMORY = 128 * 2**20  # bytes, while files of a gibibyte are read
+MEMORY = LONG // 2  # bytes, while files of a line of `LONG` are read
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_each_bad_file_is_one_named_skip_and_good_documents_are_kept(
 
 
 @pytest.mark.parametrize("name", ["line.txt", "line.jsonl"])
-def test_a_line_of_a_gibibyte_is_never_held(bad: tuple[Path, dict[str, str]], name: str) -> None:
+def test_a_line_of_256_mebibytes_is_never_held(bad: tuple[Path, dict[str, str]], name: str) -> None:
     (file,) = list_files(SourceSpec("s", str(bad[0] / name)))
     tracemalloc.start()
     found = list(read(file))

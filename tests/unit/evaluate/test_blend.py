@@ -16,7 +16,9 @@ from tests.corpus import write_corpus
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("blend") / "data", presets.get("test"))
+    return write_corpus(
+        tmp_path_factory.mktemp("blend") / "data", presets.get("test"), documents=16, kinds=("text", "code")
+    )
 
 
 def model(corpus: Path, *, sure: float = 1.0) -> Model:
