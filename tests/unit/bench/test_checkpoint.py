@@ -11,6 +11,7 @@ from itertools import combinations, cycle, islice
 import pytest
 from rich.console import Console
 
+from shoal.bench import data as bench_data
 from shoal.bench import train
 from shoal.bench.checkpoint import _Turns, checkpoint
 from shoal.bench.data import STEPS, _drawn, _files, data
@@ -77,10 +78,18 @@ def test_as_many_pairs_are_measured_as_their_spread_asks_for(
         assert told["rounds"] == told["wanted"] == pairs, spread
 
 
-def test_no_size_is_begun_that_does_not_fit_the_time(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.drill)], ids=["here", "apart"])
+def test_no_size_is_begun_that_does_not_fit_the_time(
+    apart: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`apart`: of whole megabytes, each in a process of its own; else of halves of one, in this process."""
+    if not apart:
+        monkeypatch.setattr(bench_data, "MB", 500_000)
+        monkeypatch.setattr(bench_data, "_child", lambda what, *given: bench_data._RUNS[what](*given))
     said = io.StringIO()
     console = Console(file=said, width=200)
-    data(console, preset="test", sizes=(1, 2, 10_000), rounds=1, parts=("size",), seconds=3600)
+    seconds = 3600 if apart else 60
+    data(console, preset="test", sizes=(1, 2, 10_000), rounds=1, parts=("size",), seconds=seconds)
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [round(row["mb"]) for row in told["size"]] == [1, 2] and told.keys() >= {"bench", "size", "machine"}
     assert all(row["s_per_mb"] == row["cpu_seconds"] / row["mb"] for row in told["size"])
