@@ -171,7 +171,6 @@ def _update(preset: str, length: int, fault: str) -> dict[str, Any]:
     import torch
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
     from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
 
     from shoal import presets
     from shoal.data.batches import Batch
@@ -186,6 +185,7 @@ def _update(preset: str, length: int, fault: str) -> dict[str, Any]:
     from shoal.train.optim import make_optimizer
     from shoal.train.parallel import Ranks, shard_
     from shoal.train.start import whole_tensors
+    from tests.trees import tree_leaves
 
     mode, device = FakeTensorMode(), torch.device("cuda:0")
     name, _, layers = preset.partition("/")
@@ -206,14 +206,14 @@ def _update(preset: str, length: int, fault: str) -> dict[str, Any]:
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = function(*args, **(kwargs or {}))
             name = str(function).rsplit(".", 1)[0]
-            there = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.device.type == "cuda"]
+            there = [x for x in tree_leaves(out) if x.device.type == "cuda"]
             for x in there:
                 if x.numel() > found["largest"]:
                     found["largest"], found["largest_of"] = x.numel(), f"{name} {list(x.shape)}"
             if there and not function.is_view and name not in FREE:
                 strips = -(-args[0].shape[1] // sparse._strip(*args[:2])[1]) if name == "shoal.choose" else 1
                 launches[layer[-1] if layer else "rest"] += OURS.get(name.removeprefix("shoal."), 1) * strips
-                given = [x.dtype for x in tree_leaves(args) if isinstance(x, torch.Tensor) and x.dim()]
+                given = [x.dtype for x in tree_leaves(args) if x.dim()]
                 seen = found["kinds"].setdefault(name, [])
                 pair = f"{given[0] if given else ''} -> {there[0].dtype}".replace("torch.", "")
                 seen.extend([pair] if pair not in seen else [])
