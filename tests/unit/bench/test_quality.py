@@ -18,6 +18,7 @@ from shoal import Model, presets
 from shoal.bench import peers
 from shoal.bench.quality import INT8_KV, quality, rows_of, said_of, table_of
 from shoal.data.shards import token_bytes
+from shoal.engine.engine import Engine
 from shoal.errors import UsageError
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model.net import Net
@@ -36,11 +37,15 @@ for line in sys.stdin:
 """
 
 
+def made(dtype: torch.dtype) -> Model:
+    config = dataclasses.replace(presets.get("test").model, window=64)
+    return Model(config, Net(config).init_(0).to(dtype), Tokenizer.bytes_only())
+
+
 @pytest.fixture(scope="module")
 def model() -> Model:
-    """In float64, so that what two ways of computing differ by is nothing."""
-    config = dataclasses.replace(presets.get("test").model, window=64)
-    return Model(config, Net(config).init_(0).double(), Tokenizer.bytes_only())
+    """As it is served: in float64, kernels of INT8 and of keys and values in int8 would be compiled for this file alone."""
+    return made(torch.float32)
 
 
 @pytest.fixture
@@ -51,16 +56,17 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def test_every_exit_is_measured_as_its_logits_say(model: Model, data: Path) -> None:
+def test_every_exit_is_measured_as_its_logits_say(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64, so that what two ways of computing differ by is nothing; keys and values too."""
+    monkeypatch.setattr("shoal.bench.quality.Engine", lambda model, max_batch, **_: Engine(model, max_batch=max_batch))
+    model = made(torch.float64)
     rows = rows_of(model, data)
     answer = len(model.tokenizer.encode("A home of fish.")) + 1
     assert [len(row.places) for row in rows][-1] == answer, "of a chat the answer and its end"
-    found = said_of({"fp32": model, "INT8": model.quantized()}, rows, [])
-    names = [name for name in model.config.exit_names if name != "full"]
-    assert [*found] == [(who, depth) for who in ("fp32", "INT8") for depth in ("full", *names, INT8_KV)]
-    _, told = table_of(found, rows, token_bytes(model.tokenizer))
+    _, told = table_of(said_of({"fp32": model}, rows, []), rows, token_bytes(model.tokenizer))
     size = sum(int(token_bytes(model.tokenizer)[row.ids[row.places].numpy()].sum()) for row in rows)
-    for line in (line for line in told if line["what"] == "fp32" and line["depth"] != INT8_KV):
+    assert len(told) == len(model.config.exit_names) + 1
+    for line in (line for line in told if line["depth"] != INT8_KV):
         nats = kl = same = 0.0
         for row in rows:
             full, logs = (
@@ -73,6 +79,14 @@ def test_every_exit_is_measured_as_its_logits_say(model: Model, data: Path) -> N
         assert line["bits"] == pytest.approx(nats / math.log(2) / size, rel=1e-6), line["depth"]
         assert line["kl"] == pytest.approx(kl / line["places"], rel=1e-4, abs=1e-7)
         assert line["same"] == pytest.approx(same / line["places"])
+
+
+def test_int8_and_keys_and_values_in_int8_are_measured_beside_full_depth(model: Model, data: Path) -> None:
+    rows = rows_of(model, data)
+    found = said_of({"fp32": model, "INT8": model.quantized()}, rows, [])
+    names = [name for name in model.config.exit_names if name != "full"]
+    assert [*found] == [(who, depth) for who in ("fp32", "INT8") for depth in ("full", *names, INT8_KV)]
+    _, told = table_of(found, rows, token_bytes(model.tokenizer))
     by = {(line["what"], line["depth"]): line for line in told}
     assert by["fp32", "full"]["kl"] == 0 and by["fp32", "full"]["rise"] == 0
     assert 0 < by["fp32", INT8_KV]["kl"] < by["fp32", names[0]]["kl"] and by["INT8", "full"]["kl"] > 0
