@@ -71,22 +71,22 @@ def test_a_tile_takes_no_address_and_no_rows_that_lie_apart():
 
 
 AT_LOAD = """
+import sys
+import pytest
 import torch
 from shoal import Model
 from shoal.model import int8, linears
 linears.prepack_(Model.from_preset("test", seed=1).quantized().net)
-print(int8.self_test(int8.Numba), "numba" in int8.trusted(torch.device("cpu")))
+print("at load:", int8.self_test(int8.Numba), "numba" in int8.trusted(torch.device("cpu")), flush=True)
+sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
-def test_the_self_test_at_load_passes_where_freed_memory_is_overwritten():
-    assert child("-c", AT_LOAD, **HOSTILE).split() == ["None", "True"]
-
-
-def test_the_kernels_tests_pass_where_freed_memory_is_overwritten():
+def test_the_self_test_at_load_and_the_kernels_tests_pass_where_freed_memory_is_overwritten():
     here = [str(Path(__file__).with_name(name)) for name in ("test_int8.py", "test_fused.py")]
     quiet = "not without_numba and not cpus_without"  # those start processes of their own
-    assert " passed" in child("-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", quiet, *here, **HOSTILE)
+    said = child("-c", AT_LOAD, "-x", "-p", "no:cacheprovider", "-k", quiet, *here, **HOSTILE)
+    assert said.startswith("at load: None True\n") and " passed" in said
 
 
 BESIDE = """
@@ -118,7 +118,7 @@ threads = [threading.Thread(target=compress, args=(seed,)) for seed in range(4)]
 for thread in threads:
     thread.start()
 try:
-    wrong = sum(got != want for _ in range(10) for got, want in zip(answers(), quiet))
+    wrong = sum(got != want for _ in range(5) for got, want in zip(answers(), quiet))
 finally:
     stop.set()
     for thread in threads:
@@ -128,6 +128,6 @@ print(wrong)
 
 
 def test_answers_beside_busy_threads_are_those_of_a_quiet_machine():
-    """160 greedy answers in INT8 beside four threads that compress, all in two arenas: 11 % were wrong while tiles read memory
-    that had been given back, so that all of them are right once in 100 million runs."""
+    """80 greedy answers in INT8 beside four threads that compress, all in two arenas: 11 % were wrong while tiles read memory
+    that had been given back, so that all of them are right once in 10,000 runs."""
     assert child("-c", BESIDE, MALLOC_ARENA_MAX="2").split() == ["0"]
