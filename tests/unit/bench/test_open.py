@@ -25,7 +25,8 @@ def test_every_part_runs_and_what_is_exact_is_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(open_parts, "MEASURED", 4)
-    for name, small in {"PROMPTS": 80, "BIASES": 2, "BATCH": 2, "TOKENS": 8}.items():
+    monkeypatch.setattr(open_parts, "BATCH_TOKENS", 512)  # a row of the longest
+    for name, small in {"PROMPTS": 40, "BIASES": 2, "BATCH_TOKENS": 512, "BATCH": 2, "TOKENS": 8}.items():
         monkeypatch.setattr(f"shoal.bench.open.{name}", small)
     data = write_corpus(tmp_path / "data", presets.get("test"))
     open_bench(
