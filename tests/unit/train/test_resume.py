@@ -45,7 +45,7 @@ def weights(run: str | Path) -> bytes:
 
 
 def short(shards: Path, run: Path, **more: object) -> FitPlan:
-    values = {"steps": 6, "eval_every": 0, "eval_rows": 4, "checkpoint_minutes": 0.0, **more}
+    values = {"steps": 6, "eval_every": 0, "eval_rows": 4, "checkpoint_minutes": 0.0, "accumulate": 1, **more}
     return pretrain_plan("test", str(shards), str(run), **values)
 
 
@@ -210,7 +210,8 @@ def test_a_run_by_the_clock_is_followed_to_the_bit(shards: Path, tmp_path: Path)
     rates = [rate for (rate,) in said(first.run, "step", "rate")]
     assert all(rate > 0 for rate in rates), "by the clock, too, each update learns something"
     steps = len(rates)
-    again = pretrain_plan("test", str(shards), str(tmp_path / "again"), rates_of=first.run, checkpoint_minutes=0.0)
+    more = {"checkpoint_minutes": 0.0, "accumulate": first.train.accumulate}
+    again = pretrain_plan("test", str(shards), str(tmp_path / "again"), rates_of=first.run, **more)
     assert again.steps == steps
     check(again, 1)
     if steps > 1:
