@@ -1,5 +1,5 @@
 """The bounded form of `python -m tests.fuzz`: a few rounds of each kind beside a thread that compresses, as it takes as long as
-they do; more beside two are a drill, and so is INT8. Kernels beside four: `tests/unit/model/test_lifetimes.py`."""
+they do; more beside two are a drill. Kernels beside four: `tests/unit/model/test_lifetimes.py`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ import pytest
 
 from tests import fuzz
 
-# seeds of rounds, threads beside them; in INT8 all are drills, whose engine is fp32's with other products
-FEW, MORE = (range(10), 1), (range(10, 20), 2)
-ROUNDS = [pytest.param("fp32", *FEW, id="fp32-few"), *(
-    pytest.param(kind, *rounds, marks=pytest.mark.drill, id=f"{kind}-{name}")
-    for kind, rounds, name in (("fp32", MORE, "more"), ("int8", FEW, "few"), ("int8", MORE, "more"))
-)]  # fmt: skip
+# seeds of rounds, threads beside them
+ROUNDS = ((range(10), 1), pytest.param(range(10, 20), 2, marks=pytest.mark.drill))
 
 
-@pytest.mark.parametrize(("kind", "rounds", "beside"), ROUNDS)
+@pytest.mark.parametrize(("rounds", "beside"), ROUNDS, ids=["few", "more"])
+@pytest.mark.parametrize("kind", fuzz.KINDS)
 def test_whatever_happens_the_engines_say_what_the_oracle_says(kind: fuzz.Kind, rounds: range, beside: int) -> None:
     seen = Counter[str]()
     for page in fuzz.PAGES:
