@@ -206,10 +206,10 @@ def test_what_the_router_was_to_keep_is_told(
 
 
 def test_drafts_that_stood_are_counted() -> None:
-    (answer,) = run(MODEL, [asked(PROMPTS[0], temperature=0, speculative=4, max_tokens=30)], speculative_max_batch=8)
-    engine = Engine(MODEL, units=200, speculative_max_batch=8)
+    (answer,) = run(EAGER, [asked(PROMPTS[0], temperature=0, speculative=4, max_tokens=30)], speculative_max_batch=8)
+    engine = Engine(EAGER, units=200, speculative_max_batch=8)
     engine.generate([asked(PROMPTS[0], temperature=0, speculative=4, max_tokens=30)])
-    assert signals(answer).drafts_accepted == engine.scheduler.metrics.drafts_accepted
+    assert signals(answer).drafts_accepted == engine.scheduler.metrics.drafts_accepted > 0
 
 
 def test_of_drafts_that_stood_those_are_counted_that_the_answer_holds() -> None:
