@@ -344,6 +344,7 @@ def route(
     minutes: Annotated[
         float | None, typer.Option(help="Minutes that each is trained, in place of --steps. [none]")
     ] = None,
+    rows: Annotated[int, typer.Option(help="Instances of a family in an update: fewer make it shorter.")] = 48,
     families: Annotated[
         str, typer.Option(help="Which families of tasks.")
     ] = "lookup,arithmetic,variables,parity,order",
@@ -362,7 +363,7 @@ def route(
     chosen = tuple(families.split(","))
     if unknown := set(chosen) - set(FAMILIES):
         raise UsageError("--families", got=sorted(unknown), allowed=sorted(FAMILIES))
-    for name, number in (("--seeds", seeds), ("--steps", steps)):
+    for name, number in (("--seeds", seeds), ("--steps", steps), ("--rows", rows)):
         if number < 1:
             raise UsageError(name, got=number, allowed="1 or more")
     if seed < 0:
@@ -370,9 +371,19 @@ def route(
     if minutes is not None and not 0 < minutes < math.inf:
         raise UsageError("--minutes", got=minutes, allowed="a number above 0")
     if series:
-        route_series.run(out, shape=shape, seeds=seeds, seed=seed, steps=steps, minutes=minutes, keep=keep)
+        route_series.run(out, shape=shape, seeds=seeds, seed=seed, steps=steps, minutes=minutes, rows=rows, keep=keep)
     else:
-        run(out, shape=shape, seeds=seeds, seed=seed, steps=steps, minutes=minutes, families=chosen, keep=keep)
+        run(
+            out,
+            shape=shape,
+            seeds=seeds,
+            seed=seed,
+            steps=steps,
+            minutes=minutes,
+            rows=rows,
+            families=chosen,
+            keep=keep,
+        )
 
 
 @bench.command("open")

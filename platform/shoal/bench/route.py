@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from shoal.bench.route_tasks import FAMILIES, LEVELS, prompts
-from shoal.bench.route_train import Length, trained
+from shoal.bench.route_train import ROWS, Length, trained
 from shoal.bench.turns import show
 from shoal.evaluate.frontier import BUDGETS, POLICIES, TWICE, frontier, looked_twice
 from shoal.evaluate.intervals import of_share
@@ -55,16 +55,17 @@ def route(
     seed: int = 0,
     steps: int = 3_000,
     minutes: float | None = None,
+    rows: int = ROWS,
     families: Sequence[str] = tuple(FAMILIES),
     fit: int = 960,
     test: int = 400,
     keep: Path | None = None,
 ) -> None:
     """Train and measure `seeds` seeds from `seed` on, on `fit` prompts of a family for the router and `test` for the figures.
-    Each model is trained for `steps` updates, or for `minutes` if there are any. `keep`: a folder for the trained models, from
-    which a run that was cut off goes on."""
+    Each model is trained for `steps` updates, or for `minutes` if there are any, each of `rows` instances of a family. `keep`:
+    a folder for the trained models, from which a run that was cut off goes on."""
     torch.set_num_threads(1)
-    runs, length = [], Length(steps, minutes)
+    runs, length = [], Length(steps, minutes, rows)
     for number in range(seed, seed + seeds):
         start = time.process_time()
         tasks = {family: FAMILIES[family] for family in families}
@@ -82,6 +83,7 @@ def route(
             "parameters": count,
             "steps": steps if minutes is None else None,  # each run says how many updates its minutes were
             "minutes": minutes,
+            "rows": rows,
             "seeds": seeds,
             "runs": runs,
         },

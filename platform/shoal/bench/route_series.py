@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shoal.bench.route_tasks import NAMES, WORDS, Asked, assigned
-from shoal.bench.route_train import Length, trained
+from shoal.bench.route_train import ROWS, Length, trained
 from shoal.bench.turns import show
 from shoal.evaluate.prompts import Heldout, Prompts, measured
 from shoal.evaluate.second_look import fitted, paid
@@ -82,13 +82,14 @@ def run(
     seed: int,
     steps: int,
     minutes: float | None,
+    rows: int = ROWS,
     keep: Path | None = None,
     fit: int = 640,
     test: int = 600,
 ) -> None:
     """As `route.route`: train and measure `seeds` seeds from `seed` on, on `fit` prompts and `test` others."""
     torch.set_num_threads(1)
-    runs, length = [], Length(steps, minutes)
+    runs, length = [], Length(steps, minutes, rows)
     for number in range(seed, seed + seeds):
         start = time.process_time()
         net, updates = trained(

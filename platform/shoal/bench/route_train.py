@@ -27,7 +27,7 @@ from shoal.train.optim import exit_weights, learning_rate, make_optimizer, train
 from shoal.train.parallel import Ranks
 from shoal.train.step import update
 
-ROWS = 48  # instances of a family in an update
+ROWS = 48  # instances of a family in an update, where nobody says otherwise
 LENGTH = 64  # tokens that the model is made for: the longest row has 27
 _NARROW = {"layers": 4, "width": 64, "heads": 4, "kv_heads": 4, "head_dim": 16, "ffn": 128}
 SHAPES: dict[str, tuple[str, dict[str, int]]] = {
@@ -62,13 +62,16 @@ Families = Mapping[str, Callable[[np.random.Generator, int], Asked]]
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """How long a model is trained: so many updates, or so many minutes by the clock, and the update that they end in."""
+    """How long a model is trained: so many updates, or so many minutes by the clock, and the update that they end in; and on
+    how many instances of a family in each."""
 
     updates: int
     minutes: float | None = None
+    rows: int = ROWS
 
     def __str__(self) -> str:
-        return f"{self.updates} updates" if self.minutes is None else f"{self.minutes:g} minutes"
+        said = f"{self.updates} updates" if self.minutes is None else f"{self.minutes:g} minutes"
+        return said if self.rows == ROWS else f"{said} of {self.rows} rows"
 
     def done(self, updates: int, seconds: float) -> float:
         """The share of it with the update that comes after `updates` and `seconds`."""
@@ -89,12 +92,12 @@ def trained(
             net.load_state_dict(load_file(kept))
             with safe_open(kept, "pt") as file:
                 return net.eval().requires_grad_(False), int(file.metadata()["updates"])
-    train = dataclasses.replace(TRAIN, seed=seed)
+    train = dataclasses.replace(TRAIN, seed=seed, batch_tokens=length.rows * LENGTH)
     model, ranks = LossModel(net, trained_exits(config.exits, train)), Ranks(0, 1, torch.device("cpu"))
     optimizer, step, done, start = make_optimizer(model, train), 0, 0.0, time.monotonic()
     while done < 1:
         draws, done = np.random.default_rng((seed, step)), length.done(step, time.monotonic() - start)
-        batches = [batch(config, [family(draws, ROWS) for family in families.values()])]
+        batches = [batch(config, [family(draws, length.rows) for family in families.values()])]
         rates = {"weights": exit_weights(done, train), "rate": learning_rate(done, train)}
         report = update(model, optimizer, batches, config=train, ranks=ranks, **rates)  # type: ignore[arg-type]
         step += 1

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from shoal.bench import route_train
 from shoal.bench.commands import bench
 from shoal.bench.route import measured, route
-from shoal.bench.route_tasks import FAMILIES, LEVELS, NAMES, VOCAB, WORDS, prompts, rows
+from shoal.bench.route_tasks import FAMILIES, LEVELS, NAMES, VOCAB, WORDS, Asked, prompts, rows
 from shoal.errors import ConfigError, UsageError
 from shoal.evaluate.frontier import BUDGETS
 from shoal.model.router import NLL
@@ -172,6 +172,17 @@ def test_training_ends_with_its_updates_or_with_its_minutes(tmp_path: Path) -> N
     assert [updates.done(n, 1e9) for n in (0, 4, 9)] == [0.1, 0.5, 1.0]
     assert [minutes.done(10**6, seconds) for seconds in (0, 30, 120, 500)] == [0, 0.25, 1, 1]
     assert (str(updates), str(minutes)) == ("10 updates", "2 minutes")
+    assert str(route_train.Length(10, rows=6)) == "10 updates of 6 rows", (
+        "another model than that of as many rows as usual"
+    )
+    drawn = list[int]()
+
+    def variables(draws: np.random.Generator, count: int) -> Asked:
+        drawn.append(count)
+        return FAMILIES["variables"](draws, count)
+
+    route_train.trained("test", 5, route_train.Length(2, rows=3), {"variables": variables}, None, print)
+    assert drawn == [3, 3]
     how = ("test", 5, route_train.Length(1, 1e-4), {"variables": FAMILIES["variables"]}, tmp_path, print)
     net, count = route_train.trained(*how)
     again, read = route_train.trained(*how)
@@ -195,6 +206,7 @@ def test_one_seed_for_minutes_says_which_and_how_many_updates(capsys: pytest.Cap
         ("--minutes", "nan"),
         ("--seeds", "0"),
         ("--steps", "0"),
+        ("--rows", "0"),
         ("--seed", "-1"),
     ],
 )
