@@ -344,7 +344,9 @@ def route(
     minutes: Annotated[
         float | None, typer.Option(help="Minutes that each is trained, in place of --steps. [none]")
     ] = None,
-    rows: Annotated[int, typer.Option(help="Instances of a family in an update: fewer make it shorter.")] = 48,
+    rows: Annotated[
+        int, typer.Option(help="Instances of a family in each of the updates; fewer make them shorter.")
+    ] = 48,
     families: Annotated[
         str, typer.Option(help="Which families of tasks.")
     ] = "lookup,arithmetic,variables,parity,order",
