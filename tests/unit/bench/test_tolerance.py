@@ -59,9 +59,10 @@ def test_each_way_answers_every_batch_size(
         assert [len(rates) for rates in row["turns"].values()] == [1], "of each turn that counts"
         (score,), (ends,) = row["scores"].values(), row["intervals"].values()
         assert ends[0] <= score <= ends[1]
-        found = row["cached_tokens"]["customer service"]
-        assert found == rows[0]["cached_tokens"]["customer service"] > 12 * 8, (
-            "each prompt, in every way and batch size"
+        found, whole = (of["cached_tokens"]["customer service"] for of in (row, rows[0]))
+        # depth "auto" drafts by its measured pace: a prompt of the turn before may have been answered at another depth
+        assert found == whole > 12 * 8 or (kind == "auto" and 0 < found <= whole), (
+            f"each prompt of {row['way']}: {found}"
         )
         counts = row["counts"]["customer service"]
         tokens = 12 * 48  # at most
