@@ -15,7 +15,6 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from shoal.config import ModelConfig, TrainConfig
 
-MATCHED = "match_rms_adamw"  # Muon's updates are of the size of AdamW's
 LARGE_VOCAB = 8192  # tokens; above it the head is most of an update, and early exits take turns
 _TABLES = ("embed.weight", "row_embed", "col_embed")  # looked up, not multiplied: decay would only shrink rare rows
 
@@ -46,36 +45,47 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     if not matrices:
         return adamw
     rate, decay = config.learning_rate, config.weight_decay
-    return Together(WholeMuon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn=MATCHED), adamw)
+    return Together(WholeMuon(matrices, lr=rate, weight_decay=decay), adamw)
 
 
 class WholeMuon(Muon):
-    """torch's Muon; of matrices that ranks hold in shards each update is gathered once, and multiplied whole by every rank.
-    torch's own multiplies shards and exchanges at each of 15 products: over gloo three quarters of a small model's update."""
+    """torch's Muon with other products. Of matrices that ranks hold in shards each update is gathered once, and every rank
+    multiplies it whole: torch's own multiplies shards and exchanges at each of 15 products, over gloo three quarters of a small
+    model's update. On a CPU the products are of fp32 (`orthogonal`)."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Every matrix takes its update."""
-        if not any(isinstance(one, DTensor) for group in self.param_groups for one in group["params"]):
-            super().step()  # type: ignore[no-untyped-call]
-            return
+        """Every matrix that has a gradient takes its update, of the size of AdamW's whatever its shape (arXiv 2502.16982)."""
         for group in self.param_groups:
             momentum, rate = group["momentum"], float(group["lr"])
             for matrix in (one for one in group["params"] if one.grad is not None):
                 moments = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix.grad))
                 moments.lerp_(matrix.grad, 1 - momentum)
-                added = _added(matrix.grad.lerp(moments, momentum).full_tensor(), rate)
-                matrix.mul_(1 - rate * group["weight_decay"])
-                # every rank has it whole, and nothing is sent
-                matrix.add_(distribute_tensor(added, matrix.device_mesh, matrix.placements, src_data_rank=None))
+                update = matrix.grad.lerp(moments, momentum)
+                sharded = isinstance(update, DTensor)
+                added = orthogonal(
+                    update.full_tensor() if sharded else update, group["ns_coefficients"], group["ns_steps"]
+                )
+                added *= -rate * 0.2 * math.sqrt(max(matrix.shape))
+                if sharded:  # every rank has it whole, and nothing is sent
+                    added = distribute_tensor(added, matrix.device_mesh, matrix.placements, src_data_rank=None)
+                matrix.mul_(1 - rate * group["weight_decay"]).add_(added)
 
 
-def _added(update: torch.Tensor, rate: float) -> torch.Tensor:
-    """What Muon adds to a matrix whose moments make this update: what torch's own makes of a matrix of zeros without any."""
-    zeros = nn.Parameter(torch.zeros_like(update))
-    zeros.grad = update
-    Muon([zeros], lr=rate, weight_decay=0.0, momentum=0.0, nesterov=False, adjust_lr_fn=MATCHED).step()
-    return zeros.detach()
+def orthogonal(update: torch.Tensor, coefficients: Sequence[float], steps: int) -> torch.Tensor:
+    """`update` [m, n] with its singular values near 1: `steps` times a x + b x^3 + c x^5 of each, by products alone
+    (Newton-Schulz, kellerjordan.github.io/posts/muon). In bfloat16, which is enough; on a CPU at least in fp32: most have no
+    instructions for bfloat16, and take 17 to 27 times as long (docs/log.md, 2026-11-30)."""
+    precise = torch.promote_types(update.dtype, torch.float32)
+    x = update.to(precise if update.is_cpu else torch.bfloat16)
+    wide = x.shape[0] <= x.shape[1]
+    x = x if wide else x.T
+    x = x / x.norm().clamp(min=1e-7)
+    a, b, c = coefficients
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.T).to(update.dtype)
 
 
 class Together(Optimizer):

@@ -14,13 +14,13 @@ from shoal.config import TrainConfig
 from shoal.model.net import Net
 from shoal.train.loss import LossModel
 from shoal.train.optim import (
-    MATCHED,
     WholeMuon,
     exit_weights,
     learning_rate,
     left_out,
     make_optimizer,
     one_early_exit,
+    orthogonal,
     rotates,
     trained_exits,
 )
@@ -190,9 +190,51 @@ def test_muons_updates_are_of_the_size_of_adamws_and_decay_as_they_do() -> None:
     assert {group["betas"] for group in adamw.param_groups} == {config.betas}
 
 
+COEFFICIENTS, STEPS = (3.4445, -4.775, 2.0315), 5
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5), (1, 7)])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_products_do_to_singular_values_what_the_polynomial_does(
+    shape: tuple[int, int], dtype: torch.dtype, error: float
+) -> None:
+    """U p(p(p(p(p(s))))) V', of singular values that are those of the matrix by its Frobenius norm. One in bfloat16 is
+    multiplied in fp32: what is left is its own rounding."""
+    update = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    u, s, v = torch.linalg.svd(update, full_matrices=False)
+    s, (a, b, c) = s / update.norm(), COEFFICIENTS
+    for _ in range(STEPS):
+        s = a * s + b * s**3 + c * s**5
+    found = orthogonal(update.to(dtype), COEFFICIENTS, STEPS)
+    assert found.dtype == dtype and found.shape == shape
+    torch.testing.assert_close(found.double(), u @ s.diag() @ v, rtol=0, atol=error)
+
+
+def test_nothing_to_learn_moves_nothing() -> None:
+    assert torch.equal(orthogonal(torch.zeros(3, 2), COEFFICIENTS, STEPS), torch.zeros(3, 2))
+
+
+def test_muon_is_torchs_but_for_its_rounding() -> None:
+    """Over three updates, with decay; theirs multiplies in bfloat16, which has three digits."""
+    draws = torch.Generator().manual_seed(0)
+    first, *gradients = (torch.randn(8, 5, generator=draws) for _ in range(4))
+    found = []
+    for muon in (WholeMuon, lambda some, **more: torch.optim.Muon(some, adjust_lr_fn="match_rms_adamw", **more)):
+        weight = torch.nn.Parameter(first.clone())
+        optimizer = muon([weight], lr=0.1, weight_decay=0.1)
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            optimizer.step()
+        found.append((weight.detach(), optimizer.state[weight]["momentum_buffer"]))
+    (ours, moments), (theirs, their_moments) = found
+    assert torch.equal(moments, their_moments)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
+    assert float((ours - first).abs().max()) > 0.05
+
+
 def test_muon_of_sharded_matrices_is_muon() -> None:
-    """On one rank: the same update but for one rounding (it is scaled before it is added), and the same moments after it. One
-    that has no gradient takes no decay either, and has no moments."""
+    """On one rank: the same update, and the same moments after it. One that has no gradient takes no decay either, and has no
+    moments."""
     draws = torch.Generator().manual_seed(0)
     shapes = ((6, 4), (4, 6), (5, 5), (3, 3))
     # weights, and three gradients
@@ -203,7 +245,7 @@ def test_muon_of_sharded_matrices_is_muon() -> None:
         found = []
         for of in (lambda one: one.clone(), lambda one: distribute_tensor(one.clone(), mesh, [Shard(0)])):
             weights = [torch.nn.Parameter(of(one)) for one in values[0]]
-            muon = WholeMuon(weights, lr=0.1, weight_decay=0.1, adjust_lr_fn=MATCHED)
+            muon = WholeMuon(weights, lr=0.1, weight_decay=0.1)
             for gradients in values[1:]:
                 for weight, gradient in zip(weights[:3], gradients[:3], strict=True):
                     weight.grad = of(gradient)
