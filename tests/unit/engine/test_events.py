@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shoal.engine.events import Guide, Request, Sampling, TokenLogprob
+from shoal.engine.events import Completion, Finished, Guide, Request, Sampling, Signals, Token, TokenLogprob
 from shoal.errors import RequestError
 
 # field: its least and its greatest value, and what is too much; of whole numbers the next one
@@ -173,3 +173,53 @@ def test_a_request_asks_for_nothing_beyond_its_prompt_unless_told() -> None:
     assert (plain.max_tokens, plain.min_tokens, plain.include_stop, plain.ignore_eos) == (16, 0, False, False)
     assert (plain.presence_penalty, plain.frequency_penalty, plain.repetition_penalty) == (0.0, 0.0, 1.0)
     assert TokenLogprob(3, -1.0).top == ()
+    named = Sampling().logprobs, Sampling().prompt_logprobs, Sampling().seed, Sampling().speculative, Sampling().frame
+    assert named == (None,) * 5 and (one.ran, one.routed) == (0, False)
+
+
+def test_an_event_says_nothing_that_it_is_not_told() -> None:
+    assert vars(Token("x", 60, "a")) == {
+        "request": "x", "token": 60, "text": "a", "logprob": None, "depth": 0, "spent": None, "ran": 0,
+    }  # fmt: skip
+    end = Finished("x", "stop")
+    assert (end.text, end.depth, end.first_depth, end.mean_depth) == ("", 0, 0, 0.0)
+    assert (end.prompt_tokens, end.cached_tokens, end.completion_tokens) == (0, 0, 0)
+    assert (end.queue_seconds, end.first_token_seconds, end.total_seconds) == (0.0, 0.0, 0.0)
+    assert (end.error, end.prompt_logprobs, end.spent, end.signals) == (None, (), None, None)
+    assert (Signals().predicted_gaps, Signals().drafts_accepted, Signals().gaps) == ((), 0, ())
+    assert all(value is None for name, value in vars(Signals()).items() if value not in ((), 0)), "not even 0.0"
+    nothing = Completion()
+    assert (nothing.tokens, nothing.text, nothing.depth, nothing.logprobs) == ([], "", 0, [])
+    assert (nothing.finish_reason, nothing.finished) == ("error", None)
+
+
+@pytest.mark.parametrize(
+    ("priority", "sooner"), [(0, -1), (-3, -4), (1, 0), (99, 98), (100, 100), (101, 100), (102, 101)]
+)
+def test_who_goes_on_elsewhere_goes_a_little_sooner_and_what_may_wait_still_may(priority: int, sooner: int) -> None:
+    assert Request("x", priority=priority).sooner == sooner
+
+
+@pytest.mark.parametrize(
+    ("depth", "routed", "spent", "goes_on"),
+    [  # it goes on: routed, with which tolerance, and what was spent of it
+        ("auto", False, None, (True, 0.2, 0.0)),  # the router chose, and may look again
+        ("auto", False, 0.25, (False, 0.2, 0.25)),  # drafts at full depth, verified
+        ("auto", False, 0.0, (False, 0.2, 0.0)),
+        (2, False, None, (False, None, 0.0)),  # nothing keeps a tolerance there
+        (2, False, 0.25, (False, 0.2, 0.25)),
+        (2, True, None, (True, 0.2, 0.0)),  # a second engine was lost as well
+        (2, True, 0.25, (False, 0.2, 0.25)),
+    ],
+)
+def test_what_another_engine_goes_on_with_follows_from_what_was_told(
+    depth: str | int, routed: bool, spent: float | None, goes_on: tuple[bool, float | None, float]
+) -> None:
+    asked = Request(
+        "x", Sampling(max_tokens=9), depth=depth, quality_tolerance=0.2, id="a", deadline=3.0, priority=4, payer="p",
+        client="c", answer=(60, 61), spent=0.125, ran=3, routed=routed, adapter="l", signals=True, gaps=True, beside="b",
+    )  # fmt: skip
+    rest = asked.after([62, 63], Token("a", 63, "", depth=4, spent=spent, ran=11))
+    keeps, tolerance, so_far = goes_on
+    changed = {"answer": (60, 61, 62, 63), "depth": 4, "ran": 11, "spent": so_far}
+    assert vars(rest) == {**vars(asked), **changed, "routed": keeps, "quality_tolerance": tolerance}

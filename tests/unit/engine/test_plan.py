@@ -97,4 +97,5 @@ def test_a_plan_says_who_samples_who_decides_and_whose_prompt_is_scored() -> Non
     one = running()
     works = [Work(one, 0, 1, 0, 1, **flags) for flags in ({}, {"sample": True}, {"decide": True}, {"score": True})]
     plan = Plan(works)
+    assert plan.audit is None and Plan([*works, last := Work(one, 0, 1, 0, 1, audit=True)]).audit is last
     assert (plan.samples, plan.decisions, plan.scores, plan.shallow) == ([works[1]], [works[2]], [works[3]], False)

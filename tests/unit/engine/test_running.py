@@ -7,18 +7,65 @@ from typing import Any
 import pytest
 
 from shoal.engine.events import Request, Sampling, TokenLogprob
+from shoal.engine.pages import Pages
 from shoal.engine.running import Running
 from shoal.engine.text import TextStream
 from shoal.errors import RequestError
 from shoal.inputs.tokenizer import END_ID, Tokenizer
 
 
-def made(answered: int = 0, *, answer: tuple[int, ...] = (), **sampling: Any) -> Running:
+TOKENIZER = Tokenizer.bytes_only()
+
+
+def made(answered: int = 0, *, answer: tuple[int, ...] = (), stop: tuple[str, ...] = (), **sampling: Any) -> Running:
     """Three tokens of a prompt, and some of an answer; it came at second 10."""
     return Running(
-        Request([50, 51, 52], Sampling(**sampling), id="x", answer=answer), [50, 51, 52, *[60] * answered], prompt_len=3,
-        page=4, text=TextStream(Tokenizer.bytes_only(), ()), seed=0, order=(0, 0, 0), arrival=10.0,
+        Request([50, 51, 52], Sampling(**sampling), id="x", answer=answer, adapter="l"),
+        [50, 51, 52, *[60] * answered], prompt_len=3, page=4, text=TextStream(TOKENIZER, stop), seed=0, order=(0, 0, 0),
+        arrival=10.0,
     )  # fmt: skip
+
+
+def test_what_it_holds_has_room_for_all_that_it_may_say() -> None:
+    one = made(max_tokens=6)
+    assert one.holding.tokens is one.tokens and (one.holding.page, one.holding.adapter) == (4, "l")
+    assert one.holding.tables.shape[1] == 3, "nine tokens"
+
+
+def test_nothing_was_done_for_it_when_it_comes() -> None:
+    one = made()
+    assert (one.groups, one.layers, one.look, one.least, one.looked, one.looking) == (None, 0, None, 0, 0, False)
+    assert (one.shift, one.audited, one.number, one.turn, one.told, one.tolerance) == (0.0, False, 0, 0, None, None)
+    assert (one.spent, one.ran, one.drawn, one.watched, one.paused, one.cached_tokens) == (0.0, 0, 0, False, False, 0)
+    assert (one.admitted_at, one.first_token_at, one.acceptance, one.grammar) == (None, None, None, None)
+    assert one.ends(END_ID)
+
+
+def test_it_goes_on_after_tokens_of_another_engine_of_which_the_last_is_still_to_be_taken_in() -> None:
+    a, b, c = (TOKENIZER.encode(letter)[0] for letter in "abc")
+    one = made()
+    one.resume([a, b, c])
+    assert (one.tokens, one.told) == ([50, 51, 52, a, b], c)
+    assert one.finished("cancelled", 20.0, None).completion_tokens == 3, "the answer's, taken in or not"
+    ended = made(stop=("ab",))
+    with pytest.raises(RequestError, match="nothing can follow a stop string") as caught:
+        ended.resume([a, b, c])
+    assert caught.value.param == "answer"
+    # the second token is the first that may end it
+    made(stop=("a",), min_tokens=2).resume([a, b])
+    with pytest.raises(RequestError):
+        made(stop=("a",), min_tokens=1).resume([a, b])
+
+
+def test_where_the_router_is_to_decide_anew_it_begins_without_what_is_known_of_its_depth() -> None:
+    one, pages = made(answered=5), Pages(9)
+    one.groups, one.layers, one.look = 2, 2, 5
+    one.holding.take(pages, 8, 2)
+    one.holding.advance(pages, 7, 0, 2)
+    one.undecide(pages)
+    assert (one.look, one.least, one.looking, one.looked) == (None, 2, True, 5)
+    assert (one.groups, one.acceptance, one.layers) == (None, None, 2)
+    assert (one.holding.at, one.holding.states_from) == (0, 0), "of no page are sums kept"
 
 
 @pytest.mark.parametrize(
@@ -77,6 +124,16 @@ def test_its_end_tells_how_long_each_part_took_since_it_came(
     assert (end.request, end.reason, end.text, end.error, end.depth) == ("x", "error", "", error, depth)
     assert (end.prompt_tokens, end.cached_tokens, end.completion_tokens) == (3, 1, 2)
     assert (end.queue_seconds, end.first_token_seconds, end.total_seconds) == (queue, waited, 10.0)
+    assert (end.first_depth, end.spent) == (depth, None)
+    one.least, one.tolerance, one.spent = 1, 0.1, 0.25
+    end = one.finished("error", 20.0, error)
+    assert (end.depth, end.first_depth, end.spent) == (depth, min(depth, 1), 0.25)
+
+
+def test_its_end_has_what_was_held_back_of_its_text() -> None:
+    one = made(stop=("ab",))
+    text, stopped = one.text.push(TOKENIZER.encode("a")[0], may_stop=True)
+    assert (text, stopped) == ("", False) and one.finished("length", 20.0, None).text == "a"
 
 
 def test_its_signals_are_told_where_they_are_asked_for() -> None:
