@@ -159,7 +159,7 @@ class Holding:
         for j in range(groups):
             kept = self.pages_for(self.computed[j])
             units = self.tables[j, kept : self.owned[j]].tolist()
-            self.tables[j, kept : self.owned[j]] = 0
+            self.tables[j, kept:] = 0
             self.owned[j] -= len(units)
             pages.release(units)
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal import Request, Sampling
-from shoal.engine.acceptance import CREDIT, KINDS, OWN, SEEN, SHARED, START, TRIES, WINDOW, Kinds, Record
+from shoal.engine.acceptance import CREDIT, KINDS, OWN, SEEN, SHARED, START, TRIES, WINDOW, Kind, Kinds, Record, Stood
 from shoal.engine.drafting import ADVANCE, AGAIN, AHEAD, FEW, LOSS, TRY, Drafting, best
 from shoal.engine.plan import Outcome, Plan, Sampled, Work
 from shoal.engine.price import AGAIN as LOOK
@@ -162,7 +162,9 @@ def test_what_steps_cost_is_what_bayes_theorem_says(batch: int) -> None:
     for step in range(1, 41):
         most = draw.choice([2, 2, 2, 3])
         rows = draw.randint(most, most * batch)
-        seconds = plain * (1.3 + 0.1 * most + 0.05 * rows) * draw.uniform(0.95, 1.2) * (50 if step in (5, 30) else 1)
+        seconds = (
+            plain * (1.3 + 0.1 * most + 0.05 * rows) * draw.uniform(0.95, 1.2) * (50 if step in (5, 8, 9, 30) else 1)
+        )
         price.learn(most, rows, seconds)
         x = np.array([1.0, most, rows])
         expected = plain + mean @ x
@@ -389,6 +391,63 @@ def test_what_stands_is_learned_over_answers_of_a_task() -> None:
     for _ in range(13):
         mine.add(0, 1)
     assert mine.share < 0.4 < 0.5 < record(2, 2, 2, 2).share, "its own soon say more than those of others"
+
+
+def test_a_share_counts_what_is_known_beside_it_as_so_many_drafts_and_leaves_out_what_is_told_apart() -> None:
+    many, own = Stood(), Stood()
+    assert many.share(0.25) == 0.25, "nothing is known"
+    many.add(9, 12)
+    many.add(1, 4)
+    assert (many.good, many.tried) == (10, 16)
+    assert many.share(0.25) == pytest.approx((10 + SEEN * 0.25) / (16 + SEEN))
+    assert many.share(0.25, own) == many.share(0.25)
+    own.add(2, 6)
+    assert many.share(0.25, own) == pytest.approx((8 + SEEN * 0.25) / (10 + SEEN))
+    for good, tried, left in ((0, 20, (0.0, 0.0)), (12, 12, (0.0, 4.0)), (0, 12, (4.0, 4.0))):  # of what is remembered
+        apart = Stood()
+        apart.add(good, tried)
+        assert many.share(0.25, apart) == pytest.approx((left[0] + SEEN * 0.25) / (left[1] + SEEN)), (good, tried)
+
+
+def test_what_is_known_of_an_answer_is_of_its_kinds_from_the_widest_and_then_its_own() -> None:
+    """Its own drafts are among those of its kinds, and count once."""
+    kinds, beginning = Kinds(), [1, 1, 1, 1, *range(40, 60)]
+    other, mine = (Record(6, kinds.of("way", beginning)) for _ in range(2))
+    other.add(3, 4)
+    mine.add(1, 2)
+    known = START
+    for _ in range(3):  # all, its task, its application
+        known = (3 + SEEN * known) / (4 + SEEN)
+    assert mine.share == pytest.approx((1 + SEEN * known) / (2 + SEEN), rel=1e-12)
+    assert [kind.added for kind in mine.kinds] == [2] * 3 and mine.task is mine.kinds[1]
+    keys = [
+        kinds.of("way", tokens) for tokens in ([1, 1, 1, 1, 40], [1, 1, 1, 2, *range(40, 60)], [*beginning[:16], 9])
+    ]
+    assert [[a is b for a, b in zip(mine.kinds, of, strict=True)] for of in keys] == [
+        [True, True, False], [True, False, False], [True, True, True],
+    ]  # fmt: skip
+
+
+def test_a_try_is_due_once_both_the_steps_of_all_and_those_of_its_own_are_over() -> None:
+    kind = Kind()
+    assert kind.due(0), "nothing was lost"
+    kind.again, kind.after, kind.time = 10, 2.5, 2.5
+    assert [kind.due(now) for now in (9, 10, 11)] == [False, True, True]
+    kind.time = 2.4
+    assert not kind.due(10) and not kind.due(11)
+
+
+def test_what_a_task_lost_beyond_its_gains_is_taken_of_what_all_may_lose() -> None:
+    kinds = Kinds()
+    one, other = (Record(6, kinds.of("way", [task] * 4)) for task in (1, 2))
+    assert one.earn(CREDIT + 0.75, 1) == 0
+    assert (one.task.left, one.kinds[0].left) == (CREDIT, 0.75)
+    assert other.earn(-0.25, 2) == 0 and (other.task.left, other.kinds[0].left) == (0.0, 0.5)
+    assert other.earn(-0.75, 3) == -0.25 and (other.task.left, other.kinds[0].left) == (0.0, 0.0)
+    assert one.credit and not other.credit
+    assert one.earn(-CREDIT, 4) == 0 and (one.task.left, one.credit) == (0.0, False)
+    assert one.earn(0.0, 5) == 0 and not one.credit
+    assert one.earn(CREDIT + SHARED + 3, 6) == 0 and one.kinds[0].left == SHARED, "and no more"
 
 
 def test_a_share_is_always_that_of_all_that_is_known() -> None:
@@ -786,6 +845,23 @@ def test_what_is_audited_follows_from_what_drafts_cost_and_how_many_stand() -> N
         for kind in drafting.kinds.of((4, "", False, True, 2), [50, 51]):
             kind.add(4 * stood, 24)
         assert drafting.audits(asking(), 8, 4) == pays
+
+
+def test_where_nothing_may_be_lost_any_more_only_an_answer_whose_task_has_gained_is_audited() -> None:
+    drafting = Drafting(0)
+    for _ in range(4):
+        drafting.prices.at(8).learn_plain(1.0)
+        drafting.prices.at(8).learn(6, 48, 2.2)
+    task = drafting.kinds.of((4, "", False, True, 2), [50, 51])[1]
+    for left, gained, pays in (
+        (0.0, 0.0, False),
+        (-0.5, 0.0, False),
+        (1e-9, 0.0, True),
+        (0.0, 1e-9, True),
+        (-1.0, 1.0, True),
+    ):
+        drafting._left, task.left = left, gained
+        assert drafting.audits(asking(), 8, 4) is pays, (left, gained)
 
 
 def test_a_batch_size_at_which_drafts_did_not_pay_once_is_tried_again() -> None:

@@ -104,6 +104,7 @@ def test_what_lies_on_the_bounds_is_used() -> None:
     made = Sampling(logit_bias={1: 100, 2: -100.0}, guided=Guide("json_object"), stop="###")
     assert made.logit_bias == {1: 100, 2: -100.0} and made.stop == ("###",)
     assert Sampling(ignore_eos=True, min_tokens=3).guided is None
+    assert Sampling(frame=("<a>", "</a>")).frame == ("<a>", "</a>")
 
 
 @pytest.mark.parametrize(
@@ -148,6 +149,9 @@ def test_a_guide_has_what_its_kind_needs_and_nothing_else(kind: Any, spec: Any, 
         ({"answer": [1.5]}, "answer"),
         ({"deadline": -1e-9}, "deadline"),
         ({"deadline": math.inf}, "deadline"),
+        ({"deadline": 10**400}, "deadline"),
+        ({"deadline": "3"}, "deadline"),
+        ({"ran": 1.5}, "ran"),
         ({"quality_tolerance": -1}, "quality_tolerance"),
         ({"quality_tolerance": True}, "quality_tolerance"),
         ({"spent": -1.0}, "spent"),

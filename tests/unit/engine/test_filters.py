@@ -83,6 +83,12 @@ def test_what_a_row_keeps_depends_on_no_other_though_too_few_are_looked_at() -> 
     assert enough.tolist() == [False, True, True, True], "top-p is of what top-k leaves"
 
 
+def test_a_top_k_of_all_tokens_is_none_and_looks_at_no_more() -> None:
+    z = z_of(*[[0.4, 0.3, 0.2, 0.1]] * 3)
+    found, enough = lowest(z, [Sampling(top_p=0.95, top_k=k) for k in (0, 4, 5)], [2, 2, 2])
+    assert enough.tolist() == [False] * 3 and found.tolist() == pytest.approx([math.log(0.75)] * 3)
+
+
 def test_a_temperature_is_as_it_is_said_and_never_0() -> None:
     for dtype, held in (
         (torch.float32, torch.float32),

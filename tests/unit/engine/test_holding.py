@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shoal.engine.holding import Holding
+from shoal.engine.holding import NEVER, Holding
 from shoal.engine.pages import Pages
 
 PAGE = 4
@@ -106,6 +106,100 @@ def test_once_its_depth_is_known_it_goes_back_to_where_its_deeper_groups_are(gro
     assert [pages.noted(int(unit)) for unit in one.tables[0, :3]] == ["a", "b", None], "half a page is nobody else's"
     one.deepen(pages, 1, scoring=True, notes=[])
     assert one.at == 0
+
+
+def test_who_looks_again_keeps_what_it_has_and_looks_for_the_deeper_groups_alone() -> None:
+    """Of three pages that others have in four groups it has computed its own in two."""
+    pages = Pages(81)
+    one = stored(pages, [*TEN], 2)
+    tokens = [*TEN, *range(60, 66)]
+    stored(pages, tokens, 4).release(pages)
+    one.tokens += tokens[10:]
+    one.take(pages, 16, 2)
+    one.advance(pages, 15, 0, 2)
+    one.states, one.notes = ["left"], ["left"]
+    for index in range(2):
+        pages.note(int(one.tables[0, index]), index)
+    one.look(pages)
+    assert (one.states, one.notes, one.at, one.states_from) == ([], [0, 1], 8, 8)
+    assert (one.computed, one.owned) == ([15, 15, 0, 0], [4, 4, 0, 0]), "what is computed stays"
+    before = one.units()
+    one.extend_keys(pages)
+    one.deepen(pages, 4, scoring=False, notes=["c"])
+    assert one.units()[:2] == before[:2] and one.owned == [4, 4, 4, 4]
+    assert (one.computed, one.found, one.at) == ([15, 15, 16, 16], [0, 0, 16, 16], 15)
+    assert pages.noted(int(one.tables[0, 2])) == "c", "behind those that it had"
+
+
+def test_ahead_of_itself_it_holds_the_same_units_and_waits_for_the_newest_token_s_states() -> None:
+    pages = Pages(41)
+    one = stored(pages, TEN, 2)
+    one.states, one.states_from = ["a"], 3
+    ahead = one.ahead([*TEN, 1, 2])
+    assert (ahead.tokens, ahead.states, ahead.states_from) == ([*TEN, 1, 2], [], 9)
+    assert (one.tokens, one.states, one.states_from) == (TEN, ["a"], 3), "stays as it is"
+    assert ahead.tables is one.tables and (ahead.owned, ahead.at) == ([3, 3, 0, 0], 10)
+
+
+def test_what_is_released_leaves_nothing_of_a_request_that_may_enter_again() -> None:
+    pages = Pages(41)
+    one = stored(pages, TEN, 2)
+    one.states, one.notes, one.states_from = ["a"], ["b"], 4
+    one.release(pages)
+    assert one.owned == one.computed == one.offered == [0] * 4
+    assert (one.at, one.states_from, one.states, one.notes) == (0, None, [], [])
+    assert not one.tables.any() and pages.available == pages.total
+    one.enter(pages, 2, scoring=False)
+    assert (one.at, one.computed, one.found) == (8, [8, 8, 0, 0], [8, 8, 0, 0]), "its own pages, as those of another"
+
+
+def test_pages_are_offered_as_they_become_full_in_the_groups_that_ran_and_never_twice() -> None:
+    pages = Pages(41)
+    one = held(TEN)
+    one.take(pages, 10, 2)
+    for end, first, last, computed, offered in (
+        (3, 0, 1, [3, 0, 0, 0], [0, 0, 0, 0]),
+        (4, 0, 1, [4, 0, 0, 0], [1, 0, 0, 0]),
+        (9, 0, 1, [9, 0, 0, 0], [2, 0, 0, 0]),
+        (10, 0, 1, [10, 0, 0, 0], [2, 0, 0, 0]),
+    ):
+        one.advance(pages, end, first, last)
+        assert (one.at, one.computed, one.offered) == (end, computed, offered)
+    one.at = 0
+    one.advance(pages, 8, 1, 2)  # its deeper group runs behind
+    assert (one.at, one.computed, one.offered) == (8, [10, 8, 0, 0], [2, 2, 0, 0])
+    one.at = 2
+    one.advance(pages, 6, 0, 1)  # rows that stand are run again: nothing falls
+    assert (one.at, one.computed[0]) == (6, 10)
+    assert pages.match(0, one.keys) == one.units()[0][:2] and pages.match(2, one.keys) == []
+
+
+def test_of_a_page_that_others_have_the_same_unit_is_used() -> None:
+    """Both computed it at the same time: who is later gives its own unit back."""
+    pages = Pages(41)
+    one, other = held(TEN), held(TEN)
+    for each in (one, other):
+        each.take(pages, 10, 1)
+    before = pages.available
+    for each in (one, other):
+        each.advance(pages, 10, 0, 1)
+    assert other.units()[0][:2] == one.units()[0][:2] and other.units()[0][2] != one.units()[0][2]
+    assert pages.available == before + 2
+    pages.check_integrity([*one.units(), *other.units()])
+
+
+def test_behind_a_page_that_is_another_s_by_its_digest_none_is_offered() -> None:
+    pages = Pages(41, digest=lambda data: b"the same")
+    one = stored(pages, [*TEN, 1, 2], 1)  # its second page, too, has the digest of its first
+    assert one.offered == [NEVER, 0, 0, 0]
+    own = one.units()
+    one.tokens += [3, 4, 5, 6]
+    one.take(pages, 16, 1)
+    one.advance(pages, 16, 0, 1)
+    assert one.offered[0] == NEVER and one.units()[0][:3] == own[0]
+    pages.check_integrity(one.units())
+    one.release(pages)
+    assert pages.cached == 1
 
 
 def test_sums_of_a_prompt_s_later_pages_are_kept_behind_those_that_were_found() -> None:

@@ -13,7 +13,6 @@ from shoal.engine.text import TextStream
 from shoal.errors import RequestError
 from shoal.inputs.tokenizer import END_ID, Tokenizer
 
-
 TOKENIZER = Tokenizer.bytes_only()
 
 

@@ -68,6 +68,29 @@ def test_tokens_and_logprobs_are_those_of_the_cpu(
             assert a.logprob.logprob == b.logprob.logprob and a.logprob.top == b.logprob.top
 
 
+def test_each_row_that_asks_for_logprobs_has_its_own_and_as_many_as_it_asks_for() -> None:
+    """Two, none, three beside the token's, and one whose token is only looked at."""
+    rows = torch.randn(5, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    asked = [2, None, 3, None, 1]
+    draws = [
+        Draw(Sampling(temperature=0, logprobs=count), tokens=[50, 51], watched=r == 3) for r, count in enumerate(asked)
+    ]
+    want = rows.log_softmax(-1)
+    with pretended() as gpu:
+        found = Sampler(torch.zeros(40, dtype=torch.bool).to(gpu)).sample(rows.clone().to(gpu), draws)
+    for one, count, row in zip(found, asked, want, strict=True):
+        best = row.topk(count or 1)
+        assert one.token == int(best.indices[0])
+        if count is None:
+            assert one.logprob is None
+            continue
+        assert one.logprob is not None and one.logprob.logprob == pytest.approx(float(best.values[0]))
+        assert [token for token, _ in one.logprob.top] == best.indices.tolist()
+        assert [value for _, value in one.logprob.top] == pytest.approx(best.values.tolist())
+    assert [one.nll is None for one in found] == [True, True, True, False, True]
+    assert found[3].nll == pytest.approx(-float(want[3].max()))
+
+
 def test_what_the_host_must_know_comes_in_one_copy() -> None:
     """Of any kinds in a batch, grammars and rows without a token among them."""
     rows = torch.randn(len(KINDS) + 2, 300, generator=torch.Generator().manual_seed(0))
