@@ -85,7 +85,7 @@ GROUPS = {
     "parallel": Group(["train/parallel"], _tests("train", "ranks")),
     "scheduler": Group(
         _in("engine", "door planning scheduler"),
-        _tests("engine", "planning scheduler holding plan running shares pace resume"),
+        _tests("engine", "planning scheduler_by_hand scheduler holding plan running shares pace resume"),
         warm=True,
     ),
     "runner": Group(

@@ -1,0 +1,320 @@
+"""What becomes of a step's outcome, and of who comes and goes, by hand: outcomes here are written, and no model runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from shoal.engine.drafting import AHEAD
+from shoal.engine.events import Event, Finished, Sampling, Signals, Token
+from shoal.engine.pages import Pages
+from shoal.engine.plan import Decision, Outcome, Plan, Sampled
+from shoal.engine.running import Running
+from shoal.engine.scheduler import Scheduler
+from shoal.errors import GenerationError, QueueFullError, RequestError
+from tests.unit.engine.test_planning import long, told
+from tests.unit.engine.test_scheduler import CONFIG, PAGE, Harness, end, said
+
+A, B, C, LAST = range(100, 104)
+
+
+def step(h: Harness, *samples: Sampled, **more: Any) -> list[Event]:
+    """The next step gives `samples`."""
+    return h.scheduler.commit(h.scheduler.plan(), Outcome(samples, **more))
+
+
+def live(h: Harness, request: str) -> Running:
+    return h.scheduler._live[request]
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_tell_what_was_heard_of_them_and_drafts_that_stood_are_those_that_the_answer_holds() -> None:
+    h = Harness(units=400, max_batch_tokens=40)
+    request = h.submit([60], None, sampling=long(20, speculative=3, stop_token_ids=[LAST]))
+    running = live(h, request)
+    running.watched = True
+    seen = Signals(prompt_nll=2.5, predicted_gaps=(0.1, 0.2), router_bound=0.0)
+    assert step(h, decisions=[Decision(4, [], seen)]) == []
+    assert (running.layers, running.groups, running.look) == (4, 4, None)
+    events = step(h, Sampled(A, nll=1.5, gaps=(1.0, 0.5)))
+    # three drafts, two of which stood: the token before them is one of these
+    events += step(h, Sampled(A, after=(Sampled(B, gaps=(3.0, 0.0)), Sampled(C, nll=0.5)), drafted=3))
+    assert said(events, request) == [A, A, B, C] and running.heard.drafts_accepted == 2
+    # of two more that stood the answer holds one: the other ends it
+    events += step(h, Sampled(A, after=(Sampled(LAST), Sampled(C)), drafted=3))
+    finished = end(events, request)
+    assert (finished.reason, finished.completion_tokens, said(events, request)[-1]) == ("stop", 5, A)
+    assert finished.signals == dataclasses.replace(
+        seen, answer_nll=1.0, answer_nll_max=1.5, drafts_accepted=3, gaps=(2.0, 0.25)
+    )
+    metrics = h.scheduler.metrics
+    assert (metrics.drafts, metrics.drafts_accepted, metrics.generation_tokens) == (6, 4, 5), "as verification says"
+    # three steps of four layers, and in two of them three drafts of the first exit's one
+    assert (running.ran, running.drawn, finished.mean_depth) == (18, 6, 3.0)
+    assert h.scheduler.idle and h.pages.available == h.pages.total
+
+
+def test_what_wrong_drafts_were_written_to_is_given_back_in_every_group() -> None:
+    h = Harness(units=400, max_batch_tokens=40)
+    request = h.submit([60, 61], 2, sampling=long(20, speculative=8))
+    step(h, Sampled(A))
+    plan = h.scheduler.plan()
+    assert plan.works[0].drafts == 8 and live(h, request).holding.owned == [3, 3, 0, 0]
+    h.scheduler.commit(plan, Outcome([Sampled(A, after=(Sampled(B),), drafted=8)]))
+    assert live(h, request).holding.owned == [1, 1, 0, 0] and live(h, request).holding.computed == [4, 4, 0, 0]
+    h.scheduler.check_integrity()
+    step(h, Sampled(A))
+    assert live(h, request).holding.owned == [2, 2, 0, 0], "a row that drafts nothing right keeps its own"
+
+
+def test_a_request_ends_by_what_comes_first_and_says_nothing_after_it() -> None:
+    for sampled, sampling, reason, count in (
+        (Sampled(A, after=(Sampled(B), Sampled(C)), drafted=2), {"stop_token_ids": [B]}, "stop", 2),
+        (Sampled(A, after=(Sampled(B), Sampled(C)), drafted=2), {"max_tokens": 3}, "length", 3),
+        (Sampled(A, after=(Sampled(B, error=GenerationError("boom")), Sampled(C)), drafted=2), {}, "error", 2),
+        (Sampled(A, error=GenerationError("boom")), {}, "error", 1),
+    ):
+        h = Harness(units=400, max_batch_tokens=40)
+        one = Sampling(**{"max_tokens": 20, "ignore_eos": True, "speculative": 2, **sampling})
+        request = h.submit([60], sampling=one)
+        events = step(h, Sampled(A)) + step(h, sampled)
+        assert (end(events, request).reason, len(said(events, request))) == (reason, count)
+        assert isinstance(events[-1], Finished) and h.scheduler.idle and h.pages.available == h.pages.total
+        assert h.scheduler.metrics.finished == {reason: 1}
+
+
+def test_times_to_a_first_token_and_for_each_after_it_are_of_those_made_here() -> None:
+    """Of an answer of three tokens begun elsewhere, the last of which is taken in as the first here: four seconds for two."""
+    h = Harness(units=400)
+    h.now = 1.0
+    request = h.submit([60], sampling=long(5), answer=(A, B, C))
+    for at in (3.0, 4.0, 7.0):
+        plan = h.scheduler.plan()
+        h.now = at
+        events = h.scheduler.commit(plan, Outcome([Sampled(B)]))
+    finished = end(events, request)
+    assert (finished.first_token_seconds, finished.total_seconds, finished.queue_seconds) == (2.0, 6.0, 0.0)
+    each = h.scheduler.metrics.request_time_per_output_token_seconds
+    assert (each.count, each.sum) == (1, 2.0)
+    assert h.scheduler.metrics.time_to_first_token_seconds.sum == 2.0
+    units = h.scheduler.metrics.request_kv_units
+    assert (units.count, units.sum) == (1, 8.0), "two pages in four groups"
+
+
+# --- depths ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "limits", "layers", "measured"),
+    [
+        (0.1, {}, 4, 0.1),  # the router would say two
+        (0.0, {}, 4, 0.0),
+        (None, {}, 2, None),
+        (0.1, {"audits": False}, 2, None),
+        (0.1, {"speculative_max_batch": 0}, 2, None),
+    ],
+)
+def test_an_answer_with_a_tolerance_runs_at_full_depth_with_drafts_where_these_pay(
+    tolerance: float | None, limits: dict[str, Any], layers: int, measured: float | None
+) -> None:
+    h, asked = Harness(units=400, max_batch_tokens=40, **limits), list[Running]()
+    h.scheduler.judge.decided = asked.append  # type: ignore[method-assign]
+    request = h.submit([60], None, sampling=long(20), quality_tolerance=tolerance)
+    running = live(h, request)
+    running.look = 9
+    step(h, decisions=[Decision(2)])
+    assert (running.layers, running.groups, running.tolerance) == (layers, layers, measured)
+    assert asked == ([] if measured is not None else [running]), "the judge looks at what the router decides alone"
+    assert running.look == (None if layers == 4 else 9)
+    assert h.scheduler.metrics.depths == {layers: 1}
+    (token,) = step(h, Sampled(A, spent=0.0))
+    assert isinstance(token, Token) and (token.depth, token.spent) == (layers, None if measured is None else 0.0)
+    (work,) = h.scheduler.plan().works
+    assert work.drafts == (0 if measured is None else AHEAD)
+
+
+def test_what_the_router_is_taken_to_be_wrong_by_is_the_judge_s_at_that_tolerance() -> None:
+    h = Harness(units=400)
+    h.scheduler.judge.evidence[0.05].shift = 0.75
+    shifts = []
+    for tolerance in (0.07, 0.0, None):
+        request = h.submit([60], None, sampling=long(2), quality_tolerance=tolerance)
+        h.scheduler.plan()
+        shifts.append(live(h, request).shift)
+        h.scheduler.cancel(request)
+    assert shifts == [0.75, 0.0, 0.0]
+
+
+def test_whether_drafts_may_be_made_and_what_they_are_thought_to_cost_follows_from_the_exits() -> None:
+    limits: dict[str, Any] = {"max_batch_tokens": 12, "max_batch": 4, "max_queue": 8}
+    plain = Scheduler(CONFIG, Pages(40), **limits)
+    drafting = plain._drafting
+    assert (drafting._most, drafting._max_batch, drafting._able) == (0, None, True)
+    assert (drafting.prices._cheap, plain._audits) == (1 / 4, True)
+    given = Scheduler(CONFIG, Pages(40), speculative=3, speculative_max_batch=0, **limits)._drafting
+    assert (given._most, given._max_batch) == (3, 0)
+    whole = Scheduler(dataclasses.replace(CONFIG, early_exits=False, exit_ffn=0), Pages(40), **limits)
+    assert not whole._drafting._able
+    deeper = Scheduler(dataclasses.replace(CONFIG, layers=6), Pages(40), **limits)._drafting
+    assert deeper.prices._cheap == pytest.approx(2 / 6)
+    assert (plain.max_batch_tokens, plain.max_batch, plain.max_queue) == (12, 4, 8)
+
+
+# --- what is told to whom --------------------------------------------------------------------------------------------------
+
+
+def test_what_a_step_took_is_told_to_all_that_learn_from_it() -> None:
+    h = Harness(units=400, max_batch_tokens=40)
+    h.submit([60, 61, 62], sampling=long(3))
+    heard: dict[str, Any] = {}
+    scheduler, nan = h.scheduler, float("nan")
+    scheduler.pace.step = lambda *given, shallow: heard.update(pace=(*given, shallow))  # type: ignore[method-assign]
+    scheduler.pace.seconds = lambda groups, rows: heard.get("seconds", 9.0)  # type: ignore[method-assign]
+    scheduler._drafting.learn = lambda *given: heard.update(drafting=given)  # type: ignore[method-assign]
+    scheduler.judge.took = lambda *given: heard.update(judge=given)  # type: ignore[method-assign]
+    scheduler._seconds.took = lambda works, seconds: heard.update(shares=(works, seconds))  # type: ignore[method-assign]
+    h.now = 2.0
+    plan = scheduler.plan()
+    for shallow, expected, wanted in ((False, 9.0, 9.0), (True, None, 0.0)):
+        h.now, heard["seconds"] = 5.0, expected
+        plan, outcome = Plan(plan.works, shallow=shallow), Outcome([Sampled(A)])
+        scheduler.commit(plan, outcome)
+        assert heard["pace"] == (4, 12, 3.0, shallow)
+        assert heard["drafting"] == (plan, outcome, 3.0) and heard["judge"] == (plan, outcome, 12)
+        assert heard["shares"] == (plan.works, wanted)
+    told(h, 20)
+    scheduler.cancel("1")
+    plan = scheduler.plan()
+    assert plan.audit is not None
+    del heard["shares"]
+    scheduler.commit(plan, Outcome([], lost=[nan] * 19))
+    assert "shares" not in heard, "a look is nobody's"
+
+
+def test_an_answer_that_was_chosen_is_looked_at_if_it_ended_well() -> None:
+    for chosen, tokens, ends, looks in (
+        (True, 1, "length", True), (True, 9, "cancelled", False), (False, 1, "length", False), (True, 9, "error", False),
+    ):  # fmt: skip
+        h, found = Harness(units=400), list[Running]()
+        h.scheduler.judge.told = found.append  # type: ignore[method-assign]
+        request = h.submit([60], 1, sampling=long(tokens))
+        running = live(h, request)
+        running.audited = chosen
+        events = step(h, Sampled(A))
+        if ends == "cancelled":
+            h.scheduler.cancel(request)
+        elif ends == "error":
+            h.scheduler.fail(h.scheduler.plan().works, GenerationError("boom"))
+        assert end(events + h.scheduler.take_events(), request).reason == ends
+        assert found == [running] * looks
+
+
+# --- who comes and goes ----------------------------------------------------------------------------------------------------
+
+
+def test_who_is_given_as_itself_is_never_a_later_one_of_the_same_id() -> None:
+    h = Harness()
+    first = live(h, h.submit([50]))
+    assert h.scheduler.cancel(first) and not h.scheduler.cancel(first)
+    h.number = 0
+    second = live(h, h.submit([50]))
+    assert second.id == first.id and not h.scheduler.cancel(first)
+    h.scheduler.pause(first)
+    assert not second.paused and h.scheduler._paused == 0
+    h.scheduler.pause(second)
+    assert second.paused and h.scheduler.cancel(second.id) and h.scheduler._paused == 0
+    assert not h.scheduler.cancel("nobody")
+    h.scheduler.pause("nobody")
+    assert [event.reason for event in h.scheduler.take_events() if isinstance(event, Finished)] == ["cancelled"] * 2
+    assert h.scheduler.take_events() == [], "each is told once"
+
+
+def test_those_whose_reader_is_behind_have_as_many_places_of_their_own() -> None:
+    h = Harness(units=400, max_batch=1, max_queue=1)
+    ids = [h.submit([50 + i]) for i in range(2)]
+    assert h.scheduler.full
+    for _ in range(2):
+        h.scheduler.pause(ids[0])  # twice is once
+    assert not h.scheduler.full
+    ids.append(h.submit([60]))
+    assert h.scheduler.full
+    h.scheduler.pause(ids[1])
+    ids.append(h.submit([61]))
+    for request in ids[2:]:
+        h.scheduler.pause(request)
+    assert h.scheduler.full, "four, of which two take the places of those who do not read"
+    with pytest.raises(QueueFullError):
+        h.submit([62])
+    h.scheduler.cancel(ids[0])
+    assert not h.scheduler.full
+    for request in ids[1:3]:
+        h.scheduler.pause(request, False)
+    assert h.scheduler._paused == 1 and h.scheduler.full is (3 - 1 >= 2)
+    h.scheduler.cancel(ids[3])
+    assert h.scheduler._paused == 0 and len(h.scheduler.live) == 2 and h.scheduler.full
+
+
+def test_what_was_begun_elsewhere_comes_in_whatever_is_full() -> None:
+    h = Harness(units=400, max_batch=1, max_queue=0)
+    h.submit([50])
+    with pytest.raises(QueueFullError):
+        h.submit([51])
+    h.submit([51], answer=(A,), sampling=long(3))
+    assert len(h.scheduler.live) == 2 and h.scheduler.metrics.refused == 1
+
+
+def test_a_step_that_looked_at_an_answer_too_begins_anew_and_the_look_is_dropped() -> None:
+    """It may be why the step failed; so nobody's request ends for it."""
+    h = Harness(units=400, max_batch_tokens=24)
+    going, gone = h.submit([60], sampling=long(3)), h.submit([61], sampling=long(3))
+    told(h, 12)
+    plan = h.scheduler.plan()
+    assert plan.audit is not None and len(plan.works) == 3
+    h.scheduler.cancel(gone)
+    h.scheduler.fail(iter(plan.works), GenerationError("boom"))
+    assert h.scheduler.judge.idle and h.scheduler.judge.dropped == 1 and h.scheduler.judge._failed == 1
+    assert [running.id for running in h.scheduler.waiting] == [going] and not h.scheduler.running
+    assert [event.request for event in h.scheduler.take_events()] == [gone]
+    h.scheduler.check_integrity()
+    assert end(h.run(), going).reason == "length"
+
+
+def test_where_books_are_broken_every_request_ends_all_the_same_and_no_look_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    h = Harness(units=400, max_batch=2)
+    ids = [h.submit([50 + i], sampling=long()) for i in range(3)]
+    h.step()
+    told(h, 12)
+    told(h, 12)
+    broken = live(h, ids[0])
+    monkeypatch.setattr(broken.holding, "release", lambda pages: 1 / 0)
+    h.scheduler.take_events()
+    h.scheduler.fail_all(GenerationError("boom"))
+    events = h.scheduler.take_events()
+    assert [event.request for event in events] == ids
+    for event in events:
+        assert isinstance(event, Finished) and event.reason == "error"
+        assert isinstance(event.error, RequestError) and "boom" in str(event.error)
+    assert h.scheduler.idle and not h.scheduler.live and h.scheduler.running == h.scheduler.waiting == []
+
+
+def test_integrity_is_of_all_that_hold_units() -> None:
+    h = Harness(units=400, max_batch_tokens=24)
+    request = h.submit(list(range(50, 56)), sampling=long())
+    told(h, 40)
+    plan = h.scheduler.plan()
+    h.scheduler.commit(plan, Outcome([Sampled(A)], lost=[0.0] * (plan.works[-1].count - 1)))
+    h.scheduler.check_integrity()
+    (unit,) = h.pages.allocate(1)
+    with pytest.raises(RuntimeError, match="references"):
+        h.scheduler.check_integrity()
+    h.pages.release([unit])
+    holding = live(h, request).holding
+    holding.computed[0] += PAGE
+    with pytest.raises(RuntimeError, match=f"request {request} owns"):
+        h.scheduler.check_integrity()
