@@ -108,7 +108,7 @@ def _repeated(draw: Draw) -> tuple[list[int], list[float]]:
 def _used(draw: Draw) -> tuple[list[int], list[float]]:
     """Every token of the answer, with its presence and frequency penalties."""
     s = draw.sampling
-    if (s.presence_penalty == 0 and s.frequency_penalty == 0) or draw.there or len(draw.tokens) == draw.prompt_len:
+    if (s.presence_penalty == 0 and s.frequency_penalty == 0) or draw.there:
         return [], []
     tokens, counts = np.unique(draw.tokens[draw.prompt_len :], return_counts=True)
     return tokens.tolist(), (s.presence_penalty + s.frequency_penalty * counts).tolist()
@@ -163,7 +163,7 @@ def _completed(x: Tensor, draws: Sequence[Draw], unread: Tensor) -> Tensor:
             before = run[:-1]
             there = before[max(0, len(before) - len(draw.there)) :]
             here = before[: len(before) - len(there)]
-            if len(here) > len(answer) or tuple(answer[len(answer) - len(here) :]) != here:
+            if tuple(answer[len(answer) - len(here) :]) != here:
                 continue
             runs += [len(ends)] * len(there)
             at += range(first - len(there), first)

@@ -208,6 +208,17 @@ def test_a_look_has_the_rows_that_are_left_and_a_page_of_them_beside_prompts() -
     ]
 
 
+def test_a_step_of_one_payer_s_own_leaves_no_row_to_a_look() -> None:
+    """Who is behind the others has all rows of it; nothing of another enters."""
+    h = Harness(units=400, max_batch_tokens=24)
+    told(h, 50)
+    other = h.submit(list(range(10, 20)), sampling=long(2), payer="b")
+    mine = h.submit(list(range(10, 70)), sampling=long(2), payer="a", priority=-1)
+    assert rows(h.scheduler._works({"a": None})) == {mine: (24, 0)}
+    assert h.scheduler._works({"c": None}) == []
+    assert [running.id for running in h.scheduler.waiting] == [other] and not h.scheduler.judge.holder
+
+
 def test_a_look_gives_its_units_to_who_waits_for_units_and_not_to_who_waits_for_a_place() -> None:
     for most, enters in ((1, False), (2, True)):
         h = Harness(units=1 + 4 * 6, max_batch_tokens=9, max_batch=most)
