@@ -193,7 +193,7 @@ class Scheduler(Planning):
             work.running.looking = False
             self._append(work.running, sampled, now, drafted=bool(sampled.after))
             if work.drafts:
-                self._take_drafts(work.running, sampled, now)
+                self._take_drafts(work, sampled, now)
             self._look(work.running)
         self.judge.took(plan, outcome, cost[1])
         return self.take_events()
@@ -271,18 +271,19 @@ class Scheduler(Planning):
         elif answered >= sampling.max_tokens:
             self._finish(running, "length")
 
-    def _take_drafts(self, running: Running, sampled: Sampled, now: float) -> None:
+    def _take_drafts(self, work: Work, sampled: Sampled, now: float) -> None:
         """Append what follows from right drafts, whose rows stand in every group, and give back the units that wrong ones
         were written to."""
+        running = work.running
         self.metrics.drafts += sampled.drafted
         self.metrics.drafts_accepted += len(sampled.after)
         for place, following in enumerate(sampled.after, 1):
             if self._live.get(running.id) is not running:
                 return
-            running.holding.advance(self.pages, len(running.tokens), 0, running.groups or 0)
+            running.holding.advance(self.pages, len(running.tokens), 0, work.last)
             self._append(running, following, now, drafted=place < len(sampled.after))
         if self._live.get(running.id) is running:
-            running.holding.trim(self.pages, running.groups or 0)
+            running.holding.trim(self.pages, work.last)
 
     def _finish(self, running: Running, reason: FinishReason, error: RequestError | None = None) -> None:
         end = running.finished(reason, self.clock(), error)

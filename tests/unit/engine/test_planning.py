@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from shoal.engine.events import Finished, Request, Sampling, Token
+from shoal.engine.events import LATER, Finished, Request, Sampling, Token
 from shoal.engine.plan import Outcome, Plan, Sampled, Work
 from shoal.engine.running import Running
 from shoal.engine.text import TextStream
@@ -19,6 +19,10 @@ AT = [0.25]  # nats that each row of an audited answer is said to lose
 
 def long(tokens: int = 40, **more: Any) -> Sampling:
     return Sampling(max_tokens=tokens, ignore_eos=True, **more)
+
+
+def live(h: Harness, request: str) -> Running:
+    return h.scheduler._live[request]
 
 
 def rows(works: list[Work]) -> dict[str, tuple[int, int]]:
@@ -143,6 +147,71 @@ def test_who_waits_enters_beside_a_page_for_each_of_those_that_run_and_nobody_ov
         assert [running.id for running in h.scheduler.waiting] == [short] if enters else [long_one, short]
 
 
+def test_until_a_depth_is_known_one_group_is_counted_of_who_waits_and_of_who_runs() -> None:
+    for units, enters in ((4, True), (3, False)):
+        h = Harness(units=400, max_batch_tokens=12)
+        first = h.submit(list(range(10, 40)), None, sampling=long(2))
+        h.step()
+        assert live(h, first).groups is None and h.scheduler._beside == 1
+        second = live(h, h.submit(list(range(50, 60)), None, sampling=long(2)))
+        assert h.scheduler._needed(second) == 3 + 1, "three pages of it, and one of who runs"
+        h.pages.allocate(h.pages.available - units)
+        assert (h.scheduler._admit([""]) is second) is enters
+
+
+def test_a_row_that_is_left_is_for_who_waits() -> None:
+    h = Harness(units=400, max_batch_tokens=24)
+    going = h.submit([60], sampling=long())
+    h.step()
+    asked = [h.submit(list(range(10 * i, 10 * i + count)), sampling=long(2)) for i, count in ((1, 16), (4, 6), (7, 9))]
+    assert rows(h.scheduler.plan().works) == {going: (1, 0), asked[0]: (16, 0), asked[1]: (6, 0), asked[2]: (1, 0)}
+    assert h.scheduler.waiting == []
+
+
+def test_what_may_wait_gives_its_place_or_units_only_where_these_are_lacking() -> None:
+    """Its own page in four groups, and a prompt of two beside a page of who runs: twelve units."""
+    for available, places, gives in ((12, 2, False), (11, 2, True), (12, 1, True), (99, 1, True)):
+        h = Harness(units=400, max_batch=places, max_batch_tokens=40)
+        waits = h.submit([60], sampling=long(3), priority=LATER)
+        h.step()
+        h.pages.allocate(h.pages.available - available)
+        comes = h.submit(list(range(10, 18)), sampling=long(1))
+        works = h.scheduler.plan().works
+        assert comes in rows(works) and (waits in rows(works)) is not gives, (available, places)
+        assert h.scheduler.metrics.preemptions == gives
+
+
+def test_who_waits_with_a_reader_that_is_behind_takes_nobody_s_place_and_no_payer_has_work_for_it() -> None:
+    h, seen = Harness(units=400, max_batch=2, max_batch_tokens=40, max_queue=9), list[set[Any]]()
+    going, behind = (h.submit([60], sampling=long(), payer=payer, priority=LATER) for payer in "ab")
+    h.step()
+    h.scheduler.pause(behind)
+    h.scheduler.pause(h.submit([61], sampling=long(), payer="c", priority=-1))
+    h.scheduler._seconds.behind = lambda payers: seen.append(set(payers)) or []  # type: ignore[method-assign, func-returns-value]
+    assert rows(h.scheduler.plan().works) == {going: (1, 0)} and h.scheduler.metrics.preemptions == 0
+    h.scheduler.pause(behind, False)
+    for payer in "de":
+        h.submit([61], sampling=long(), payer=payer, priority=1)
+    h.scheduler.plan()
+    assert seen == [{None}, {None, "d"}], "what may wait is one account; of those that wait the first counts"
+
+
+def test_waiting_is_measured_from_when_somebody_waits() -> None:
+    h, since = Harness(units=400, max_batch=1), list[float]()
+    h.scheduler.pace.waits = since.append  # type: ignore[method-assign]
+    for now in (1.0, 2.0, 3.0):
+        h.now = now
+        h.submit([60], sampling=long(2))
+    h.step()
+    h.now = 4.0
+    h.submit([61], sampling=long(2))
+    assert since == [1.0], "there was always one since"
+    h.run()
+    h.now = 9.0
+    h.submit([61], sampling=long(2))
+    assert since == [1.0, 9.0]
+
+
 def test_a_place_that_is_taken_is_waited_for_however_many_units_there_are() -> None:
     h = Harness(units=400, max_batch=1, max_batch_tokens=40)
     one, other = (h.submit([60 + i], sampling=long(3)) for i in range(2))
@@ -166,7 +235,7 @@ def test_a_prompt_is_counted_once_however_often_it_begins() -> None:
     metrics = h.scheduler.metrics
     assert (metrics.prompt_tokens, metrics.prefix_queries, metrics.prefix_hits) == (10, 10, 0)
     assert (finished.queue_seconds, finished.cached_tokens, metrics.preemptions) == (2.0, 0, 2)
-    assert metrics.depths == {4: 1}
+    assert metrics.depths == {4: 1} and finished.prompt_logprobs == (), "nobody asked for them"
 
 
 # --- audits ----------------------------------------------------------------------------------------------------------------
@@ -232,6 +301,21 @@ def test_a_look_gives_its_units_to_who_waits_for_units_and_not_to_who_waits_for_
         plan = h.scheduler.plan()
         assert (waits in rows(plan.works)) is enters and going in rows(plan.works)
         assert bool(h.scheduler.judge.holder) is not enters
+
+
+def test_a_look_gives_its_units_to_who_goes_deeper_before_anybody_is_preempted() -> None:
+    h = Harness(units=1 + 20, max_batch_tokens=24)
+    request = h.submit(list(range(10, 26)), None, sampling=long(4))
+    told(h, 12)
+    plan = h.scheduler.plan()
+    assert plan.audit is not None and rows(plan.works) == {request: (16, 0), "told": (8, 0)}
+    decide = h.runner._decision
+    h.runner._decision = lambda work: dataclasses.replace(decide(work), layers=4)  # type: ignore[method-assign]
+    commit(h, plan)
+    assert h.pages.available == 20 - 4 - 8
+    plan = h.scheduler.plan()
+    assert rows(plan.works) == {request: (16, 0)} and not h.scheduler.judge.holder
+    assert h.scheduler.metrics.preemptions == 0 and not h.scheduler.judge.idle, "it begins anew later"
 
 
 # --- what a step gave ------------------------------------------------------------------------------------------------------
@@ -345,6 +429,8 @@ def test_times_between_tokens_are_those_of_one_answer() -> None:
         events = h.scheduler.commit(plan, outcome)
     observed = h.scheduler.metrics.inter_token_latency_seconds
     assert (observed.count, observed.sum) == (4, 2 * (2.0 + 4.0))
+    each = h.scheduler.metrics.request_time_per_output_token_seconds
+    assert (each.count, each.sum) == (2, 2 * (7.0 - 1.0) / 2), "of three tokens two come after the first"
     assert {event.request for event in events if isinstance(event, Finished)} == {one, other}
     assert all((event.first_token_seconds, event.total_seconds) == (1.0, 7.0)
                for event in events if isinstance(event, Finished))  # fmt: skip

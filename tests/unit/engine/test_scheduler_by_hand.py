@@ -14,7 +14,7 @@ from shoal.engine.plan import Decision, Outcome, Plan, Sampled
 from shoal.engine.running import Running
 from shoal.engine.scheduler import Scheduler
 from shoal.errors import GenerationError, QueueFullError, RequestError
-from tests.unit.engine.test_planning import long, told
+from tests.unit.engine.test_planning import live, long, told
 from tests.unit.engine.test_scheduler import CONFIG, PAGE, Harness, end, said
 
 A, B, C, LAST = range(100, 104)
@@ -23,10 +23,6 @@ A, B, C, LAST = range(100, 104)
 def step(h: Harness, *samples: Sampled, **more: Any) -> list[Event]:
     """The next step gives `samples`."""
     return h.scheduler.commit(h.scheduler.plan(), Outcome(samples, **more))
-
-
-def live(h: Harness, request: str) -> Running:
-    return h.scheduler._live[request]
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------------
@@ -164,6 +160,19 @@ def test_whether_drafts_may_be_made_and_what_they_are_thought_to_cost_follows_fr
     assert (plain.max_batch_tokens, plain.max_batch, plain.max_queue) == (12, 4, 8)
 
 
+def test_an_answer_that_ends_where_the_router_would_look_again_is_left_as_it_is() -> None:
+    h = Harness(units=400)
+    for tokens, looks in ((3, False), (4, True)):
+        request = h.submit([60], None, sampling=long(tokens))
+        running = live(h, request)
+        running.look = 3
+        step(h, decisions=[Decision(2)])
+        for _ in range(3):
+            assert running.look == 3
+            step(h, Sampled(A))
+        assert (running.looking, running.groups) == (looks, None if looks else 2)
+
+
 # --- what is told to whom --------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +290,16 @@ def test_a_step_that_looked_at_an_answer_too_begins_anew_and_the_look_is_dropped
     assert [event.request for event in h.scheduler.take_events()] == [gone]
     h.scheduler.check_integrity()
     assert end(h.run(), going).reason == "length"
+
+
+def test_who_left_during_a_step_that_failed_has_ended_already() -> None:
+    h = Harness(units=400)
+    stays, leaves = h.submit([60]), h.submit([61])
+    plan = h.scheduler.plan()
+    h.scheduler.cancel(leaves)
+    h.scheduler.fail(plan.works, GenerationError("boom"))
+    ends = {event.request: event.reason for event in h.scheduler.take_events() if isinstance(event, Finished)}
+    assert ends == {leaves: "cancelled", stays: "error"} and h.scheduler.idle
 
 
 def test_where_books_are_broken_every_request_ends_all_the_same_and_no_look_is_left(
