@@ -35,7 +35,7 @@ class Price:
     """Of one batch size."""
 
     def __init__(self, batch: int, cheap: float, like: Price | None = None) -> None:
-        """`cheap`: what group 1 costs of a step without drafts, it is thought; `like`: a batch size that more is known of."""
+        """`cheap`: what group 1 costs of a step without drafts, it is thought; `like`: a batch size whose drafts were seen."""
         self.batch, self._cheap = batch, cheap
         self._plain, self._steps = 0.0, 0
         self._like = like
@@ -116,7 +116,7 @@ class Price:
         if not self._costs:
             like = self._like
             guess = [0.0, self._cheap * self.plain, ROW * self.plain / self.batch]
-            self._costs = list(like._costs) if like is not None and like._costs else guess
+            self._costs = guess if like is None else list(like._costs)
             self._doubt = [[x if i == j else 0.0 for j in range(3)] for i, x in enumerate(self._unknown())]
         return self._costs
 

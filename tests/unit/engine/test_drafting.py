@@ -18,6 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal import Request, Sampling
+from shoal.engine import acceptance
+from shoal.engine import drafting as drafting_of
+from shoal.engine import price as price_of
 from shoal.engine.acceptance import CREDIT, KINDS, OWN, SEEN, SHARED, START, TRIES, WINDOW, Kind, Kinds, Record, Stood
 from shoal.engine.drafting import ADVANCE, AGAIN, AHEAD, FEW, LOSS, TRY, Drafting, best
 from shoal.engine.plan import Outcome, Plan, Sampled, Work
@@ -147,6 +150,35 @@ def test_what_a_step_with_drafts_costs_is_found_from_a_few() -> None:
             price.learn(most, rows, 2.0 * (1 + 0.4 + 0.1 * most + 0.05 * rows))
         for most, rows in ((1, 1), (3, 3 * batch), (6, 6 * batch)):
             assert price.extra(most, rows) == pytest.approx(0.4 + 0.1 * most + 0.05 * rows, rel=0.1)
+
+
+def test_numbers_of_decisions_change_by_decision() -> None:
+    """0074 and 0120: what stands, and what tries may lose; 0113: what steps cost; 0122: which sizes are alike."""
+    assert (acceptance.BEGINNINGS, KINDS, START, SEEN, WINDOW) == ((4, 16), 1024, 0.75, 8.0, 60.0)
+    assert (TRIES, OWN, CREDIT, SHARED) == (0.004, 0.015, 8.0, 1.0)
+    assert (PLAIN, FASTER, price_of.SLOWER, SPIKE, DRAFTED, RARE) == (2, 0.3, 0.1, 4.0, 8, 2.0)
+    assert (NOISE, DRIFT, UNKNOWN, LOOK, WANDERS, ROW) == (0.05, 0.001, (1.0, 0.15, 0.3), 128, 0.05, 0.1)
+    assert (price_of.ALIKE, ADVANCE, LOSS, TRY, AGAIN) == (2, 1.5, 0.01, 2, 64)
+    assert (drafting_of.WORTH, AHEAD, FEW, drafting_of.TOLERANCES) == (1.03, 6, 4, (0.0, 0.05, 0.1, 0.2, 0.4))
+
+
+def test_a_step_without_drafts_is_due_the_later_the_more_is_gained() -> None:
+    """After 128 (1 - 1 / rate) steps that could have drafted; then as many again."""
+    for rate, due in ((2.0, 64), (1.5, 43), (1.04, 5), (1e9, 128)):
+        price = Price(1, 0.25)
+        found = [price.look(rate) for _ in range(2 * due)]
+        assert [at for at, is_ in enumerate(found, 1) if is_] == [due, 2 * due]
+
+
+def test_a_step_with_drafts_is_never_thought_to_cost_less_than_one_without() -> None:
+    price = Price(2, 0.25)
+    for _ in range(PLAIN):
+        price.learn_plain(2.0)
+    assert price.shares() == pytest.approx((0.0, 0.25, ROW / 2)) and price.extra(3, 4) == pytest.approx(
+        0.75 + 4 * ROW / 2
+    )
+    price._costs = [-3.0, 1.0, 0.5]
+    assert price.extra(2, 3) == pytest.approx((-3.0 + 2.0 + 1.5) / 2.0) and price.extra(1, 1) == 0.0
 
 
 @pytest.mark.parametrize("batch", [1, 4])
