@@ -89,6 +89,28 @@ def test_a_top_k_of_all_tokens_is_none_and_looks_at_no_more() -> None:
     assert enough.tolist() == [False] * 3 and found.tolist() == pytest.approx([math.log(0.75)] * 3)
 
 
+def test_a_share_that_is_reached_exactly_is_enough() -> None:
+    """The second token is below the first by less than its weight tells: each is half of all."""
+    z = torch.tensor([[0.0, -1e-300]], dtype=torch.double)
+    assert kept(z, Sampling(top_p=0.5)) == [(0,)] and kept(z, Sampling(top_p=math.nextafter(0.5, 1))) == [(0, 1)]
+    assert lowest(z, [Sampling(top_p=0.5)], [1])[1].tolist() == [True]
+    assert lowest(z, [Sampling(top_p=math.nextafter(0.5, 1))], [1])[1].tolist() == [False]
+
+
+def test_all_tokens_are_always_enough_and_fewer_only_by_their_share() -> None:
+    z = z_of([0.4, 0.3, 0.2, 0.1])
+    for top_p, candidates, enough in (
+        (0.69, 1, False),
+        (0.39, 1, True),
+        (0.95, 3, False),
+        (0.89, 3, True),
+        (0.95, 9, True),
+    ):
+        assert lowest(z, [Sampling(top_p=top_p)], [candidates])[1].tolist() == [enough], (top_p, candidates)
+    nothing = torch.full((1, 4), math.nan, dtype=torch.double)
+    assert [lowest(nothing, [Sampling(top_p=0.5)], [some])[1].item() for some in (3, 4)] == [False, True]
+
+
 def test_a_temperature_is_as_it_is_said_and_never_0() -> None:
     for dtype, held in (
         (torch.float32, torch.float32),
