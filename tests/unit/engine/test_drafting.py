@@ -7,6 +7,7 @@ The cost of a step: `plain` a request more than the first, `fixed` where somebod
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from shoal.engine import drafting as drafting_of
 from shoal.engine import price as price_of
 from shoal.engine.acceptance import CREDIT, KINDS, OWN, SEEN, SHARED, START, TRIES, WINDOW, Kind, Kinds, Record, Stood
 from shoal.engine.drafting import ADVANCE, AGAIN, AHEAD, FEW, LOSS, TRY, Drafting, best
+from shoal.engine.events import Guide
 from shoal.engine.plan import Outcome, Plan, Sampled, Work
 from shoal.engine.price import AGAIN as LOOK
 from shoal.engine.price import DRIFT, FASTER, NOISE, PLAIN, RARE, ROW, SPIKE, UNKNOWN, WANDERS, Price, Prices
@@ -540,6 +542,72 @@ def test_a_try_waits_for_what_all_answers_of_its_task_lost_in_a_step() -> None:
         assert task.again == 21 + int(0.125 / TRIES), "another step's loss is another"
 
 
+def test_alike_are_answers_of_one_depth_adapter_manner_and_tolerance_whose_prompts_begin_alike() -> None:
+    def kinds(
+        groups: int = 4,
+        adapter: str = "",
+        tolerance: float | None = None,
+        answered: int = 0,
+        other: int = 0,
+        **sampling: Any,
+    ) -> list[Kind]:
+        one = decoding(prompt=[7] * 4 + [8 + other] * 16, answered=answered, most=50)
+        one.request = dataclasses.replace(one.request, adapter=adapter, sampling=Sampling(max_tokens=50, **sampling))
+        found = drafting._record(one, groups, tolerance).kinds
+        return [*found]
+
+    def alike(one: list[Kind], *others: list[Kind]) -> list[int]:
+        return [sum(a is b for a, b in zip(one, other, strict=True)) for other in others]
+
+    drafting = Drafting(3)
+    first = kinds()
+    assert alike(first, kinds(), kinds(answered=9), kinds(other=1), kinds(temperature=0.5), kinds(tolerance=0.0)) == [
+        3,
+        3,
+        2,
+        3,
+        3,
+    ]
+    guide = Guide("choice", ["a"])
+    apart = [kinds(groups=3), kinds(adapter="l"), kinds(temperature=0), kinds(guided=guide), kinds(tolerance=0.01)]
+    assert alike(first, *apart) == [0] * 5 and all(alike(one, *apart).count(0) == 4 for one in apart)
+    assert alike(kinds(tolerance=0.01), *[kinds(tolerance=t) for t in (0.05, 0.051, 0.1)]) == [3, 0, 0]
+    assert alike(kinds(tolerance=0.3), *[kinds(tolerance=t) for t in (0.2, 0.4, 0.41)]) == [0, 3, 0]
+    assert alike(kinds(tolerance=0.5), kinds(tolerance=50.0)) == [3]
+
+
+@pytest.mark.parametrize(
+    ("asked", "tolerance", "default", "most"),
+    [(None, None, 3, 3), (None, 0.1, 3, AHEAD), (None, 0.0, 9, 9), (2, 0.1, 3, 2), (0, 0.1, 3, 0), (None, None, 0, 0)],
+)
+def test_who_has_a_tolerance_drafts_some_where_nobody_says_otherwise(
+    asked: int | None, tolerance: float | None, default: int, most: int
+) -> None:
+    one = decoding(asked=asked, most=50)
+    assert (
+        Drafting(default)._record(one, 4, tolerance).most == Drafting(default)._record(one, 2, tolerance).most == most
+    )
+    assert Drafting(default)._record(one, 1, tolerance).most == 0
+    assert Drafting(default, able=False)._record(one, 4, tolerance).most == 0
+    assert Drafting(default).prices._cheap == 0.25
+
+
+def test_a_try_is_of_two_drafts_by_one_answer_whose_task_is_due_while_something_may_be_lost() -> None:
+    drafting = Drafting(0)
+    some = [decoding(prompt=[50 + n] * 4, most=99, tolerance=0.0) for n in range(3)]
+    for _ in range(PLAIN):
+        drafting.start(some, 99)
+        works = [Work(each, 4, 1, 0, 4, sample=True) for each in some]
+        drafting.learn(Plan(works), Outcome([Sampled(5)] * 3), 1.0)
+    drafting.prices.at(3).learn(2, 2, 9.0)  # far too dear
+    some[0].acceptance.task.again = drafting._now + 1  # type: ignore[union-attr]
+    assert drafting.start(some, 99) == TRY and [drafting.drafts(each) for each in some] == [0, TRY, 0]
+    some[1].sampling.__dict__["max_tokens"] = some[1].answered + 2
+    assert drafting.start(some, 99) == 1 == drafting.drafts(some[1]), "as many as there is room for"
+    drafting._left = 0.0
+    assert drafting.start(some, 99) == 0
+
+
 # --- over many steps -------------------------------------------------------------------------------------------------------
 
 
@@ -864,6 +932,7 @@ def asking(**more: Any) -> Running:
 def test_unmeasured_drafts_are_thought_to_pay_in_small_batches() -> None:
     drafting = Drafting(0)
     assert drafting.audits(asking(), FEW, 4) and not drafting.audits(asking(), FEW + 1, 4)
+    assert drafting.audits(asking(speculative=1), 1, 4) and drafting.audits(asking(most=2), 1, 4)
     assert not drafting.audits(asking(speculative=0), 1, 4) and not drafting.audits(asking(most=1), 1, 4)
     assert [Drafting(0, 4).audits(asking(), batch, 4) for batch in (4, 5)] == [True, False]
 
@@ -902,5 +971,6 @@ def test_a_batch_size_at_which_drafts_did_not_pay_once_is_tried_again() -> None:
     for _ in range(2):
         drafting.prices.at(1).learn_plain(1.0)
     drafting.prices.at(1).learn(3, 3, 100.0)
-    assert sum(drafting.audits(asking(), 1, 4) for _ in range(3 * AGAIN)) == 3
+    found = [drafting.audits(asking(), 1, 4) for _ in range(3 * AGAIN)]
+    assert [at for at, is_ in enumerate(found, 1) if is_] == [AGAIN, 2 * AGAIN, 3 * AGAIN]
     assert not any(Drafting(0, 0).audits(asking(), 1, 4) for _ in range(3 * AGAIN)), "somebody said so"
