@@ -118,7 +118,7 @@ class Holding:
         for j in range(1, groups):
             if not self.owned[j]:
                 self._match(pages, j)
-        self.at = 0 if scoring else min([len(self.tokens) - 1, *self.computed[1:groups]])
+        self.at = 0 if scoring else min(len(self.tokens) - 1, *self.computed[:groups])
 
     def take(self, pages: Pages, tokens: int, groups: int) -> None:
         """Take the units that it lacks (`lacking`); as many must be available."""
