@@ -282,8 +282,7 @@ class Scheduler(Planning):
                 return
             running.holding.advance(self.pages, len(running.tokens), 0, work.last)
             self._append(running, following, now, drafted=place < len(sampled.after))
-        if self._live.get(running.id) is running:
-            running.holding.trim(self.pages, work.last)
+        running.holding.trim(self.pages, work.last)
 
     def _finish(self, running: Running, reason: FinishReason, error: RequestError | None = None) -> None:
         end = running.finished(reason, self.clock(), error)

@@ -41,6 +41,11 @@ def told(h: Harness, count: int, layers: int = 1) -> Running:
     return one
 
 
+def end_of(h: Harness, request: str) -> Finished:
+    """Where all there is has ended."""
+    return end(h.run(), request)
+
+
 def commit(h: Harness, plan: Plan) -> None:
     """Run `plan`, and let each row that full depth looks at lose as much."""
     outcome = h.runner.run(plan)
@@ -238,6 +243,16 @@ def test_a_prompt_is_counted_once_however_often_it_begins() -> None:
     assert metrics.depths == {4: 1} and finished.prompt_logprobs == (), "nobody asked for them"
 
 
+def test_what_was_cached_of_a_prompt_is_what_all_groups_of_its_depth_found() -> None:
+    h = Harness(units=400)
+    prompt, cached = list(range(50, 60)), list[int]()
+    for depth in (1, 2, 1, 2, 4):
+        cached.append(end_of(h, h.submit(prompt, depth, sampling=long(1))).cached_tokens)
+    assert cached == [0, 0, 8, 8, 0]
+    metrics = h.scheduler.metrics
+    assert (metrics.prefix_queries, metrics.prefix_hits, metrics.depths) == (50, 16, {1: 2, 2: 2, 4: 1})
+
+
 # --- audits ----------------------------------------------------------------------------------------------------------------
 
 
@@ -323,7 +338,7 @@ def test_a_look_gives_its_units_to_who_goes_deeper_before_anybody_is_preempted()
 
 def test_what_is_drafted_and_said_is_counted_and_what_is_measured_of_it() -> None:
     h = Harness(units=400, max_batch_tokens=40)
-    measured, other = (h.submit([60 + i], sampling=long(20, speculative=3)) for i in range(2))
+    measured, other = (h.submit([60 + i], sampling=long(20 - 8 * i, speculative=3)) for i in range(2))
     h.scheduler._live[measured].tolerance = 0.1
     drafted = stood = 0
     events = []
@@ -337,7 +352,7 @@ def test_what_is_drafted_and_said_is_counted_and_what_is_measured_of_it() -> Non
         events += h.scheduler.commit(plan, dataclasses.replace(outcome, samples=spends))
     metrics = h.scheduler.metrics
     assert (metrics.drafts, metrics.drafts_accepted) == (drafted, stood) and drafted > stood > 0
-    assert (metrics.generation_tokens, metrics.measured) == (40, 20)
+    assert (metrics.generation_tokens, metrics.measured) == (32, 20)
     mine = [event for event in events if isinstance(event, Token) and event.request == measured]
     assert metrics.spent == end(events, measured).spent == mine[-1].spent > 0.5
     assert {event.spent for event in events if isinstance(event, Token) and event.request == other} == {None}
@@ -356,24 +371,26 @@ def looked(h: Harness, layers: list[int], look: int | None, **more: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("second", "depth", "looks"), [(4, 4, 1), (2, 2, 1), (1, 2, 0)], ids=["deeper", "as deep", "no less deep"]
+    ("first", "second", "depth"), [(2, 4, 4), (1, 4, 4), (1, 2, 2), (2, 2, 2), (1, 1, 1), (2, 1, 2)]
 )
-def test_what_a_second_look_runs_is_counted_and_it_goes_no_less_deep(second: int, depth: int, looks: int) -> None:
-    """Three tokens of two layers. Then group 1 runs over what has no sums of its pages, the deeper depth over what it lacks,
-    and what comes of that is the fourth token; the fifth and sixth take the layers of their depth."""
+def test_what_a_second_look_runs_is_counted_and_it_goes_no_less_deep(first: int, second: int, depth: int) -> None:
+    """Three tokens of the first depth. Then group 1 runs over what has no sums of its pages, the deeper depth over what it
+    lacks, and what comes of that is the fourth token; the fifth and sixth take the layers of their depth."""
     h = Harness(units=400, max_batch_tokens=40)
-    request = looked(h, [2, second], 3, tokens=6)
+    request = looked(h, [first, second], 3, tokens=6)
     events = h.run()
-    said_ = [event for event in events if isinstance(event, Token)]
-    assert [event.depth for event in said_] == [2] * 3 + [depth] * 3
-    # a layer of group 1; four groups over the first page, which has sums, three over the rest; or one over the last row
-    anew = 1 + 4 + 3 if depth == 4 else 1 + 1
-    assert [event.ran for event in said_] == [2, 4, 6, *(6 + anew + depth * k for k in range(3))]
+    tokens = [event for event in events if isinstance(event, Token)]
+    assert [event.depth for event in tokens] == [first] * 3 + [depth] * 3
+    # a layer of group 1; all groups over the first page, which has sums, and all but it over the rest; or over the last row
+    anew = 1 + depth + depth - 1 if depth > first else 1 + depth - 1
+    assert [event.ran for event in tokens] == [first * k for k in (1, 2, 3)] + [
+        3 * first + anew + depth * k for k in range(3)
+    ]
     finished = end(events, request)
-    assert (finished.first_depth, finished.depth) == (2, depth)
-    assert finished.mean_depth == pytest.approx(said_[-1].ran / 6)
+    assert (finished.first_depth, finished.depth) == (first, depth)
+    assert finished.mean_depth == pytest.approx(tokens[-1].ran / 6)
     metrics = h.scheduler.metrics
-    assert (metrics.looks, metrics.deeper, metrics.depths) == (1, int(depth > 2), {2: 1})
+    assert (metrics.looks, metrics.deeper, metrics.depths) == (1, int(depth > first), {first: 1})
 
 
 def test_drafts_after_a_second_look_take_the_first_exit_s_layers() -> None:

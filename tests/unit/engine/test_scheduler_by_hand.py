@@ -28,29 +28,39 @@ def step(h: Harness, *samples: Sampled, **more: Any) -> list[Event]:
 # --- tokens ----------------------------------------------------------------------------------------------------------------
 
 
-def test_tokens_tell_what_was_heard_of_them_and_drafts_that_stood_are_those_that_the_answer_holds() -> None:
+@pytest.mark.parametrize(
+    ("last", "holds"),
+    [((LAST, C), [A]), ((B, LAST), [A, B])],
+    ids=["a draft ends it", "what follows the drafts ends it"],
+)
+def test_tokens_tell_what_was_heard_of_them_and_drafts_that_stood_are_those_that_the_answer_holds(
+    last: tuple[int, ...], holds: list[int]
+) -> None:
+    """In six layers, two of which draft."""
     h = Harness(units=400, max_batch_tokens=40)
+    h.scheduler.config = dataclasses.replace(CONFIG, layers=6)
     request = h.submit([60], None, sampling=long(20, speculative=3, stop_token_ids=[LAST]))
     running = live(h, request)
     running.watched = True
     seen = Signals(prompt_nll=2.5, predicted_gaps=(0.1, 0.2), router_bound=0.0)
-    assert step(h, decisions=[Decision(4, [], seen)]) == []
-    assert (running.layers, running.groups, running.look) == (4, 4, None)
+    assert step(h, decisions=[Decision(6, [], seen)]) == []
+    assert (running.layers, running.groups, running.look) == (6, 4, None)
     events = step(h, Sampled(A, nll=1.5, gaps=(1.0, 0.5)))
     # three drafts, two of which stood: the token before them is one of these
     events += step(h, Sampled(A, after=(Sampled(B, gaps=(3.0, 0.0)), Sampled(C, nll=0.5)), drafted=3))
     assert said(events, request) == [A, A, B, C] and running.heard.drafts_accepted == 2
-    # of two more that stood the answer holds one: the other ends it
-    events += step(h, Sampled(A, after=(Sampled(LAST), Sampled(C)), drafted=3))
+    events += step(h, Sampled(A, after=tuple(map(Sampled, last)), drafted=3))
     finished = end(events, request)
-    assert (finished.reason, finished.completion_tokens, said(events, request)[-1]) == ("stop", 5, A)
+    assert (finished.reason, said(events, request)[4:]) == ("stop", holds)
     assert finished.signals == dataclasses.replace(
-        seen, answer_nll=1.0, answer_nll_max=1.5, drafts_accepted=3, gaps=(2.0, 0.25)
+        seen, answer_nll=1.0, answer_nll_max=1.5, drafts_accepted=2 + len(holds), gaps=(2.0, 0.25)
     )
     metrics = h.scheduler.metrics
-    assert (metrics.drafts, metrics.drafts_accepted, metrics.generation_tokens) == (6, 4, 5), "as verification says"
-    # three steps of four layers, and in two of them three drafts of the first exit's one
-    assert (running.ran, running.drawn, finished.mean_depth) == (18, 6, 3.0)
+    assert (metrics.drafts, metrics.drafts_accepted) == (6, 4), "as verification says"
+    assert metrics.generation_tokens == finished.completion_tokens == 4 + len(holds)
+    # three steps of all layers, and in two of them three drafts
+    assert (running.ran, running.drawn) == (3 * 6 + 6 * 2, 5 + len(holds))
+    assert finished.mean_depth == pytest.approx(30 / running.drawn)
     assert h.scheduler.idle and h.pages.available == h.pages.total
 
 
