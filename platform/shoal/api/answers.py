@@ -137,9 +137,11 @@ class Answer(ABC):
         """Whether each call in it names a tool that was offered, with an object of arguments, and none was begun that is no
         call, which is text then; None without one."""
         offered = self._call.offered
-        calls = [each for choice in self.choices for each in choice.calls] if offered else []
+        if not offered:
+            return None
+        calls = [each for choice in self.choices for each in choice.calls]
         is_text = any(choice.reader.meant(choice.content) for choice in self.choices)
-        if not calls and not (offered and is_text):
+        if not calls and not is_text:
             return None
         return not is_text and all(_is_valid(each, offered) for each in calls)
 
@@ -203,9 +205,10 @@ class Answer(ABC):
 def _is_valid(call: Mapping[str, Any], offered: Sequence[str]) -> bool:
     function = call["function"]
     try:
-        return function["name"] in offered and isinstance(json.loads(function["arguments"]), dict)
+        arguments = json.loads(function["arguments"])
     except (ValueError, RecursionError):
-        return False
+        arguments = None
+    return function["name"] in offered and isinstance(arguments, dict)
 
 
 def measured(usage: Usage) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def write_tables(path: Path, prints: np.ndarray, groups: Mapping[str, Sequence[i
     """The tables of the part in `path`, of documents in order: `prints` uint64 [D, 2], the halves of their fingerprints;
     `groups`: the columns in KINDS."""
     rows = np.arange(len(prints), dtype=np.uint32)
-    order = np.lexsort((prints[:, 1], prints[:, 0]))  # stable: equal ones stay in their order
+    order = np.argsort(prints[:, 0], kind="stable")  # equal ones stay in their order
     columns = {"key": prints[order, 0], "rest": prints[order, 1], "row": rows[order]}
     tables.write(path.with_suffix(FINGERPRINTS), columns)
     of = {name: np.asarray(groups[name], dtype=kind) for name, kind in KINDS.items()}
@@ -172,7 +172,7 @@ def hold_out(parts: Parts, span: Span, out: Path) -> list[Side]:
         some = np.flatnonzero(modality == number)
         first = min(zip(part[some].tolist(), row[some].tolist(), strict=True), default=())
         free = np.flatnonzero(ours & (said == UNSAID))
-        at = free[np.lexsort((key[free], draw[free]))[:1]]
+        at = free[np.lexsort((key[free], draw[free]))]
         drawn_first = tuple(int(c[at[0]]) for c in (draw, key, bits[group])) if len(at) else ()
         sides.append(Side(int(ours.sum()), int(heldout[group[ours]].sum()), first, drawn_first))
     return sides

@@ -50,8 +50,8 @@ class Parts(Sequence[Path]):
 class Span:
     """One of `count` ranges of equal width that all keys are divided into."""
 
-    number: int = 0
-    count: int = 1
+    number: int
+    count: int
 
     def of(self, keys: np.ndarray) -> slice:
         """Where the keys of this span stand among sorted `keys`, uint64 [D]."""

@@ -64,8 +64,6 @@ def wilson(hits: float, count: float) -> Interval:
 def exact(hits: int, count: int) -> Interval:
     """Of a share, `hits` of `count` independent rows (Clopper and Pearson 1934): it holds the true share in 95 % or more,
     however few are missed; all of 0 to 1 without any."""
-    if count <= 0:
-        return 0.0, 1.0
     tail = (1 - 0.95) / 2
     low = 0.0 if hits == 0 else _bisected(lambda p: _at_least(hits, count, p) < tail)
     high = 1.0 if hits == count else _bisected(lambda p: 1 - _at_least(hits + 1, count, p) > tail)

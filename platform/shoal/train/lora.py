@@ -70,7 +70,7 @@ def is_thin(name: str) -> bool:
 def merged(name: str, tensor: Tensor, thin: Mapping[str, Tensor]) -> Tensor:
     """A tensor of the net as it was before `adapt_`, with what was trained added in: the `thin` matrices, by name."""
     base = name.removesuffix(".weight")
-    if f"{base}.lora_a" not in thin or base == name:
+    if f"{base}.lora_a" not in thin:
         return tensor
     return tensor + SCALE * thin[f"{base}.lora_b"] @ thin[f"{base}.lora_a"]
 

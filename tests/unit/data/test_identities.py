@@ -112,6 +112,11 @@ def test_where_nobody_is_held_out_one_group_is_but_none_whose_source_says_otherw
     held, free = of([(1, 1)], "image", True), of([(n, n) for n in (20, 21, 22)], "image")
     assert chosen(held, free) == [["heldout"], ["train"] * 3]
     assert chosen(of([(1, 1)], "image"), of([(2, 2)], "text")) == [["train"], ["train"]]
+    # one of each, where none is of both; of groups that are of both one is enough for both
+    apart = [of([(n, n) for n in ours], name) for name, ours in (("text", (30, 31)), ("code", (32, 33)), ("image", (34, 35)))]
+    assert [sorted(map(str, part)) for part in chosen(*apart)] == [["heldout", "train"]] * 3
+    (text, code) = chosen(*(of([(n, n % 10) for n in ours], name) for name, ours in (("text", (41, 42)), ("code", (51, 52)))))
+    assert text == code and sorted(map(str, text)) == ["heldout", "train"]
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), max_size=50), st.integers(1, 9))
@@ -123,6 +128,8 @@ def test_every_key_is_in_one_span(keys: list[int], count: int) -> None:
 
 def test_there_are_as_many_spans_as_leave_each_few_documents() -> None:
     assert [len(spans(documents, 100)) for documents in (0, 1, 100, 101, 1000)] == [1, 1, 1, 2, 10]
+    assert [len(spans(documents)) for documents in (2**21, 2**21 + 1, 2**24)] == [1, 2, 8]
+    assert spans(250, 100) == [Span(0, 3), Span(1, 3), Span(2, 3)]
 
 
 def test_a_table_that_is_gone_or_cut_off_is_one_line(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.data import parts
+from shoal.data import parts, tables
 from shoal.data.documents import Document
 from shoal.data.operators import near
 from shoal.data.operators.grams import grams, words
@@ -228,3 +228,24 @@ def test_words_in_common_are_counted_as_they_stand(one: list[int], other: list[i
     runs = [{tuple(of[i : i + 5]) for i in range(len(of) - 4)} for of in (one, other)]
     enough = len(runs[0] & runs[1]) >= 0.2 * len(runs[0] | runs[1])
     assert near.nearly_equal(a, b) == (2 * common >= 0.8 * (len(one) + len(other)) and enough)
+
+
+def test_documents_of_a_bucket_stay_in_their_order(tmp_path: Path) -> None:
+    """Two signatures in turn, so many that a sort which is not stable mixes them."""
+    signatures = near.Signatures()
+    draws = np.random.default_rng(0).integers(0, 2**32, (2, 81), dtype=np.uint32)
+    signatures._rows = [np.r_[np.uint32(3 * n), draws[n % 2]] for n in range(300)]
+    signatures.write(tmp_path / "part.near")
+    table = tables.read(tmp_path / "part.near")
+    assert table["rows"].tolist() == [3 * n for n in range(300)]
+    for band in range(near.BANDS):
+        keys, at = table[f"key{band}"], table[f"at{band}"].tolist()
+        assert keys.tolist() == sorted(keys.tolist()) and len(set(keys.tolist())) == 2
+        first = int((keys == keys[0]).sum())
+        assert at[:first] == sorted(at[:first]) and at[first:] == sorted(at[first:]) and sorted(at) == list(range(300))
+
+
+def test_a_pair_counts_once_and_two_that_share_a_document_both() -> None:
+    pairs = np.array([[3, 2, 2, 3, 2], [1, 1, 0, 1, 1]], dtype=np.uint64)
+    assert near._once(pairs).tolist() == [[2, 2, 3], [0, 1, 1]]
+    assert near._once(pairs[:, :0]).shape == (2, 0)

@@ -11,7 +11,21 @@ import torch
 from shoal import Engine, Request, Sampling, presets
 from shoal.engine.plan import Outcome, Plan
 from shoal.evaluate import report
-from shoal.evaluate.frontier import BUDGETS, TWICE, flops, frontier, looked_twice, sentence
+from shoal.evaluate.frontier import (
+    BUDGETS,
+    TWICE,
+    _bins,
+    _means,
+    at_cost,
+    figure,
+    flops,
+    frontier,
+    layers,
+    looked_twice,
+    resampled,
+    routing,
+    sentence,
+)
 from shoal.evaluate.prompts import Prompts
 from shoal.model import cost
 from shoal.model.router import Router, fit_router
@@ -301,3 +315,72 @@ def test_a_router_is_found_to_gain_what_it_gains_by_arithmetic(knows: bool) -> N
     assert abs(float(off.mean())) < 2.6 * float(off.std()) / 20**0.5
     assert sum(row["low"] <= truth <= row["high"] for row, _ in rows) >= 17
     assert (truth > 0) == knows
+
+
+def test_at_a_cost_two_points_are_mixed_and_beyond_the_ends_none() -> None:
+    """Of two resamples at once, each with a curve and a budget of its own; in float64 to the last digits."""
+    costs = torch.tensor([[1.0, 0.6, 0.2], [0.9, 0.5, 0.1]], dtype=torch.float64)
+    gaps = torch.tensor([[0.0, 0.1, 0.5], [0.2, 0.3, 0.7]], dtype=torch.float64)
+    for budget, found in ((0.4, (0.3, 0.4)), (0.7, (0.075, 0.25)), (0.6, (0.1, 0.275)), (2.0, (0.0, 0.2)), (0.05, (0.5, 0.7))):
+        assert at_cost(budget, costs, gaps).tolist() == pytest.approx(found, abs=1e-15)
+    own = torch.tensor([0.8, 0.3], dtype=torch.float64)
+    assert at_cost(own, costs, gaps).tolist() == pytest.approx((0.05, 0.5), abs=1e-15)
+    assert at_cost(0.5, costs[:, :1], gaps[:, :1]).tolist() == [0.0, 0.2], "one point is all there is"
+
+
+def test_a_curve_has_what_each_of_its_points_costs_and_loses(found: dict) -> None:
+    """`random` believes the same of all prompts, so that its points are exits."""
+    fixed = [(row["flops_share"], row["gap"]) for row in found["fixed"]]
+    for point in found["curves"]["random"]:
+        costs, loses = point["flops_share"], point["gap"]
+        assert any(costs == pytest.approx(c, abs=1e-6) and loses == pytest.approx(g, abs=1e-6) for c, g in fixed)
+    assert len(found["curves"]["random"]) > 1
+    for points in found["curves"].values():
+        assert [point["flops_share"] for point in points] == sorted(point["flops_share"] for point in points)
+    assert (found["prompts"], found["groups"]) == (200, 200)
+    assert [row["exit"] for row in found["fixed"]] == list(CONFIG.exit_names)
+
+
+def test_lengths_are_of_six_bins_that_are_equally_full_and_kinds_have_their_own_means() -> None:
+    draws = torch.Generator().manual_seed(0)
+    lengths, zero = torch.randperm(600, generator=draws), torch.zeros(600, 1)
+    some = Prompts(zero, torch.rand(600, 2, generator=draws), lengths, lengths, ("a",) * 600, torch.arange(600))
+    kinds = _bins(lengths)(some)
+    assert kinds.bincount().tolist() == [100] * 6
+    found = _means(some, some, _bins(lengths))
+    for kind in range(6):
+        torch.testing.assert_close(found[kinds == kind], some.gaps[kinds == kind].mean(0).expand(100, -1))
+    late = dataclasses.replace(some, lengths=lengths + 550)
+    torch.testing.assert_close(
+        _means(some, late, lambda prompts: prompts.lengths // 100)[lengths + 550 >= 600],
+        some.gaps.mean(0).expand(550, -1),
+    )
+
+
+def test_a_figure_is_the_first_and_its_interval_that_of_the_others() -> None:
+    found = figure(torch.cat([torch.tensor([7.0]), torch.arange(201.0)]))
+    assert found == pytest.approx({"gap": 7.0, "low": 5.0, "high": 195.0})
+
+
+def test_resampled_weights_are_of_whole_groups_and_sum_to_one() -> None:
+    """Of three groups as many are drawn, so that a group's prompts have the same multiple of one weight."""
+    groups = torch.tensor([4, 4, 9, 2, 2, 2])
+    found = resampled(groups, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found.sum(1), torch.ones(len(found)))
+    assert (found[:, 0] == found[:, 1]).all() and (found[:, 3:] == found[:, 3:4]).all()
+    sizes = torch.tensor([2.0, 1.0, 3.0])
+    least = found[:, [0, 2, 3]]
+    unit = least.masked_fill(least == 0, 9).amin(1, keepdim=True)
+    times = (least / unit).round()
+    torch.testing.assert_close(least, times * unit)
+    torch.testing.assert_close(times / (times * sizes).sum(1, keepdim=True), least)
+    assert {tuple(sorted(row)) for row in times.tolist()} == {(1.0, 1.0, 1.0), (0.0, 1.0, 2.0), (0.0, 0.0, 1.0)}
+
+
+def test_what_a_look_costs_and_a_layer_is_priced_at() -> None:
+    some = prompts(3, 5)
+    for nll in (False, True):
+        found = routing(CONFIG, some, nll)
+        assert found.dtype == torch.float64 and flops(CONFIG, some).dtype == torch.float64
+        assert found.tolist() == [cost.routing_flops(CONFIG, n, nll) for n in some.lengths.tolist()]
+    torch.testing.assert_close(layers(CONFIG), torch.tensor([e / CONFIG.layers for e in CONFIG.exits]))

@@ -30,6 +30,9 @@ def test_requests_with_one_row_decode_together_and_the_others_are_chunks() -> No
     assert (one.single.positions.tolist(), one.single.starts) == ([4, 3], [0, 1, 2])
     assert (one.single.page, one.single.block, one.single.chunks) == (8, 4, [])
     assert one.single.last.tolist() == [4, 3], "of one row each the last is that one"
+    assert [one.of_at_least(least) for least in (1, 2, 3, 4)] == [
+        [(0, 1), (1, 3), (2, 1), (3, 2)], [(1, 3), (3, 2)], [(1, 3)], [],
+    ]  # fmt: skip
     nobody = Rows(POSITIONS[:0], [0], 8, 4)
     assert (nobody.singles, nobody.chunks, nobody.longest) == ([], [], 0)
 
