@@ -82,22 +82,23 @@ SOURCES = ["system", "messages[0]", "messages[1]"]
 
 
 @pytest.mark.parametrize(
-    ("error", "sources", "message", "param"),
+    ("what", "at", "got", "sources", "message", "param"),
     [
         # the value that was given may hold the field's name: it stays as it was given
-        (RequestError("stop", param="stop", got="stop"), (), "stop_sequences: got 'stop'", "stop_sequences"),
-        (RequestError("not stop_it", param="stop"), (), "not stop_it", "stop_sequences"),
-        (RequestError("stop", param="top_p", got=2), (), "stop: got 2", "top_p"),
-        (RequestError("messages[1].content", param="messages"), SOURCES, "messages[0].content", "messages[0]"),
-        (RequestError("messages[0].content", param="messages"), SOURCES, "system.content", "system"),
-        (RequestError("messages[9]", param="messages"), SOURCES, "messages[1]", "messages[1]"),
-        (RequestError("no field's fault"), SOURCES, "no field's fault", None),
+        ("stop", "stop", "stop", (), "stop_sequences: got 'stop'", "stop_sequences"),
+        ("not stop_it", "stop", None, (), "not stop_it", "stop_sequences"),
+        ("stop", "top_p", 2, (), "stop: got 2", "top_p"),
+        ("messages[1].content", "messages", None, SOURCES, "messages[0].content", "messages[0]"),
+        ("messages[0].content", "messages", None, SOURCES, "system.content", "system"),
+        ("messages[3]", "messages", None, SOURCES, "messages[1]", "messages[1]"),
+        ("messages[9].name", "messages", None, SOURCES, "messages[1].name", "messages[1]"),
+        ("no field's fault", None, None, SOURCES, "no field's fault", None),
     ],
-    ids=lambda value: str(value)[:20],
-)
+)  # fmt: skip
 def test_an_error_names_a_field_as_the_client_did(
-    error: RequestError, sources: Sequence[str], message: str, param: str | None
+    what: str, at: str | None, got: object, sources: Sequence[str], message: str, param: str | None
 ) -> None:
+    error = RequestError(what, param=at, got=got)  # one of this call: what it says is changed in place
     with pytest.raises(RequestError) as caught, told_as({"stop": "stop_sequences"}, sources):
         raise error
     assert (caught.value.message, caught.value.param, str(caught.value)) == (message, param, message)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from shoal.api.answers import Answer, Choice, measured
 from shoal.api.bodies import ChatRequest, CompletionRequest, EmbeddingRequest
+from shoal.api.calls import Plain
 from shoal.api.limits import Limits
 from shoal.api.requests import EngineCall, chat_call, completion_call, derived_seed, embedding_ids
 from shoal.api.served import ServedModel
@@ -266,3 +268,39 @@ def test_calls_come_in_pieces(served: ServedModel) -> None:
         choice.take(Finished("x", reason))  # type: ignore[arg-type]
         assert (choice.text, choice.content, choice.reason) == ("xy", f"ab{whole}", told)
         assert choice.calls == [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+
+
+def test_calls_are_valid_where_each_names_a_tool_with_an_object_and_no_other_was_begun(served: ServedModel) -> None:
+    class Begun(Plain):
+        opens = "<call>"
+
+    def call(name: str, arguments: str) -> dict[str, Any]:
+        return {"function": {"name": name, "arguments": arguments}}
+
+    def valid(
+        *calls: list[dict[str, Any]], texts: Sequence[str] = ("", ""), offered: tuple[str, ...] = ("f", "g")
+    ) -> Any:
+        requests = [Request(Encoded([70])) for _ in calls]
+        found = Told(EngineCall(requests, 2, ["", ""], offered=offered, reader=Begun), served)
+        for choice, some, text in zip(found.choices, calls, texts, strict=True):
+            choice.calls, choice.content = some, text
+        return found.calls_valid()
+
+    good, other = call("f", "{}"), call("g", '{"a": [1]}')
+    assert valid([], []) is None and valid([], [], texts=("yes", "no")) is None, "there is none"
+    assert valid([good], []) is valid([other], [good, other]) is valid([good], [], texts=("a", "b")) is True
+    for bad in (call("h", "{}"), call("f", "[]"), call("f", "{"), call("f", '{"a":' * 100_000)):
+        assert valid([good], [bad]) is valid([bad, good], []) is valid([], [bad]) is False
+    for texts in (("a <call>", ""), ("", "<call> b"), ("<call>", "<call>")):
+        assert valid([], [], texts=texts) is valid([good], [good], texts=texts) is False
+        assert valid([good], [], texts=texts, offered=()) is None, "nothing was offered"
+
+
+def test_the_layers_of_an_answer_are_told_where_a_choice_went_deeper(served: ServedModel) -> None:
+    """Both choices are at full depth, one by a second look: the mean is of both. Without one no layers are told."""
+    for first, told in ((4, False), (0, False), (2, True)):
+        found = answer(served, n=2)
+        found.choices[0].take(end(3, depth=4, first_depth=first, mean_depth=3.0))
+        assert "mean_depth" not in found.usage()
+        found.choices[1].take(end(1, depth=4, first_depth=4, mean_depth=4.0))
+        assert found.usage().get("mean_depth") == (3.25 if told else None)
