@@ -6,13 +6,14 @@ import math
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from shoal import presets
 from shoal.model.cost import parameters
 from shoal.model.linears import Linear
 from shoal.model.model import Model
 from shoal.model.net import Net
-from shoal.train.lora import LoraLinear, adapt_, count, is_thin, merged
+from shoal.train.lora import LoraLinear, adapt_, count, is_thin, merged, save
 from shoal.train.needs import disk_needed, memory_needed
 from shoal.train.plan import finetune_plan
 
@@ -96,3 +97,36 @@ def test_an_adapted_net_begins_as_its_base_and_is_drawn_from_its_seed() -> None:
     tokens = torch.randint(9, 260, (1, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(base(tokens)[4], nets[0](tokens)[4])
+
+
+def test_what_was_trained_is_written_without_its_base_and_without_its_scale(tmp_path: Path) -> None:
+    """As others read it: no tensor but the thin ones, which need not lie in memory as they stand."""
+    draw = torch.Generator().manual_seed(0)
+    state = {"a.weight": torch.randn(5, 4, generator=draw), "a.lora_a": torch.randn(2, 4, generator=draw),
+             "a.lora_b": torch.randn(2, 5, generator=draw).T, "norm": torch.ones(4)}  # fmt: skip
+    save(tmp_path, state)
+    with safe_open(str(tmp_path / "lora.safetensors"), "pt") as file:
+        assert file.metadata() == {"format": "pt"} and sorted(file.keys()) == ["a.lora_a", "a.lora_b"]
+        for name in ("a.lora_a", "a.lora_b"):
+            assert torch.equal(file.get_tensor(name), state[name])
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
+
+
+def test_a_tensor_beside_which_nothing_was_put_is_what_it_was() -> None:
+    thin = {"a.lora_a": torch.ones(2, 3), "a.lora_b": torch.ones(4, 2)}
+    tensor = torch.zeros(4, 3)
+    assert merged("b.weight", tensor, thin) is tensor and merged("a.bias", tensor, thin) is tensor
+    assert torch.equal(merged("a.weight", tensor, thin), torch.full((4, 3), 4.0))
+
+
+def test_only_the_layers_have_thin_matrices_and_they_are_no_matrix_of_their_own() -> None:
+    """The embedding and the head stay as they are, and nothing of the base is trained."""
+    net = Net(presets.get("test").model).init_(0)
+    adapt_(net, rank=3, seed=1)
+    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in net.named_parameters() if is_thin(name)}
+    assert all(name.startswith("groups.") for name in trained)
+    linears = [module for module in net.modules() if isinstance(module, Linear)]
+    beside = [module for module in linears if isinstance(module, LoraLinear)]
+    assert len(trained) == 2 * len(beside) and {module.matrix(1, torch.float32) for module in beside} == {None}
+    assert all(type(module) is not Linear for group in net.groups for module in group.modules())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from shoal.errors import DataError, ShoalError
 from shoal.model.cost import parameters
 from shoal.model.net import Net
 from shoal.train import parallel
+from shoal.train.fresh import meta
 from shoal.train.loss import LossModel
 from shoal.train.parallel import Ranks
 
@@ -291,3 +294,64 @@ def test_layers_are_compiled_and_run_again_in_backward_around_what_is_compiled(m
             assert block.forward("x") == (("again", *want) if recompute else want)
         assert len(asked) == compiled * len(blocks) and all(how.pop("fullgraph") for how in asked)
         asked.clear()
+
+
+def test_a_model_that_is_partly_nowhere_yet_is_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its matrices have no memory, its norms have."""
+    model = LossModel(meta(CONFIG))
+    assert {parameter.is_meta for parameter in model.parameters()} == {True, False}
+    before = {name: parameter.device for name, parameter in model.named_parameters()}
+    parallel.shard_(model, ALONE)
+    assert {name: parameter.device for name, parameter in model.named_parameters()} == before
+
+
+class Busy(Ranks):
+    """With another rank that is done three exchanges after this one. Who exchanges is noted."""
+
+    told: list[tuple[float, str, bool]]
+    left: list[float]
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        thread = threading.current_thread()
+        self.told.append((float(values), thread.name, thread.daemon))
+        if values.item():
+            return values + 1
+        time.sleep(0.01)  # who does not wait for it is past the block by then
+        return values + self.left.pop(0)
+
+
+def busy(world: int) -> Busy:
+    ranks = Busy(0, world, CPU)
+    object.__setattr__(ranks, "told", [])
+    object.__setattr__(ranks, "left", [1.0, 1.0, 0.0])
+    return ranks
+
+
+def test_what_takes_one_of_them_long_ends_when_the_last_is_done() -> None:
+    """In a thread that lets a process end which is interrupted meanwhile; alone there is nobody to wait for."""
+    ranks = busy(2)
+    with ranks.at_leisure():
+        while not ranks.told:
+            time.sleep(0.001)
+    assert [value for value, *_ in ranks.told if value == 0] == [0.0] * 3 and ranks.left == []
+    assert {(name, daemon) for _, name, daemon in ranks.told} == {("at-leisure", True)}
+    ranks, ran = busy(1), []
+    with ranks.at_leisure():
+        ran.append(1)
+    assert ran == [1] and ranks.told == []
+
+
+def test_a_rank_that_is_gone_meanwhile_is_told_and_an_error_of_the_block_first() -> None:
+    class Gone(Ranks):
+        def sum(self, values: torch.Tensor) -> torch.Tensor:
+            raise ConnectionError("gone")
+
+    ranks = Gone(0, 2, CPU)
+    with pytest.raises(ConnectionError, match="gone"), ranks.at_leisure():
+        pass
+    with pytest.raises(DataError, match="mine"), ranks.at_leisure():
+        raise DataError("mine")
+    late = busy(2)
+    with pytest.raises(DataError, match="mine"), late.at_leisure():
+        raise DataError("mine")
+    assert late.left == [], "the others are waited for all the same"

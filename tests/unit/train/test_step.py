@@ -263,3 +263,43 @@ def test_a_gradient_is_clipped_beyond_its_bound_alone(clip: float, scale: float)
     )
     if scale == 1:
         assert module.weight.grad.tolist() == [[3.0, 4.0]]
+
+
+def test_who_cannot_read_its_batches_says_so_on_every_rank(alone: Ranks) -> None:
+    """It is told before numbers of micro-batches, which differ for that."""
+
+    class Two(Ranks):
+        def sum(self, values: torch.Tensor) -> torch.Tensor:
+            return values + torch.tensor([0.0, 0, 0, 0, 0, 0, 0, 0, 1])
+
+        def gather(self, value: object) -> list:
+            return [value, DataError("theirs")]
+
+    with pytest.raises(DataError, match="^mine$"):
+        count([], alone, problem=DataError("mine"))
+    for problem, told in ((DataError("mine"), "mine"), (None, "theirs")):
+        with pytest.raises(DataError, match=f"^{told}$"):
+            count([made(PLAIN)], Two(0, 2, torch.device("cpu")), problem=problem)
+
+
+def test_gradients_from_before_an_update_are_not_its_own(alone: Ranks) -> None:
+    clean, left = fresh(), fresh()
+    for p in left.parameters():
+        p.grad = torch.ones_like(p)
+    reports = [one_update(model, [made(PLAIN)], alone) for model in (clean, left)]
+    assert reports[0].grad_norm == reports[1].grad_norm
+    for one, other in zip(clean.parameters(), left.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_rehearsal_changes_nothing_and_leaves_no_gradient(alone: Ranks) -> None:
+    """With shares and skipped layers as they are told, and every exchange."""
+    model = fresh()
+    before = copy.deepcopy(model.state_dict())
+    asked: list[bool] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "sync_gradients", lambda model, on: asked.append(on))
+        step.rehearse(model, made(PLAIN), config=PRESET.train, weights=(0.0, 0.4, 0.6), ranks=alone, skip=[1])
+    assert asked == [True] and all(p.grad is None for p in model.parameters())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
