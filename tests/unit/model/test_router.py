@@ -7,6 +7,7 @@ import torch
 from shoal import Model, presets
 from shoal.config import dump, load
 from shoal.errors import DataError
+from shoal.inputs.tokenizer import PATCH_ID
 from shoal.model.router import (
     NEVER,
     NLL,
@@ -14,6 +15,7 @@ from shoal.model.router import (
     Calibration,
     Router,
     _calibrate,
+    _sampled,
     _upper,
     dealt,
     features,
@@ -21,6 +23,7 @@ from shoal.model.router import (
     fit_weights,
     page_sums,
     realised,
+    sample_stride,
 )
 
 
@@ -412,3 +415,75 @@ def test_the_price_of_a_budget_is_the_least_that_keeps_the_mean_depth_within_it(
     for budget, price in prices.items():
         shallow = next(n for n in range(11) if (n + 4 * (10 - n)) / 40 <= budget)  # prompts at the first exit
         assert price == pytest.approx(losses[shallow - 1].item() / 0.75, abs=1e-6), budget
+
+
+@pytest.mark.parametrize(("page", "stride"), [(4, 2), (16, 4), (64, 16)])
+def test_the_loss_is_taken_at_four_places_a_page_that_have_a_token_behind_them(page: int, stride: int) -> None:
+    """The last but one of each stretch, so that what it predicts is of the same page; none of them before a patch."""
+    assert sample_stride(page) == stride
+    for count in (0, 1, 2, stride - 1, stride, stride + 1, page - 1, page, page + stride, 3 * page):
+        places = [at for at in range(count - 1) if at % stride == stride - 2]
+        assert _sampled(torch.full((count,), 40), page).tolist() == places
+        tokens = torch.full((count,), 40)
+        tokens[stride - 1 : stride] = PATCH_ID
+        assert _sampled(tokens, page).tolist() == [at for at in places if at != stride - 2]
+
+
+def test_a_pages_sums_are_those_of_its_tokens():
+    """By hand, of a net whose logits are known: states, losses and how many, patches; nothing of the losses without them."""
+    config = presets.get("test").model
+    page, width, draws = config.page, config.width, torch.Generator().manual_seed(0)
+    count = 2 * page + 3
+    hidden = torch.randn(count, width, generator=draws, dtype=torch.float64)
+    tokens = torch.randint(20, 60, (count,), generator=draws)
+    tokens[3] = tokens[page + 1] = tokens[-1] = PATCH_ID
+    table = torch.randn(width, 60, generator=draws, dtype=torch.float64)
+    asked = []
+
+    class Told:
+        def __init__(self):
+            self.config = config
+
+        def head(self, states, depth):
+            asked.append(depth)
+            return states @ table
+
+    found = page_sums(Told(), hidden, tokens)
+    assert asked == [config.exits[0]] and found.dtype == torch.float64
+    for at in range(3):
+        some = range(at * page, min(count, (at + 1) * page))
+        losses = [
+            -float((hidden[i] @ table).log_softmax(-1)[tokens[i + 1]])
+            for i in some
+            if i % sample_stride(page) == sample_stride(page) - 2 and i + 1 < count and tokens[i + 1] != PATCH_ID
+        ]
+        torch.testing.assert_close(found[at, :width], hidden[list(some)].sum(0), rtol=0, atol=1e-12)
+        assert found[at, width].item() == pytest.approx(sum(losses), abs=1e-12)
+        assert found[at, width + 1 :].tolist() == [len(losses), int((tokens[list(some)] == PATCH_ID).sum())]
+    without = page_sums(Told(), hidden, tokens, nll=False)
+    assert asked == [config.exits[0]], "no head is run for them"
+    found[:, width : width + 2] = 0
+    assert torch.equal(without, found)
+    assert page_sums(Told(), hidden.bfloat16(), tokens, nll=False).dtype == torch.float32
+
+
+def test_features_are_means_over_the_prompt_and_its_last_state():
+    """Of two pages of width 2, 12 tokens, 4 of them patches, and 5 losses of 10 in all."""
+    sums = torch.tensor([[3.0, 6.0, 4.0, 2.0, 4.0], [9.0, 0.0, 6.0, 3.0, 0.0]], dtype=torch.float64)
+    last = torch.tensor([7.0, 8.0], dtype=torch.float64)
+    assert features(sums, last, 12).tolist() == pytest.approx([1.0, 0.5, 7.0, 8.0, 2.0, math.log(12), 1 / 3])
+    sums[:, -3:-1] = 0
+    assert features(sums, last, 12)[-3] == 0, "where none was taken"
+
+
+def test_what_nothing_is_learned_from_decays_and_the_rest_goes_by_the_rate():
+    """By the definition of AdamW: the column of what is not read has no gradient, and a first step is the rate itself."""
+    config, x, gaps = synthetic(20)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        before = Router(config).hidden.weight.detach()
+    for steps in (1, 30):
+        weight = fit_weights(config, x, gaps, seed=7, steps=steps).hidden.weight
+        torch.testing.assert_close(weight[:, NLL], before[:, NLL] * (1 - 3e-3 * 0.1) ** steps, rtol=1e-5, atol=0)
+    step = fit_weights(config, x, gaps, seed=7, steps=1).hidden.weight - before * (1 - 3e-3 * 0.1)
+    assert step.abs().median().item() == pytest.approx(3e-3, rel=1e-2)
