@@ -113,9 +113,13 @@ def test_where_nobody_is_held_out_one_group_is_but_none_whose_source_says_otherw
     assert chosen(held, free) == [["heldout"], ["train"] * 3]
     assert chosen(of([(1, 1)], "image"), of([(2, 2)], "text")) == [["train"], ["train"]]
     # one of each, where none is of both; of groups that are of both one is enough for both
-    apart = [of([(n, n) for n in ours], name) for name, ours in (("text", (30, 31)), ("code", (32, 33)), ("image", (34, 35)))]
+    apart = [
+        of([(n, n) for n in ours], name) for name, ours in (("text", (30, 31)), ("code", (32, 33)), ("image", (34, 35)))
+    ]
     assert [sorted(map(str, part)) for part in chosen(*apart)] == [["heldout", "train"]] * 3
-    (text, code) = chosen(*(of([(n, n % 10) for n in ours], name) for name, ours in (("text", (41, 42)), ("code", (51, 52)))))
+    (text, code) = chosen(
+        *(of([(n, n % 10) for n in ours], name) for name, ours in (("text", (41, 42)), ("code", (51, 52))))
+    )
     assert text == code and sorted(map(str, text)) == ["heldout", "train"]
 
 

@@ -321,7 +321,13 @@ def test_at_a_cost_two_points_are_mixed_and_beyond_the_ends_none() -> None:
     """Of two resamples at once, each with a curve and a budget of its own; in float64 to the last digits."""
     costs = torch.tensor([[1.0, 0.6, 0.2], [0.9, 0.5, 0.1]], dtype=torch.float64)
     gaps = torch.tensor([[0.0, 0.1, 0.5], [0.2, 0.3, 0.7]], dtype=torch.float64)
-    for budget, found in ((0.4, (0.3, 0.4)), (0.7, (0.075, 0.25)), (0.6, (0.1, 0.275)), (2.0, (0.0, 0.2)), (0.05, (0.5, 0.7))):
+    for budget, found in (
+        (0.4, (0.3, 0.4)),
+        (0.7, (0.075, 0.25)),
+        (0.6, (0.1, 0.275)),
+        (2.0, (0.0, 0.2)),
+        (0.05, (0.5, 0.7)),
+    ):
         assert at_cost(budget, costs, gaps).tolist() == pytest.approx(found, abs=1e-15)
     own = torch.tensor([0.8, 0.3], dtype=torch.float64)
     assert at_cost(own, costs, gaps).tolist() == pytest.approx((0.05, 0.5), abs=1e-15)
