@@ -148,7 +148,7 @@ def test_groups_are_dealt_as_it_is_told() -> None:
     assert dealt(rows) == {5, 11}, "7 to the other side, 9 to it as well: it has fewer rows"
     assert dealt([("code", 1), ("text", 2)]) == {1}, "2 goes where nothing is yet"
     assert dealt([("code", 1), ("code", 2), ("text", 3)]) == {2, 3}, "the task of one group comes first"
-    # of the first task one group is here and two are there: 20 goes here, 21 there, and 22 where there are fewer rows of its task
+    # of code one group is here and two are there: 20 goes here, 21 there, and 22 where fewer rows of text are
     first = [("code", group) for group, count in ((1, 5), (2, 4), (3, 1)) for _ in range(count)]
     second = [("text", group) for group, count in ((20, 3), (21, 2), (22, 1), (23, 1)) for _ in range(count)]
     assert dealt(first, second) == {1, 20, 23}

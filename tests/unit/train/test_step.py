@@ -275,10 +275,10 @@ def test_who_cannot_read_its_batches_says_so_on_every_rank(alone: Ranks) -> None
         def gather(self, value: object) -> list:
             return [value, DataError("theirs")]
 
-    with pytest.raises(DataError, match="^mine$"):
+    with pytest.raises(DataError, match=r"^mine$"):
         count([], alone, problem=DataError("mine"))
     for problem, told in ((DataError("mine"), "mine"), (None, "theirs")):
-        with pytest.raises(DataError, match=f"^{told}$"):
+        with pytest.raises(DataError, match=rf"^{told}$"):
             count([made(PLAIN)], Two(0, 2, torch.device("cpu")), problem=problem)
 
 
