@@ -216,10 +216,9 @@ class Router(nn.Module):
         return any(each == nearest for each, _ in self.calibration.thresholds)
 
     def _first_within(self, quantile: list[float], bound: float, offset: float = 0.0) -> int:
-        if bound > NEVER:
-            for gap, e in zip(quantile, self.exits, strict=False):
-                if gap <= bound + offset:
-                    return e
+        for gap, e in zip(quantile, self.exits, strict=False):
+            if gap <= bound + offset:
+                return e
         return self.exits[-1]
 
 

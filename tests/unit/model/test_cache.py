@@ -42,12 +42,17 @@ def test_a_chunk_alone_has_its_own_rows_and_is_made_once() -> None:
     chunk = one.of(1)
     assert (chunk.positions.tolist(), chunk.starts, chunk.page, chunk.block) == ([7, 8, 9], [0, 3], 8, 4)
     assert one.of(1) is chunk and one.of(3).positions.tolist() == [0, 1]
+    early = one.of(1, 2)
+    assert (early.positions.tolist(), early.starts, early.end(0)) == ([7, 8], [0, 2], 8)
+    assert one.of(1, 2) is early and one.of(1) is chunk
     assert [one.once("x", lambda v=value: v) for value in (1, 2)] == [1, 1] and one.once("y", lambda: 3) == 3
 
 
 def test_what_each_row_has_is_not_made_again_for_the_first_of_the_rows() -> None:
     whole = rows()
     first = Rows(POSITIONS[:4], STARTS[:3], 8, 4, whole)
+    assert first.last.tolist() == [4, 9] and Rows(POSITIONS[1:4], [0, 3], 8, 4).last.tolist() == [9]
+    assert not first.apart and Rows(POSITIONS, STARTS, 8, 4, apart=True).apart
     assert [part.tolist() for part in first.by_row("early", lambda: (first.positions + 1,))] == [[5, 8, 9, 10]]
     whole.by_row("doubled", lambda: (whole.positions * 2, whole.positions))
     doubled = first.by_row("doubled", lambda: pytest.fail("it is there"))
@@ -132,6 +137,7 @@ def test_where_the_host_knows_the_ends_a_device_is_asked_for_nothing() -> None:
     there = Rows(POSITIONS.to("meta"), STARTS, 8, 4, ends=[4, 9, 3, 1])
     for one in (rows(), there):
         assert (one.end(0), one.of(1).end(0), one.of(3).end(0)) == (4, 9, 1)
+    assert [there.of(1, count).end(0) for count in (1, 2, 3)] == [7, 8, 9] and rows().end(3) == 1
     assert _past(there.of(1).last, 16).is_meta
     last = rows().of(1).last
     assert last.tolist() == [9] and _stale(last, 2, 16).tolist() == [*range(10, 16), *range(26, 32)]

@@ -16,14 +16,18 @@ from shoal.model.router import (
     Router,
     _calibrate,
     _sampled,
+    _step_down,
+    _step_up,
     _upper,
     dealt,
     features,
     fit_router,
     fit_weights,
     page_sums,
+    promised,
     realised,
     sample_stride,
+    thresholds,
 )
 
 
@@ -487,3 +491,182 @@ def test_what_nothing_is_learned_from_decays_and_the_rest_goes_by_the_rate():
         torch.testing.assert_close(weight[:, NLL], before[:, NLL] * (1 - 3e-3 * 0.1) ** steps, rtol=1e-5, atol=0)
     step = fit_weights(config, x, gaps, seed=7, steps=1).hidden.weight - before * (1 - 3e-3 * 0.1)
     assert step.abs().median().item() == pytest.approx(3e-3, rel=1e-2)
+
+
+def test_groups_go_where_their_middle_falls():
+    """Walked in their order: up to half of the prompts they fit, up to three quarters calibrate; a group at least of each.
+    Prompts of a group stay in their order, and the seed draws that of the groups."""
+    draws = torch.Generator().manual_seed(0)
+    for seed in range(40):
+        kinds = int(torch.randint(3, 9, (1,), generator=draws))
+        groups = torch.randint(0, kinds, (60,), generator=draws)
+        groups[:kinds] = torch.arange(kinds)
+        groups[10 : 10 + seed] = seed % kinds  # some are large
+        order, half, three = dealt(groups, seed)
+        told = groups[order].tolist()
+        walked = list(dict.fromkeys(told))
+        assert told == [group for group in walked for _ in range(told.count(group))], "each in one piece"
+        assert all(order[groups[order] == group].diff().gt(0).all() for group in walked)
+        ends = [sum(told.count(group) for group in walked[: at + 1]) for at in range(kinds)]
+        middles = [end - told.count(group) / 2 for group, end in zip(walked, ends, strict=True)]
+        first = min(max(1, sum(middle < 30 for middle in middles)), kinds - 2)
+        second = min(max(first + 1, sum(middle < 45 for middle in middles)), kinds - 1)
+        assert (half, three) == (ends[first - 1], ends[second - 1])
+    alone = [dealt(torch.arange(9), seed) for seed in (1, 1, 2)]
+    assert {(half, three) for _, half, three in alone} == {(4, 7)}, "the fifth of nine has its middle at the half"
+    assert torch.equal(alone[0][0], alone[1][0]) and not torch.equal(alone[0][0], alone[2][0])
+
+
+def test_tables_are_read_by_the_cautious_neighbour():
+    rising, falling = [(0.1, 1.0), (0.2, 2.0)], [(0.3, 9.0), (0.5, 4.0)]
+    assert [_step_down(rising, at) for at in (0.05, 0.1, 0.15, 0.2, 9.0)] == [-math.inf, 1.0, 1.0, 2.0, 2.0]
+    assert [_step_up(falling, at) for at in (0.1, 0.3, 0.4, 0.5, 0.9)] == [9.0, 9.0, 9.0, 4.0, 4.0]
+    assert _step_down([], 1.0) == -math.inf and _step_up([], 1.0) == 0.0
+
+
+def test_a_bound_that_loses_the_tolerance_itself_is_within_it():
+    """Bounds are tried in order, in fp64, and up to the first that is too much."""
+    lost = torch.tensor([0.01, 0.05, 0.3, 0.1], dtype=torch.float64)
+    found = dict(thresholds([2.1, 0.1, 1.1, 3.1], lambda bounds: lost))
+    assert list(found) == list(TOLERANCES) == sorted(set(TOLERANCES)) and TOLERANCES[-1] == 1
+    for tolerance, bound in found.items():
+        assert bound == (0.1 if tolerance < 0.05 else 1.1 if tolerance < 0.3 else 3.1)
+    assert {bound for _, bound in thresholds([1.0], lambda bounds: bounds + 1)} == {NEVER}
+
+
+def test_what_is_promised_is_the_larger_of_both_bounds():
+    lost, groups = torch.tensor([0.0, 0.0, 0.4, 0.0]), torch.arange(4)
+    assert promised(lost, 9.0, groups).item() == pytest.approx(9.4 / 5)
+    assert promised(lost, 0.0, groups).item() == pytest.approx(_upper(lost, groups).item()) != 0.08
+    assert promised(torch.stack([lost, 2 * lost]), 9.0, groups).tolist() == pytest.approx([9.4 / 5, 9.8 / 5])
+
+
+def plain(**tables) -> Router:
+    """A router that says 0.3 and 0.1 of the quantiles of all prompts, 0.2 and 0.05 of their means."""
+    router = Router(presets.get("test").model).requires_grad_(False)
+    for parameter in router.parameters():
+        parameter.zero_()
+    router.mean.bias.copy_(torch.tensor([0.2, 0.05]))
+    router.quantile.bias.copy_(torch.tensor([0.25, 0.125]))
+    router.calibration = Calibration(**tables)
+    return router
+
+
+def test_a_choice_is_the_first_exit_within_the_bound_or_the_cheapest_at_the_price():
+    """Exits of 1, 2 and 4 layers of 4."""
+    router = plain(thresholds=[(0.05, 0.125), (0.1, 0.25), (0.2, 5.0)], prices=[(0.5, 0.25), (0.75, 0.125)])
+    x = torch.zeros(2 * presets.get("test").model.width + 3)
+    chosen = {tolerance: router.choose(x, tolerance) for tolerance in (0.0, 0.01, 0.05, 0.1, 0.2)}
+    assert chosen == {0.0: 4, 0.01: 4, 0.05: 2, 0.1: 1, 0.2: 1}
+    assert router.choose(x) == 2, "the default, 0.05"
+    assert router.choose(x, 0.1, shift=0.01) == 2 and router.choose(x, 0.05, shift=0.01) == 4
+    assert router.choose(x, 0.05, shift=-0.2) == 1
+    # 0.2 + p / 4, 0.05 + p / 2 and p: at 0.25 0.2625, 0.175 and 0.25; at 0.125 0.23, 0.11 and 0.125
+    assert [router.choose(x, budget=budget) for budget in (0.3, 0.5, 0.75, 0.99, 1.0, 1.5)] == [2, 2, 2, 2, 4, 4]
+    router.calibration.prices = [(0.5, 0.8), (0.75, 0.05)]
+    assert [router.choose(x, budget=budget) for budget in (0.3, 0.5, 0.75)] == [1, 1, 4]
+    assert router.choose(x, 0.0, 0.3) == 4, "a tolerance counts before a budget"
+    assert (
+        router.choose(x, 0.1, predicted=([0.0, 0.0], [9.0, 9.0])) == 4
+        and router.choose(x, 0.1, predicted=([0.0, math.nan], [0.0, 0.0])) == 4
+    )
+    again = plain(thresholds=[(0.1, 0.05)], offset=0.1)
+    assert router.choose(x, 0.1, again=again) == 2 and router.choose(x, 0.1, again=again, shift=0.1) == 4
+    again.calibration.offset = 0.2
+    assert router.choose(x, 0.1, again=again) == 1
+    for bad in (math.nan, math.inf):
+        x[3] = bad
+        assert router.choose(x, 0.2) == 4 and router.choices(x[None], 0.2) == [4]
+    assert router.bound(0.0) == NEVER and router.bound() == 0.125 and router.bound(0.01) == -math.inf
+
+
+def test_a_second_look_has_bounds_of_its_own_for_some_tolerances():
+    later = plain(thresholds=[(0.05, 0.1), (0.1, 0.2)], after=4)
+    assert later.after == 4 and plain().after == 0
+    covered = {tolerance: later.covers(tolerance) for tolerance in (0.001, 0.03, 0.05, 0.06, 0.075, 0.1, 0.12, 0.15)}
+    assert covered == {
+        0.001: False,
+        0.03: False,
+        0.05: True,
+        0.06: True,
+        0.075: False,
+        0.1: True,
+        0.12: True,
+        0.15: False,
+    }
+    assert later.covers() and not plain().covers()
+    first = plain()
+    first.spread[NLL] = math.inf
+    assert not first.reads_nll and later.reads_nll
+    first.later = later
+    assert first.reads_nll
+
+
+def test_predictions_are_those_of_two_layers_in_fp32():
+    config, x, gaps = synthetic(12)
+    router = fit_weights(config, x, gaps, steps=3, nll=True)
+    z = torch.nn.functional.linear((x - router.center) / router.spread, router.hidden.weight, router.hidden.bias).tanh()
+    for found, layer in zip(router(x), (router.mean, router.quantile), strict=True):
+        assert torch.equal(found, torch.nn.functional.linear(z, layer.weight, layer.bias))
+    assert not any(parameter.requires_grad for parameter in router.parameters())
+
+
+@pytest.mark.parametrize("nll", [False, True])
+def test_features_are_seen_with_noise_of_two_deviations_and_distance_is_one_in_the_mean(monkeypatch, nll):
+    """But one that is not read; of one that never varies the deviation is taken for a thousandth."""
+    seen = []
+
+    class Seen(Router):
+        def forward(self, x):
+            seen.append(x)
+            return super().forward(x)
+
+    config, x, gaps = synthetic(300)
+    x[:, 5] = 7.0
+    state = torch.get_rng_state()
+    with monkeypatch.context() as patch:
+        patch.setattr("shoal.model.router.Router", Seen)
+        router, same = (fit_weights(config, x, gaps, seed=3, steps=4, nll=nll) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(router.hidden.weight, same.hidden.weight)
+    assert router.spread[5] == pytest.approx(1e-3) and router.center[5] == 7
+    noise = torch.stack(seen[:4]) - x
+    assert len(seen) == 8 and noise[..., NLL].any() == nll
+    scaled = (noise / x.std(0).clamp(min=1e-3)).index_select(-1, torch.tensor([0, 1, 2, 3]))
+    assert float(scaled.std()) == pytest.approx(2.0, rel=0.05) and abs(float(scaled.mean())) < 0.1
+    distances = torch.tensor([router.distance(row) for row in x])
+    read = x.shape[1] - (not nll)
+    assert float(distances.mean()) == pytest.approx((read - 1) / read * 299 / 300, rel=1e-4)
+
+
+def test_a_mean_is_not_drawn_away_by_the_few_that_lose_much(monkeypatch):
+    """Huber's loss with a knee at half a nat: of prompts that look alike three lose nothing and one 4 nats, which pulls by half
+    a nat, so that the mean of 1 becomes 1/6."""
+    monkeypatch.setattr("shoal.model.router.NOISE", 0.0)
+    config = presets.get("test").model
+    gaps = torch.tensor([0.0, 0.0, 0.0, 4.0])[:, None].repeat(1, 2)
+    router = fit_weights(config, torch.zeros(4, 2 * config.width + 3), gaps, steps=200)
+    mean, quantile = router(torch.zeros(2 * config.width + 3))
+    assert mean.tolist() == pytest.approx([1 / 6] * 2, abs=0.05) and quantile.tolist() == pytest.approx(
+        [4.0] * 2, abs=0.1
+    )
+
+
+def test_gaps_that_are_not_finite_are_refused_and_budgets_are_reported_by_tenths():
+    config, x, gaps = synthetic(16)
+    gaps[3, 1] = math.inf
+    with pytest.raises(DataError, match="not finite"):
+        fit_router(config, x, gaps, steps=1)
+    gaps[3, 1] = 0.1
+    table = fit_router(config, x, gaps, steps=1).calibration
+    assert [round(100 * budget) for budget, *_ in table.by_budget] == list(range(25, 100, 10))
+    for seed in (0, 1):
+        router = fit_router(config, x, gaps, seed=seed, steps=2, nll=True)
+        order, half, _ = dealt(torch.arange(16), seed)
+        alone = fit_weights(config, x[order[:half]], gaps[order[:half]], seed=seed, steps=2, nll=True)
+        assert torch.equal(router.hidden.weight, alone.hidden.weight)
+
+
+def test_a_gap_that_is_the_tolerance_is_within_it():
+    router = plain(thresholds=[(0.25, 9.0)])
+    found = realised(router, torch.zeros(1, 2 * presets.get("test").model.width + 3), torch.tensor([[0.25, 0.0]]), 0.25)
+    assert (found["oracle_depth_share"], found["violations"], found["regret"]) == (0.25, 0.0, 0.25)
