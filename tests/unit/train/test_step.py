@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -303,3 +305,67 @@ def test_a_rehearsal_changes_nothing_and_leaves_no_gradient(alone: Ranks) -> Non
     assert asked == [True] and all(p.grad is None for p in model.parameters())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize(("world", "kind", "waits"), [(1, "cuda", 0), (2, "cuda", 1), (2, "cpu", 0), (1, "cpu", 0)])
+def test_a_rank_waits_for_its_device_where_there_are_others(
+    monkeypatch: pytest.MonkeyPatch, world: int, kind: str, waits: int
+) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    ranks = Ranks(0, world, torch.device(kind))
+    step._settle(ranks)
+    assert waited == [ranks.device] * waits
+
+
+def test_marks_of_ways_are_small_enough_to_be_compared_by_their_squares() -> None:
+    """Of three ranks, whose sums a power of two does not divide: a square beyond 2^53 would be rounded."""
+
+    class Three(Ranks):
+        def sum(self, values: torch.Tensor) -> torch.Tensor:
+            marks.add(float(values[6]))
+            return 3 * values
+
+    marks = set[float]()
+    for way in range(60):
+        assert count([made(PLAIN)], Three(0, 3, torch.device("cpu")), way).targets == 9
+    assert len(marks) == 60 and max(marks) < 2**20
+
+
+def test_what_runs_and_what_it_takes_is_told(alone: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exit of no share is not run, and all ranks are told of skipped layers in one order; alone nobody is waited for."""
+    ways, parts = list[object](), list[str]()
+
+    class Doubled(Ranks):
+        def sum(self, values: torch.Tensor) -> torch.Tensor:
+            return 2 * values
+
+    @contextmanager
+    def watch(part: str) -> Iterator[None]:
+        parts.append(part)
+        yield
+
+    def counted(batches: list[Batch], ranks: Ranks, way: object, **more: object) -> step.Counts:
+        ways.append(way)
+        return count(batches, ranks, way)
+
+    monkeypatch.setattr(step, "count", counted)
+    found = []
+    for ranks in (alone, Doubled(0, 2, torch.device("cpu"))):
+        model = fresh()
+        how = {"config": PRESET.train, "weights": (0.0, 0.4, 0.6), "rate": 1e-3, "skip": (3, 2)}
+        found.append(update(model, make_optimizer(model, PRESET.train), [made(PLAIN)], ranks=ranks, watch=watch, **how))
+    assert ways == [([2, 4], [2, 3])] * 2
+    assert parts == ["waiting", "compute", "compute", "write", "waiting", "compute", "waiting", "write"]
+    assert found[0].loss == pytest.approx(found[1].loss) and found[1].targets == 2 * found[0].targets == 6
+
+
+def test_one_target_is_divided_by_one(alone: Ranks) -> None:
+    batch = made([([20, 21], [21, -1], [0, 0], 2, "text")])
+    model = fresh()
+    ce = model(batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid).ce.sum(1).detach()
+    report = one_update(model, [batch], alone)
+    assert report.targets == 1 and report.ce == pytest.approx(ce.tolist())
+    assert report.loss == pytest.approx(float(ce @ torch.tensor(WEIGHTS, dtype=torch.float64)), rel=1e-6)
+    blank = one_update(fresh(), [made(PLAIN[2:])], alone)
+    assert (blank.loss, blank.targets, blank.tokens) == (0.0, 0, 0) and blank.ce == (0.0, 0.0, 0.0)
