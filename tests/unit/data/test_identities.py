@@ -91,7 +91,7 @@ def test_about_as_many_groups_are_held_out_as_said_and_the_seed_chooses_them(tmp
     for seed in (0, 1):
         ((splits,), _) = choose(written(tmp_path, [of([(n, n) for n in range(4000)])], seed), EXACT)
         chosen.append({i for i, split in enumerate(splits) if split == "heldout"})
-    assert all(abs(len(some) / 4000 - HELDOUT) < 0.02 for some in chosen)
+    assert all(abs(len(some) / 4000 - HELDOUT) < 0.02 for some in chosen) and HELDOUT == 0.05
     assert chosen[0] != chosen[1]
 
 
@@ -189,3 +189,45 @@ def test_what_a_process_holds_does_not_grow_with_the_documents(tmp_path: Path) -
         assert dropped == size // 10 and groups == size - dropped
         found.append(held)
     assert found[1] - found[0] < 30 * 10**6
+
+
+def test_a_table_gives_the_columns_that_are_asked_for_and_the_rows_of_a_part(tmp_path: Path) -> None:
+    path = tmp_path / "table"
+    tables.write(path, {"part": np.array([0, 0, 2, 2, 3], np.uint32), "row": np.arange(10, dtype=np.uint32)[::2]})
+    assert list(tables.read(path)) == ["part", "row"] and list(tables.read(path, ["row"])) == ["row"]
+    found = [tables.of_part(path, number) for number in range(5)]
+    assert [part["row"].tolist() for part in found] == [[0, 2], [], [4, 6], [8], []]
+    nothing = tables.gathered([], ["a"])["a"]
+    assert nothing.shape == (0,) and nothing.dtype == np.uint32
+    twice = tables.gathered([tables.read(path)] * 2, ["row"])
+    assert twice["row"].tolist() == [0, 2, 4, 6, 8] * 2
+    parts = Parts(tmp_path, 2)
+    assert [each.name for each in parts] == ["00000.arrow", "00001.arrow"] and len(parts) == 2
+    for beyond in (-1, 2):
+        with pytest.raises(IndexError):
+            parts[beyond]
+
+
+def test_what_is_dropped_says_why_and_near_copies_are_looked_for_in_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, told = written(tmp_path, [of([(1, 1), (2, 2)]), of([(3, 3), (4, 4), (1, 5), (2, 6)])]), list[list[bool]]()
+
+    def confirmed(parts: Parts, number: int, candidates: Sequence[Path], dropped: np.ndarray) -> np.ndarray:
+        told.append(dropped.tolist())
+        return np.array([1] if number else [], dtype=np.int64)
+
+    monkeypatch.setattr(identities.near, "confirmed", confirmed)
+    assert identities.equal(parts, Span(0, 1), tmp_path / "equal") == 2
+    drops = [identities.settle(parts, number, [tmp_path / "equal"], []) for number in (0, 1)]
+    assert drops == [
+        {},
+        {
+            "dedup": Counter({"equal to an earlier one": 2}),
+            "near dedup": Counter({"nearly equal to an earlier one": 1}),
+        },
+    ]
+    assert told == [[False, False], [False, False, True, True]]
+    codes = [tables.read(path.with_suffix(identities.DROPPED))["code"].tolist() for path in parts]
+    assert codes == [[0, 0], [0, 2, 1, 1]]
+    assert identities.splits(parts, 1, [], []) == ["train", None, None, None]

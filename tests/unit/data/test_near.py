@@ -238,9 +238,13 @@ def test_documents_of_a_bucket_stay_in_their_order(tmp_path: Path) -> None:
     signatures.write(tmp_path / "part.near")
     table = tables.read(tmp_path / "part.near")
     assert table["rows"].tolist() == [3 * n for n in range(300)]
+    assert table["words"].tolist() == [draws[n % 2, 0] for n in range(300)]
+    low = np.stack([table[name] for name in near.LOW], axis=1).view(np.uint8)
+    assert np.array_equal(low, np.array([draws[n % 2, 1:] & 255 for n in range(300)]))
     for band in range(near.BANDS):
         keys, at = table[f"key{band}"], table[f"at{band}"].tolist()
         assert keys.tolist() == sorted(keys.tolist()) and len(set(keys.tolist())) == 2
+        assert set(keys.tolist()) == {int(of[1 + 2 * band]) << 32 | int(of[2 + 2 * band]) for of in draws}
         first = int((keys == keys[0]).sum())
         assert at[:first] == sorted(at[:first]) and at[first:] == sorted(at[first:]) and sorted(at) == list(range(300))
 
@@ -249,3 +253,33 @@ def test_a_pair_counts_once_and_two_that_share_a_document_both() -> None:
     pairs = np.array([[3, 2, 2, 3, 2], [1, 1, 0, 1, 1]], dtype=np.uint64)
     assert near._once(pairs).tolist() == [[2, 2, 3], [0, 1, 1]]
     assert near._once(pairs[:, :0]).shape == (2, 0)
+
+
+def test_a_signature_is_the_least_of_the_hashes_of_all_runs_of_five_words(document) -> None:
+    text = " ".join(f"word{n}" for n in range(60))
+    whole = near._START.copy()
+    whole.update_batch([int(gram) & 0xFFFFFFFF for gram in grams(words(text), 5)])
+    assert near.signature(document(text))[1:].tolist() == whole.hashvalues.tolist()
+    single = []
+    for gram in grams(words(text), 5):
+        single.append(near._START.copy())
+        single[-1].update_batch([int(gram) & 0xFFFFFFFF])
+    assert np.array_equal(np.min([one.hashvalues for one in single], axis=0), whole.hashvalues)
+    assert near.signature(document(text, "code"))[1:].tolist() != whole.hashvalues.tolist()
+
+
+def test_pairs_are_told_by_part_and_row_later_ones_first_and_counted(
+    document, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of texts that agree in as many values as they must, and in one fewer."""
+    text, other = (" ".join(f"{name}{n}" for n in range(50)) for name in ("word", "other"))
+    places = written([document(each, id=f"s/{n}") for n, each in enumerate((other, text, other, text))], tmp_path, 2)
+    out = tmp_path / "pairs"
+    assert near.candidates(places, range(2), Span(0, 1), out) == 2
+    table = {name: column.tolist() for name, column in tables.read(out).items()}
+    assert table == {"part": [1, 1], "row": [0, 1], "other_part": [0, 0], "other_row": [0, 1]}
+    gone = np.zeros(2, dtype=bool)
+    for least, found in ((80, [0, 1]), (81, [])):
+        monkeypatch.setattr(near, "LEAST_EQUAL", least)
+        assert near.confirmed(places, 1, [out], gone).tolist() == found
+    assert near.confirmed(places, 0, [out], gone).dtype == np.int64

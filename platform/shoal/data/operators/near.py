@@ -107,7 +107,7 @@ def confirmed(parts: Parts, number: int, candidates: Iterable[Path], dropped: np
     pairs = tables.gathered((tables.of_part(path, number) for path in candidates), names)
     left = ~dropped[pairs["row"]]
     row, other, other_row = (pairs[name][left] for name in names)
-    order = np.argsort(other, kind="stable")
+    order = np.argsort(other)
     row, other, other_row = row[order], other[order], other_row[order]
     found: set[int] = set()
     ours = lru_cache(WORDS_HELD)(Texts(parts[number]).words)
