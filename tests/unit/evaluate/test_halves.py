@@ -115,6 +115,23 @@ def test_of_a_large_corpus_groups_draw_their_sides_and_no_row_is_read_for_it(
     assert 440 < len(drawn) < 560 and drawn == [group for group in drawn if group in asked_groups(data)]
 
 
+@pytest.mark.parametrize(("held_out", "draws"), [(2**17, False), (2**17 + 1, True)])
+def test_groups_are_dealt_up_to_131072_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: int, draws: bool
+) -> None:
+    """Of more, those of chats are dealt, and of the others the even ones are asked."""
+    documents = {"heldout": {"a": held_out - 2, "b": 2}, "train": {"a": 9}}
+    index = SimpleNamespace(total=lambda what, split, kind: 3, documents=documents)
+    monkeypatch.setattr(halves, "open_index", lambda place: index)
+    monkeypatch.setattr(halves, "heldout_groups", lambda place, kind: [[2, 3], [4]] if kind == "text" else [])
+    asked = asked_groups(tmp_path)
+    assert isinstance(asked, halves.Drawn) == draws
+    assert [group in asked for group in (2, 3, 4, 5)] == [True, False, True, False]
+    assert halves._held_out(SimpleNamespace(total=lambda *of: 7, documents={})) == 7 * 3  # type: ignore[arg-type]
+    sides = halves.Drawn({8: 1, 9: 0})
+    assert [group in sides for group in (8, 9, 10, 11, 12)] == [False, True, True, False, True]
+
+
 def test_of_a_long_run_baselines_know_the_rows_of_some_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The numbers of all rows that it read were held, a hundred bytes each, of which 16 MB of text were taken."""
     data, length, asked = write_corpus(tmp_path / "data", presets.get("test"), documents=40, heldout=4), 8, []
