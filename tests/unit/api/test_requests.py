@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import pytest
@@ -304,3 +304,55 @@ def test_the_layers_of_an_answer_are_told_where_a_choice_went_deeper(served: Ser
         assert "mean_depth" not in found.usage()
         found.choices[1].take(end(1, depth=4, first_depth=4, mean_depth=4.0))
         assert found.usage().get("mean_depth") == (3.25 if told else None)
+
+
+@pytest.mark.anyio
+async def test_a_whole_answer_has_every_event_and_is_stored_before_it_is_told(served: ServedModel) -> None:
+    kept, closed = list[Answer](), list[bool]()
+
+    async def events() -> AsyncGenerator[tuple[int, list[Any]]]:
+        try:
+            yield 0, [Token("x", 80, "a", depth=4), Token("x", 81, "b", depth=4)]
+            yield 1, [end(1, depth=4)]
+            yield 0, [end(2, depth=4)]
+        finally:
+            closed.append(True)
+
+    async def store(given: Answer) -> bool:
+        kept.append(given)
+        return True
+
+    found = answer(served, n=2)
+    found.store = store
+    whole = await found.whole(events())  # type: ignore[arg-type]
+    assert whole == {"usage": found.usage()} and whole["usage"]["completion_tokens"] == 3
+    assert (kept, closed, found.stored) == ([found], [True], True)
+    assert [(choice.text, choice.tokens) for choice in found.choices] == [("ab", [80, 81]), ("", [])]
+
+
+def test_at_the_depth_that_was_asked_for_nothing_is_lost_and_at_full_depth_where_none_was(served: ServedModel) -> None:
+    for asked, depth, lost in ((1, 1, 0.0), (1, 4, None), ("auto", 4, 0.0), ("auto", 1, None), ("full", 4, 0.0)):
+        found = Told(EngineCall([Request(Encoded([70]), depth=asked)], 1, [""]), served)
+        found.choices[0].take(Token("x", 80, "a", depth=depth))
+        assert found.choices[0].spent == lost
+    empty = answer(served, n=1, tolerance=0.5)
+    empty.choices[0].take(end(0, depth=4))
+    assert empty.usage()["quality"] == {"spent": 0.0, "allowed": 0.5}
+
+
+def test_a_depth_of_several_choices_is_known_when_each_has_begun(served: ServedModel) -> None:
+    found = Told(EngineCall([Request(Encoded([70]), depth="auto")] * 2, 2, ["", ""]), served)
+    found.choices[0].take(Token("x", 80, "a", depth=2))
+    assert found.early_depth() is None and found.depth() == "middle"
+    found.choices[1].take(Token("x", 80, "a", depth=1))
+    assert found.early_depth() == found.depth() == "shallow,middle"
+
+
+def test_who_reads_a_choice_is_of_its_prompt(served: ServedModel) -> None:
+    class First(Plain):
+        pass
+
+    requests = [Request(Encoded([70]))] * 4
+    call = EngineCall(requests, 2, [""] * 4, readers=(First, Plain))
+    assert [type(call.read_by(choice)) for choice in range(4)] == [First, First, Plain, Plain]
+    assert type(EngineCall(requests, 2, [""] * 4, reader=First).read_by(3)) is First
