@@ -55,7 +55,7 @@ class Identity:
 class Identities:
     """Collects the identities of one part, in the order of its documents. `seed`: of the draw of each group."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int) -> None:
         self._seed = seed
         self._prints: list[bytes] = []
         self._groups: list[tuple[int, int, int, int]] = []  # key, draw, modality, what its source says
@@ -85,7 +85,7 @@ def write_tables(path: Path, prints: np.ndarray, groups: Mapping[str, Sequence[i
     columns = {"key": prints[order, 0], "rest": prints[order, 1], "row": rows[order]}
     tables.write(path.with_suffix(FINGERPRINTS), columns)
     of = {name: np.asarray(groups[name], dtype=kind) for name, kind in KINDS.items()}
-    order = np.argsort(of["key"], kind="stable")
+    order = np.argsort(of["key"])
     tables.write(path.with_suffix(GROUPS), {**{name: column[order] for name, column in of.items()}, "row": rows[order]})
 
 
@@ -187,7 +187,7 @@ def drawn_besides(found: Iterable[Sequence[Side]]) -> list[int]:
             side.add(other)
     keys: list[int] = []
     taken = 0  # bits of the modalities that such groups are of
-    for number in sorted((n for n, side in enumerate(total) if side.groups), key=lambda n: total[n].first):
+    for number in sorted(range(len(total)), key=lambda n: total[n].first):
         side = total[number]
         if side.groups > 1 and side.free and not side.heldout and not taken >> number & 1:
             keys.append(side.free[1])

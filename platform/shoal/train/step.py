@@ -113,7 +113,7 @@ def update(
     shares = torch.tensor(weights, device=ranks.device)
     divisor = max(1, counts.rows // 2 if config.dpo else counts.targets)  # pairs, or tokens
     with watch("compute"):
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         totals = torch.zeros(2 * len(model.exits) + 3, dtype=torch.float64, device=ranks.device)
         for index, given in enumerate(batches):
             sync_gradients(model, index == len(batches) - 1)

@@ -108,7 +108,7 @@ def test_where_nobody_is_held_out_one_group_is_but_none_whose_source_says_otherw
         return choose(written(tmp_path, found, seed), EXACT, 3)[0]
 
     says, free = of([(n, n) for n in range(1, 9)], "image", False), of([(9, 9)], "image")
-    assert chosen(says, free) == [["train"] * 8, ["heldout"]]
+    assert chosen(says, free) == [["train"] * 8, ["heldout"]] and chosen(says) == [["train"] * 8]
     held, free = of([(1, 1)], "image", True), of([(n, n) for n in (20, 21, 22)], "image")
     assert chosen(held, free) == [["heldout"], ["train"] * 3]
     assert chosen(of([(1, 1)], "image"), of([(2, 2)], "text")) == [["train"], ["train"]]
@@ -231,3 +231,59 @@ def test_what_is_dropped_says_why_and_near_copies_are_looked_for_in_the_rest(
     codes = [tables.read(path.with_suffix(identities.DROPPED))["code"].tolist() for path in parts]
     assert codes == [[0, 0], [0, 2, 1, 1]]
     assert identities.splits(parts, 1, [], []) == ["train", None, None, None]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_modality_whose_first_document_comes_first_gives_a_group_first(seed: int, tmp_path: Path) -> None:
+    """Of three groups the middle one is of both: whether it does for both depends on who is asked first."""
+    for first, second in (("code", "text"), ("text", "code"), ("image", "text")):
+        found = [of([(1, 1), (2, 2)], first), of([(3, 2), (4, 3)], second)]
+        assert choose(written(tmp_path, found, seed), EXACT, 2) == looked_at(found, seed, True)
+
+
+def test_of_many_equal_documents_the_earliest_stays_and_columns_are_as_small_as_they_may_be(tmp_path: Path) -> None:
+    """Two contents in turn, so many that a sort which is not stable mixes them."""
+    prints = np.array([[7, 1], [5, 2]] * 200, dtype=np.uint64)
+    keys = np.arange(400, dtype=np.uint64)[::-1]
+    groups = {"key": keys, "draw": keys, "modality": np.zeros(400, dtype=int), "said": np.full(400, -1)}
+    parts = Parts(tmp_path, 1)
+    identities.write_tables(parts[0], prints, groups)
+    assert identities.equal(parts, Span(0, 1), tmp_path / "equal") == 398
+    assert tables.read(tmp_path / "equal")["row"].tolist() == list(range(2, 400))
+    assert identities.settle(parts, 0, [tmp_path / "equal"], []) == {"dedup": Counter({"equal to an earlier one": 398})}
+    kinds = {
+        "key": np.uint64,
+        "draw": np.uint64,
+        "modality": np.uint8,
+        "said": np.int8,
+        "row": np.uint32,
+        "rest": np.uint64,
+    }
+    for suffix in (identities.FINGERPRINTS, identities.GROUPS):
+        table = tables.read(parts[0].with_suffix(suffix))
+        assert {name: column.dtype for name, column in table.items()} == {name: kinds[name] for name in table}
+        assert table["key"].tolist() == sorted(table["key"].tolist())
+    assert tables.read(parts[0].with_suffix(identities.DROPPED))["code"].dtype == np.uint8
+
+
+def test_near_copies_are_looked_for_in_all_bands_of_every_span_where_that_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, asked = written(tmp_path, [of([(1, 1), (2, 2)]), of([(3, 3)])]), list[object]()
+
+    def candidates(parts: Parts, bands: range, span: Span, out: Path) -> None:
+        asked.append((bands, span, out))
+
+    def confirmed(parts: Parts, number: int, candidates: Sequence[Path], dropped: np.ndarray) -> np.ndarray:
+        asked.append(list(candidates))
+        return np.array([0] if number else [], dtype=np.int64)
+
+    monkeypatch.setattr(identities.near, "candidates", candidates)
+    monkeypatch.setattr(identities.near, "confirmed", confirmed)
+    splits, drops = choose(parts, Operators(), 2)
+    out = [tmp_path / "pairs-0", tmp_path / "pairs-1"]
+    assert asked == [(range(40), Span(0, 2), out[0]), (range(40), Span(1, 2), out[1]), out, out]
+    assert splits[1] == [None] and drops == {"near dedup": Counter({"nearly equal to an earlier one": 1})}
+    asked.clear()
+    choose(parts, EXACT, 2)
+    assert asked == [[], []]

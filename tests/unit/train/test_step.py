@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from shoal import presets
 from shoal.data.batches import Batch
 from shoal.errors import DataError, ShoalError
 from shoal.inputs.chat import DEFAULT_TEMPLATE
+from shoal.inputs.tokenizer import PATCH_ID
 from shoal.model.net import Net
 from shoal.train import step
 from shoal.train.feed import open_feed, shard_tokenizer
@@ -279,6 +281,9 @@ def test_who_cannot_read_its_batches_says_so_on_every_rank(alone: Ranks) -> None
 
     with pytest.raises(DataError, match=r"^mine$"):
         count([], alone, problem=DataError("mine"))
+    with pytest.raises(DataError, match=r"^mine$"):
+        model, how = fresh(), {"config": PRESET.train, "weights": WEIGHTS, "rate": 1e-3, "ranks": alone}
+        update(model, make_optimizer(model, PRESET.train), [], problem=DataError("mine"), **how)
     for problem, told in ((DataError("mine"), "mine"), (None, "theirs")):
         with pytest.raises(DataError, match=rf"^{told}$"):
             count([made(PLAIN)], Two(0, 2, torch.device("cpu")), problem=problem)
@@ -316,6 +321,8 @@ def test_a_rank_waits_for_its_device_where_there_are_others(
     ranks = Ranks(0, world, torch.device(kind))
     step._settle(ranks)
     assert waited == [ranks.device] * waits
+    some = SimpleNamespace(modalities=("text", "image"), tokens=torch.zeros(2, device="meta"))
+    assert step.text_rows(some).is_meta, "what says of rows what they are lies beside them"  # type: ignore[arg-type]
 
 
 def test_marks_of_ways_are_small_enough_to_be_compared_by_their_squares() -> None:
@@ -350,13 +357,17 @@ def test_what_runs_and_what_it_takes_is_told(alone: Ranks, monkeypatch: pytest.M
         return count(batches, ranks, way)
 
     monkeypatch.setattr(step, "count", counted)
+    monkeypatch.setattr(step, "_settle", lambda ranks: parts.append(f"settled {ranks.world}"))
     found = []
     for ranks in (alone, Doubled(0, 2, torch.device("cpu"))):
         model = fresh()
         how = {"config": PRESET.train, "weights": (0.0, 0.4, 0.6), "rate": 1e-3, "skip": (3, 2)}
         found.append(update(model, make_optimizer(model, PRESET.train), [made(PLAIN)], ranks=ranks, watch=watch, **how))
     assert ways == [([2, 4], [2, 3])] * 2
-    assert parts == ["waiting", "compute", "compute", "write", "waiting", "compute", "waiting", "write"]
+    each = [
+        ["waiting", "compute", f"settled {world}", then, "write"] for world, then in ((1, "compute"), (2, "waiting"))
+    ]
+    assert parts == [*each[0], *each[1]]
     assert found[0].loss == pytest.approx(found[1].loss) and found[1].targets == 2 * found[0].targets == 6
 
 
@@ -367,5 +378,15 @@ def test_one_target_is_divided_by_one(alone: Ranks) -> None:
     report = one_update(model, [batch], alone)
     assert report.targets == 1 and report.ce == pytest.approx(ce.tolist())
     assert report.loss == pytest.approx(float(ce @ torch.tensor(WEIGHTS, dtype=torch.float64)), rel=1e-6)
+    patched = made([([20, PATCH_ID, PATCH_ID, 21], [-1, -1, 21, -1], [-1, 0, 0, 0], 1, "image")])
+    grid = torch.tensor([[0, 0], [0, 1]])
+    pixels = torch.arange(2 * PRESET.model.patch_values).view(2, -1).to(torch.uint8)
+    patched = replace(patched, patches=pixels, grid=grid)
+    model = fresh()
+    sums = model(patched.tokens, patched.targets, patched.docs, pixels, grid)
+    report = one_update(model, [patched], alone)
+    assert report.patches == 1 and report.patch == pytest.approx(float(sums.patch.detach())) and report.patch > 0
+    weighed = float(sums.ce.sum(1).detach() @ torch.tensor(WEIGHTS, dtype=torch.float64))
+    assert report.loss == pytest.approx(weighed + PRESET.train.patch_weight * report.patch, rel=1e-6)
     blank = one_update(fresh(), [made(PLAIN[2:])], alone)
     assert (blank.loss, blank.targets, blank.tokens) == (0.0, 0, 0) and blank.ce == (0.0, 0.0, 0.0)
