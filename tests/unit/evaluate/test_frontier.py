@@ -10,9 +10,11 @@ import torch
 
 from shoal import Engine, Request, Sampling, presets
 from shoal.engine.plan import Outcome, Plan
+from shoal.evaluate import frontier as module
 from shoal.evaluate import report
 from shoal.evaluate.frontier import (
     BUDGETS,
+    PRICES,
     TWICE,
     _bins,
     _means,
@@ -116,6 +118,8 @@ def test_another_loss_can_be_measured_and_the_policies_stay(found: dict) -> None
         (0.001, 0.02, ""),
         (-0.01, 0.02, "does not surely lose less than routing by domain"),
         (-0.02, -0.001, "loses less"),
+        (0.0, 0.02, "does not surely lose less than routing by domain"),
+        (-0.02, 0.0, "does not surely lose less than routing by domain"),
     ],
 )
 def test_what_is_said_follows_from_the_interval(low: float, high: float, says: str) -> None:
@@ -124,10 +128,16 @@ def test_what_is_said_follows_from_the_interval(low: float, high: float, says: s
         "length": {"gap": 1.0, "low": 0.9, "high": 1.1},
         "domain": {"gap": (low + high) / 2, "low": low, "high": high},
     }
-    at = {"router": [{"gap": 0.05}], "domain": [{"gap": 0.05 + (low + high) / 2}], "length": [{"gap": 1.05}]}
+    middle = (low + high) / 2
+    at = {
+        "router": [{"gap": 0.06}, {"gap": 0.04}],
+        "domain": [{"gap": 0.08 + middle}, {"gap": 0.02 + middle}],
+        "length": [{"gap": 1.05}] * 2,
+    }
     said = sentence({"at": at, "behind": behind})
     assert len(said) == bool(says) and all(says in one for one in said)
     assert not said or f"95 %: {low:.3f} to {high:.3f}" in said[0]
+    assert not said or f"{0.05 + middle:.3f} and 0.050 nats a token, mean over the compared budgets" in said[0]
 
 
 def test_fixed_exits_and_the_line_between_them_are_what_arithmetic_says(found: dict) -> None:
@@ -380,6 +390,7 @@ def test_resampled_weights_are_of_whole_groups_and_sum_to_one() -> None:
     times = (least / unit).round()
     torch.testing.assert_close(least, times * unit)
     torch.testing.assert_close(times / (times * sizes).sum(1, keepdim=True), least)
+    assert torch.equal(found, resampled(groups, torch.Generator().manual_seed(0)))
     assert {tuple(sorted(row)) for row in times.tolist()} == {(1.0, 1.0, 1.0), (0.0, 1.0, 2.0), (0.0, 0.0, 1.0)}
 
 
@@ -390,3 +401,36 @@ def test_what_a_look_costs_and_a_layer_is_priced_at() -> None:
         assert found.dtype == torch.float64 and flops(CONFIG, some).dtype == torch.float64
         assert found.tolist() == [cost.routing_flops(CONFIG, n, nll) for n in some.lengths.tolist()]
     torch.testing.assert_close(layers(CONFIG), torch.tensor([e / CONFIG.layers for e in CONFIG.exits]))
+
+
+def test_budgets_are_below_full_depth_and_prices_rise_by_a_third_from_a_thousandth() -> None:
+    assert list(BUDGETS) == sorted(set(BUDGETS)) and BUDGETS[0] > 0 and BUDGETS[-1] < 1
+    assert PRICES[:2] == (0.0, 0.001) and PRICES[-1] > 30
+    assert all(after == pytest.approx(1.35 * before) for before, after in pairwise(PRICES[1:]))
+
+
+def test_a_second_look_is_billed_twice_and_intervals_are_of_resamples_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All stop at the first exit after a look of its own price."""
+    test, told = prompts(5, 30), list[torch.Tensor]()
+    draws = torch.Generator().manual_seed(0)
+    test = dataclasses.replace(test, features=torch.rand(30, 2, generator=draws))
+
+    def told_of(found: torch.Tensor) -> dict[str, float]:
+        told.append(found)
+        return figure(found)
+
+    monkeypatch.setattr(module, "figure", told_of)
+    looks = [torch.nn.functional.one_hot(torch.zeros(30, dtype=torch.long), len(CONFIG.exits)).float()]
+    found = frontier(CONFIG, cast("Router", Known()), test, test, looks=looks)
+    look = (
+        sum(
+            cost.routing_flops(CONFIG, n, nll=True) / full
+            for n, full in zip(test.lengths.tolist(), whole(test), strict=True)
+        )
+        / 30
+    )
+    (point,) = found["curves"][TWICE]
+    assert look > 0.01 and point["flops_share"] == pytest.approx(found["fixed"][0]["flops_share"] + 2 * look, rel=1e-4)
+    assert point["gap"] == pytest.approx(float(test.gaps[:, 0].mean())) == pytest.approx(found["at"][TWICE][0]["gap"])
+    assert {len(one) for one in told} == {1 + module.RESAMPLES}
+    assert len(told) == 6 * len(BUDGETS) + 5, "each policy at each budget, and each but the router behind it"
