@@ -331,8 +331,11 @@ def test_what_takes_one_of_them_long_ends_when_the_last_is_done() -> None:
     """In a thread that lets a process end which is interrupted meanwhile; alone there is nobody to wait for."""
     ranks = busy(2)
     with ranks.at_leisure():
-        while not ranks.told:
+        for _ in range(5000):
+            if ranks.told:
+                break
             time.sleep(0.001)
+        assert ranks.told, "nobody exchanges"
     assert [value for value, *_ in ranks.told if value == 0] == [0.0] * 3 and ranks.left == []
     assert {(name, daemon) for _, name, daemon in ranks.told} == {("at-leisure", True)}
     ranks, ran = busy(1), []

@@ -384,7 +384,11 @@ def test_one_target_is_divided_by_one(alone: Ranks) -> None:
     patched = replace(patched, patches=pixels, grid=grid)
     model = fresh()
     sums = model(patched.tokens, patched.targets, patched.docs, pixels, grid)
-    report = one_update(model, [patched], alone)
+    (wanted,) = torch.autograd.grad(
+        PRESET.train.patch_weight * sums.patch, model.net.patch_head.weight, retain_graph=True
+    )
+    report = one_update(model, [patched], alone, replace(PRESET.train, clip=1e9))
+    torch.testing.assert_close(model.net.patch_head.weight.grad, wanted)
     assert report.patches == 1 and report.patch == pytest.approx(float(sums.patch.detach())) and report.patch > 0
     weighed = float(sums.ce.sum(1).detach() @ torch.tensor(WEIGHTS, dtype=torch.float64))
     assert report.loss == pytest.approx(weighed + PRESET.train.patch_weight * report.patch, rel=1e-6)
