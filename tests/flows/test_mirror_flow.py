@@ -49,7 +49,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan(data: Path, run: Path, place: str, **more: object) -> FitPlan:
-    values = {"steps": 6, "eval_every": 0, "eval_rows": 4, "checkpoint_minutes": 0.0, "mirror": place, **more}
+    few = {"steps": 6, "eval_every": 0, "eval_rows": 4, "checkpoint_minutes": 0.0, "accumulate": 1}
+    values = {**few, "mirror": place, **more}
     return pretrain_plan("test", str(data), str(run), **values)
 
 

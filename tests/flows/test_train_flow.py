@@ -25,11 +25,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pretrained(data: Path) -> Path:
     run = data.parent / "pretrain"
-    return Path(fit(pretrain_plan("test", str(data), str(run), steps=40, eval_every=20)).out)
+    return Path(fit(pretrain_plan("test", str(data), str(run), steps=40, eval_every=20, accumulate=1)).out)
 
 
 def short(data: Path, run: Path, **more: object) -> FitPlan:
-    return pretrain_plan("test", str(data), str(run), **{"steps": 6, "eval_every": 0, "eval_rows": 4, **more})
+    return pretrain_plan(
+        "test", str(data), str(run), **{"steps": 6, "eval_every": 0, "eval_rows": 4, "accumulate": 1, **more}
+    )
 
 
 def losses(run: Path) -> list[float]:
@@ -79,8 +81,8 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(data: Path, tmp_path
         if record["kind"] == "step" and record["step"] == 4:  # written to the history, but after the last checkpoint
             raise Interrupted
 
-    calm = fit(short(data, tmp_path / "calm"))
-    hit = short(data, tmp_path / "hit", checkpoint_minutes=0.0)
+    calm = fit(short(data, tmp_path / "calm", accumulate=2))
+    hit = short(data, tmp_path / "hit", checkpoint_minutes=0.0, accumulate=2)
     with pytest.raises(Interrupted):
         fit(hit, interrupt)
     resumed = fit(hit)

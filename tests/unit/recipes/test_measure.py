@@ -25,6 +25,7 @@ from shoal.recipes.named import named
 from shoal.recipes.own import begun
 from shoal.recipes.recipe import SUITES, Recipe
 from shoal.recipes.run import REPORT
+from tests.unit.evaluate.test_pieces import far
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +53,11 @@ def told(run: Path, how: Any) -> dict[str, Any]:
     return measure.measured(recipe_of(run), models, run, 0, lambda *_: None, run=how)
 
 
-def test_a_report_is_the_same_from_processes_beside(run: Path) -> None:
-    one, two = (json.loads(json.dumps(told(run, how))) for how in (pieces.here, pieces.beside(2)))
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.drill)], ids=["pickled", "apart"])
+def test_a_report_is_the_same_from_processes_beside(run: Path, apart: bool) -> None:
+    """`apart`: from two, which each import torch; else each piece is told and gives what one of them would."""
+    there = pieces.beside(2) if apart else far
+    one, two = (json.loads(json.dumps(told(run, how))) for how in (pieces.here, there))
     assert list(one["suites"]["asked"]) == ["majority", "keyword rule", "nearest", "fp32", "int8"]
     assert [(row["model"], row["depth"]) for row in one["depths"]] == [
         (model, depth) for model in ("fp32", "int8") for depth in ("shallow", "middle", "full")

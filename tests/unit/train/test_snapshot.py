@@ -215,7 +215,7 @@ def test_checkpoints_cost_at_most_their_share(minutes: float, cost: float, secon
 
 
 def plan(shards: Path, run: Path, **more: object) -> FitPlan:
-    values = {"steps": 8, "eval_every": 0, "eval_rows": 4, "checkpoint_minutes": 1e-9, **more}
+    values = {"steps": 8, "eval_every": 0, "eval_rows": 4, "checkpoint_minutes": 1e-9, "accumulate": 1, **more}
     return pretrain_plan("test", str(shards), str(run), **values)
 
 
