@@ -7,6 +7,7 @@ import asyncio
 import gc
 import importlib.abc
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -92,6 +93,13 @@ def soon_left(server: ModuleType) -> None:
             await asyncio.sleep(min(seconds, LOOK_SECONDS))
 
     server.asyncio = Soon()
+
+
+def not_waited_for(descriptor: int) -> None:
+    """In place of `os.fsync`, for which a disk takes some milliseconds, and a run of training calls it dozens of times: the
+    tests' machine loses no power, and those of what outlives that look at the calls (tests/unit/loop/test_power_cut.py). Raises
+    OSError for what is not open, as it does."""
+    os.fstat(descriptor)
 
 
 def soon_taken(alone: ModuleType) -> None:

@@ -17,6 +17,7 @@ from tests.at_import import (
     compiled_once,
     kept_frozen,
     measured_once,
+    not_waited_for,
     one_thread,
     read_once,
     soon_left,
@@ -42,6 +43,7 @@ sys.meta_path[:0] = [
 ]
 # As `soon_stopped` says; the server that werkzeug's is made of.
 socketserver.BaseServer.serve_forever.__defaults__ = (LOOK_SECONDS,)
+os.fsync = not_waited_for
 gc.disable()  # until all is imported, of which nothing goes again
 
 
@@ -63,6 +65,9 @@ def pytest_collection_finish() -> None:
     """What all test files import is some million objects, which Python's collector would look through again and again."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(
+        10_000, 10, 10
+    )  # by default a tenth of it, and a look at all that tests hold takes a tenth of a second
     gc.enable()
 
 

@@ -79,11 +79,14 @@ def test_what_a_thread_is_charged_with_once_refuses_no_pattern(
 
 def test_python_collects_nothing_while_a_pattern_is_timed() -> None:
     """A process holds millions of objects, and a look at them all was the pattern's time: of 55 tests, of one worker, once."""
-    looks = list[str]()
+    looks, often = list[str](), gc.get_threshold()
+    gc.collect()
+    gc.set_threshold(700, 10, 10)  # a process's, where nobody changes it (tests/conftest.py does)
     gc.callbacks.append(lambda phase, _: looks.append(phase))
     try:
         assert why_unbounded.__wrapped__(parts(USED["o200k"])) is None
     finally:
+        gc.set_threshold(*often)
         gc.callbacks.pop()
     assert not looks
 
