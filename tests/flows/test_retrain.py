@@ -45,8 +45,11 @@ def chat(number: int) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `shoal curate` makes it; the watch saw the router's signal alone move."""
-    folder = tmp_path_factory.mktemp("cuts") / "1"
-    rows = [Labelled(chat(number), CORRECTION, f"person {number}", f"chatcmpl-{number}") for number in range(300)]
+    return cut_of(300, tmp_path_factory.mktemp("cuts") / "1")
+
+
+def cut_of(count: int, folder: Path) -> Path:
+    rows = [Labelled(chat(number), CORRECTION, f"person {number}", f"chatcmpl-{number}") for number in range(count)]
     cut(Found(rows, len(rows)), folder, Settings(heldout=0.6), told={"moved": ["regret"]})
     return folder
 
@@ -105,7 +108,6 @@ def test_where_only_regret_moved_the_router_is_fitted_alone(
 
 def test_a_fine_tuning_starts_from_the_parent_and_is_rounded_as_what_serves(
     release: Release,
-    folder: Path,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -114,10 +116,11 @@ def test_a_fine_tuning_starts_from_the_parent_and_is_rounded_as_what_serves(
     monkeypatch.setattr("shoal.on_ray.train.train", lambda plan, **how: limits.append(plan.limits) or fit(plan))
     suites = tmp_path / "suites"
     suites.mkdir()
-    rows = [json.dumps({"messages": chat(number), "task": "shop", "group": str(number)}) for number in range(400, 430)]
+    rows = [json.dumps({"messages": chat(number), "task": "shop", "group": str(number)}) for number in range(400, 410)]
     (suites / "shop.jsonl").write_text("".join(f"{row}\n" for row in rows))
     freeze(suites)
-    assert retrain(release, folder, "--kind", "finetune", "--minutes", "0.01", "--suites", str(suites)) == 0
+    few = cut_of(40, tmp_path / "few")  # each held-out question is asked of both models
+    assert retrain(release, few, "--kind", "finetune", "--minutes", "0.01", "--suites", str(suites)) == 0
     result = told(capsys)
     tuned, rounded = limits
     assert (tuned["minutes"], tuned["steps"], rounded["steps"]) == (0.01, None, 100)
@@ -276,6 +279,7 @@ def test_one_that_a_job_s_stop_ends_is_no_failure(
     assert [run.outcome for run in known.runs] == ["ended"] and known.failed == 0
 
 
+@pytest.mark.drill
 def test_one_that_ends_while_it_tidies_up_counts_its_minutes_once(
     release: Release, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
