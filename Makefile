@@ -31,7 +31,7 @@ test: $(READY)  ## set up, then all tests but the drills, a quarter of an hour o
 	exit $$status
 
 drills: $(READY)  ## set up, then kills, lost nodes, jobs and long browser runs, about half an hour on two cores (MINUTES=20: none is begun later)
-	$(SUITE) -n 2 --dist loadfile --timeout 600 $(BUDGET) -m "drill" tests/on_ray tests/browser tests/flows tests/contracts tests/mutate tests/unit/bench tests/unit/engine tests/unit/evaluate tests/unit/loop tests/unit/model tests/unit/on_ray tests/unit/recipes tests/unit/train
+	$(SUITE) -n 2 --dist loadfile --timeout 600 $(BUDGET) -m "drill"
 
 test-vllm: $(VLLM_READY)  ## an environment with vLLM 0.32 on the CPU (4 GB), then the tests of it
 	TRITON_INTERPRET=1 $(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile --timeout 600 $(BUDGET) tests/vllm

@@ -81,10 +81,9 @@ def loaded(*scenes: Scene, first: tuple[str, ...] = ()) -> list[set[str] | str]:
     return [each if isinstance(each, str) else set(each) for each in found]
 
 
-@pytest.fixture(scope="module")
-def without() -> dict[str, set[str]]:
-    """Of each scene of `WITHOUT` what is loaded."""
-    found = dict(zip(WITHOUT, loaded(*WITHOUT.values(), first=LARGE), strict=True))
+def without(*names: str) -> dict[str, set[str]]:
+    """Of scenes of `WITHOUT` what is loaded."""
+    found = dict(zip(names, loaded(*(WITHOUT[name] for name in names), first=LARGE), strict=True))
     assert not [each for each in found.values() if isinstance(each, str)], found
     return found  # type: ignore[return-value]
 
@@ -95,13 +94,18 @@ def test_the_arrows_point_down() -> None:
     assert done.returncode == 0 and "6 kept, 0 broken" in done.stdout, done.stdout
 
 
-def test_all_planes_but_one_work_where_ray_is_not_installed(without: dict[str, set[str]]) -> None:
-    assert {*PLANES_OF_OURS} <= without["ray"]
-    assert "shoal.engine.engine" in without["ray"] and "shoal.train.loop" in without["ray"], "the walk went inside"
+def test_all_planes_but_one_work_where_ray_is_not_installed() -> None:
+    (found,) = without("ray").values()
+    assert {*PLANES_OF_OURS} <= found
+    assert "shoal.engine.engine" in found and "shoal.train.loop" in found, "the walk went inside"
 
 
-def test_the_engine_needs_no_http(without: dict[str, set[str]]) -> None:
-    assert "shoal.engine.engine" in without["http"]
+@pytest.mark.drill
+def test_the_engine_needs_no_http_and_all_works_where_vllm_is_not_installed() -> None:
+    """Only an engine of its own in a serve config needs vLLM. What imports either is held by the arrows, too."""
+    found = without("http", "vllm")
+    assert "shoal.engine.engine" in found["http"]
+    assert "shoal.on_ray.engines" in found["vllm"] and "shoal.vllm_plugin" in found["vllm"]
 
 
 def test_what_must_start_quickly_does_not_load_torch_or_ray() -> None:
@@ -116,8 +120,3 @@ def test_what_must_start_quickly_does_not_load_torch_or_ray() -> None:
 def test_the_blocker_blocks() -> None:
     (said,) = loaded((("shoal.inputs",), ("numpy",)))
     assert isinstance(said, str) and "blocked: numpy" in said
-
-
-def test_all_works_where_vllm_is_not_installed(without: dict[str, set[str]]) -> None:
-    """Only an engine of its own in a serve config needs it."""
-    assert "shoal.on_ray.engines" in without["vllm"] and "shoal.vllm_plugin" in without["vllm"]

@@ -51,9 +51,12 @@ def selects(words: list[str], file: str, marks: set[str]) -> bool:
     return inside == [True, False] and (not wanted or _read(wanted).evaluate(lambda name: name in marks))
 
 
+_parsed = functools.cache(ast.parse)
+
+
 def marked(text: str) -> Iterator[tuple[str, set[str]]]:
     """(name, marks) of every test function of a module."""
-    module = ast.parse(text)
+    module = _parsed(text)
     shared = {mark for node in module.body for mark in marks(node) if isinstance(node, ast.Assign)}
 
     def within(body: list[ast.stmt], above: set[str]) -> Iterator[tuple[str, set[str]]]:
@@ -65,6 +68,18 @@ def marked(text: str) -> Iterator[tuple[str, set[str]]]:
                 yield from within(node.body, above | own)
 
     yield from within(module.body, shared)
+
+
+def drilled(text: str) -> list[bool]:
+    """Of each test function of a module, whether all its cases are drills."""
+    module = _parsed(text)
+    shared = any("drill" in marks(node) for node in module.body if isinstance(node, ast.Assign))
+    tests = (each for each in ast.walk(module) if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    return [
+        shared or any(ast.unparse(by) == "pytest.mark.drill" for by in each.decorator_list)
+        for each in tests
+        if each.name.startswith("test")
+    ]
 
 
 def marks(node: ast.AST) -> set[str]:
@@ -93,9 +108,13 @@ def test_every_test_is_run_by_exactly_one_command() -> None:
     wrong = list[str]()
     for file in FILES:
         found = dict(marked((ROOT / file).read_text())) or {"what the file makes": set[str]()}
+        by = {
+            some: [target for target, words in COMMANDS if selects(words, file, set(some))]
+            for some in {frozenset(has) for has in found.values()}
+        }
         for name, has in found.items():
-            by = [target for target, words in COMMANDS if selects(words, file, has)]
-            wrong += [f"{file}: {name} with {sorted(has)} is run by {by}"] * (len(by) != 1)
+            who = by[frozenset(has)]
+            wrong += [f"{file}: {name} with {sorted(has)} is run by {who}"] * (len(who) != 1)
     assert wrong == []
 
 
@@ -110,6 +129,21 @@ def test_what_make_test_keeps_has_a_real_path_of_each_kind() -> None:
             if mark in has and "drill" not in has
         ]
         assert kept, place
+
+
+def test_of_every_plane_by_itself_make_test_keeps_a_test_of_each_file() -> None:
+    """Where one takes long it is a drill, and a quicker one stays beside it (CONTRIBUTING.md)."""
+    units = [file for file in FILES if file.startswith("tests/unit/")]
+    assert [file for file in units if (found := drilled((ROOT / file).read_text())) and all(found)] == []
+
+
+def test_a_drill_is_one_with_all_its_cases() -> None:
+    case = '@pytest.mark.parametrize("a", [1, pytest.param(2, marks=pytest.mark.drill)])\ndef test_a(a): ...\n'
+    assert drilled(f"{case}@pytest.mark.drill\n@pytest.mark.timeout(9)\ndef test_b(): ...\n") == [
+        False,
+        True,
+    ]
+    assert drilled(f"pytestmark = pytest.mark.drill\n{case}def helper(): ...\n") == [True]
 
 
 def test_the_marks_of_a_test_are_found() -> None:

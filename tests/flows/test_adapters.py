@@ -312,6 +312,7 @@ def test_a_service_does_not_start_with_a_name_that_is_taken_or_none(name: str, t
         pass
 
 
+@pytest.mark.drill
 def test_adapters_in_s3_are_served_as_those_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that a service starts with, and those that requests load; what is wrong says where it is and nothing of a cache."""
     monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "cache"))

@@ -415,6 +415,7 @@ def test_what_is_late_expires_and_is_told(model: Model, tmp_path: Path, monkeypa
         assert not {*late} & {*rows(client, batch.output_file_id)}
 
 
+@pytest.mark.drill
 def test_two_services_on_one_folder_run_a_batch_once(model: Model, tmp_path: Path) -> None:
     """Whichever is asked; and where the one that runs it ends, the other goes on."""
     with serving(model, tmp_path) as second:

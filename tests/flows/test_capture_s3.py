@@ -253,7 +253,10 @@ def test_watch_and_the_commands_read_it(
     assert "a3" not in pq.read_table(part, partitioning=None)["id"].to_pylist()
 
 
-@pytest.mark.parametrize("what", ["[!.]*", "rows", "rows/*", "feedback/*", "texts", "forgotten.jsonl"])
+@pytest.mark.parametrize("what", [
+    "[!.]*", "rows/*",
+    *(pytest.param(each, marks=pytest.mark.drill) for each in ("rows", "feedback/*", "texts", "forgotten.jsonl")),
+])  # fmt: skip
 def test_what_somebody_removed_from_the_copy_to_make_room_stays_in_the_bucket(
     s3: Service, uri: str, on: Callable[[str], None], what: str
 ) -> None:

@@ -375,6 +375,7 @@ def litellm() -> Any:
 
 
 class TestLitellm:
+    @pytest.mark.drill
     def test_whole_streamed_and_async(self, litellm: Any, service: Service, client: openai.OpenAI) -> None:
         expected = client.chat.completions.create(**CHAT).choices[0].message.content
         at = {**CHAT, "model": "openai/fish", "api_base": f"{service.url}/v1", "api_key": KEY}
@@ -481,6 +482,7 @@ def scored(model: Model, context: list[int], answer: list[int]) -> tuple[float, 
     return float(chosen.sum()), bool((rows.argmax(-1).tolist()) == answer)
 
 
+@pytest.mark.drill
 class TestAgents:
     """OpenAI's Agents SDK, over the Responses API, which is its default, and over chats."""
 
@@ -575,6 +577,7 @@ class TestAgents:
         assert talk(auto_previous_response_id=True) == talk()
 
 
+@pytest.mark.drill
 class TestPydanticAi:
     @pytest.fixture
     def agent(self, service: Service) -> Any:

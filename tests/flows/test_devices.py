@@ -70,7 +70,7 @@ def requests(model: Model) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("int8", marks=pytest.mark.drill)])
 def test_whatever_is_asked_of_an_engine_on_a_gpu_stays_there(precision: str) -> None:
     model = model_of(precision)
     want = [done.tokens for done in Engine(model, units=200, max_batch_tokens=48).generate(requests(model))]
@@ -262,7 +262,9 @@ def test_a_kernel_that_does_not_fit_the_device_ends_nothing(
     assert [record.getMessage().startswith(said) for record in caplog.records] == [True] * (when != "never")
 
 
-@pytest.mark.parametrize("when", ["loading", "serving", "never"])
+@pytest.mark.parametrize(
+    "when", ["serving", *(pytest.param(each, marks=pytest.mark.drill) for each in ("loading", "never"))]
+)
 def test_a_kernel_of_adapters_that_does_not_fit_ends_nothing(
     when: str, some_kernels: list[Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

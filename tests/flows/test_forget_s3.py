@@ -76,6 +76,7 @@ def there(s3: Service, uri: str) -> tuple[list[str], list[str]]:
     return sorted(rows), sorted(votes)
 
 
+@pytest.mark.drill
 def test_two_machines_that_forget_at_once_put_back_nobody(
     s3: Service, uri: str, at: Callable[..., Capture], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(data: Path) -> Path:
-    return Path(fit(pretrain_plan("test", str(data), str(data.parent / "pretrain"), steps=60, eval_every=0)).out)
+    plan = pretrain_plan("test", str(data), str(data.parent / "pretrain"), steps=60, eval_every=0, accumulate=1)
+    return Path(fit(plan).out)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,7 @@ def test_int8_costs_little_and_training_with_it_no_more_than_rounding_alone(
     assert quantized.rounded["fp32"]["text"]["full"] != quantized.rounded["post-training"]["text"]["full"]
 
 
+@pytest.mark.drill
 def test_without_a_teacher_the_same_training_leads_away_from_the_model(
     data: Path, trained: Path, quantized: FitResult
 ) -> None:
@@ -109,7 +111,7 @@ def test_a_resumed_quantising_run_ends_as_if_nothing_had_happened(data: Path, tr
             raise Interrupted
 
     def plan(name: str) -> FitPlan:
-        more = {"steps": 12, "batch_tokens": 768, "checkpoint_minutes": 0.0, "warmup": 0.3, "decay": 0.5}
+        more = {"steps": 8, "batch_tokens": 768, "checkpoint_minutes": 0.0, "warmup": 0.3, "decay": 0.5}
         return quantize_plan(str(trained), str(data), str(tmp_path / name), **more)
 
     calm = fit(plan("calm"))

@@ -315,7 +315,7 @@ def test_a_person_decides_where_nothing_else_was_said(models: dict[str, Path], t
         ("nan", AsyncEngine, "failures"),
         ("two", Crashing, ""),
         pytest.param("two", Silent, "failures", marks=pytest.mark.drill),  # one answer of such a canary: below
-        ("two", Slow, "slow answers"),
+        pytest.param("two", Slow, "slow answers", marks=pytest.mark.drill),  # most of it waits for slow answers
     ],
 )
 def test_a_bad_canary_is_taken_back_and_no_client_sees_an_error(
@@ -342,6 +342,7 @@ def test_a_bad_canary_is_taken_back_and_no_client_sees_an_error(
         assert {version for _, version, _ in whole} == {service.release.stable().label}
 
 
+@pytest.mark.drill
 def test_an_answer_that_the_canary_began_is_ended_by_the_stable_version(
     models: dict[str, Path], tmp_path: Path
 ) -> None:

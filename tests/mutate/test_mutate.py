@@ -175,6 +175,7 @@ def test_every_line_that_a_test_runs_is_seen_and_a_loop_that_was_seen_is_looked_
     assert looked == 6 * [False], "of its last line the first event ends it"
 
 
+@pytest.mark.drill
 def test_a_test_that_is_too_slow_to_be_watched_is_ended_and_is_none(tmp_path: Path) -> None:
     (tmp_path / "test_two.py").write_text("def test_quick(): pass\ndef test_slow():\n    while True: pass\n")
     watch = Watch([], 0.1)
@@ -326,6 +327,7 @@ def test_a_module_is_asked_for_by_its_folders_too() -> None:
     assert named("data/operators/near") == {"data/operators/near", "data/operators/", "data/"}
 
 
+@pytest.mark.drill
 def test_a_process_gives_what_it_found_and_what_hangs_or_dies_is_noticed() -> None:
     here = os.getpid()
     assert apart(lambda: {"by": os.getpid() != here}, 60) == {"by": True}

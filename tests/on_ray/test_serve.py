@@ -50,10 +50,17 @@ class Service:
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
+    def metrics(self, name: str) -> dict[str, float]:
+        """The values of the model's metrics now."""
+        found = defaultdict[str, float](float)
+        for line in told(self.url):
+            if line.startswith("shoal:") and f'model_name="{name}"' in line:
+                found[line.removeprefix("shoal:").partition("{")[0]] += float(line.split()[-1])
+        return found
+
     def metric(self, name: str, metric: str) -> float:
-        """The value of one of the model's metrics now."""
-        lines = [line for line in told(self.url) if line.startswith(f"shoal:{metric}{{")]
-        return sum(float(line.split()[-1]) for line in lines if f'model_name="{name}"' in line)
+        """One of them."""
+        return self.metrics(name)[metric]
 
 
 @pytest.fixture(scope="module")
@@ -182,17 +189,24 @@ def test_greedy_tokens_over_http_are_the_model_s_own(service: Service, name: str
     assert answer.choices[0].text == model.tokenizer.decode(naive)
 
 
+@pytest.mark.drill
 def test_the_depth_field_is_respected_and_reported(service: Service) -> None:
     exits = Model.load(service.directories["int8"]).config.exit_names
-    texts = set()
+    texts, ran = set(), service.metrics("int8")
     for depth, layers in exits.items():
-        ran = service.metric("int8", f"requests_depth_{layers}_total")
         for given in (depth, layers):
             body = {"model": "int8", "messages": MESSAGES, "temperature": 0, "max_tokens": 12, "depth": given}
             reply = httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=120)
             assert (reply.headers["x-shoal-depth"], reply.json()["usage"]["depth"]) == (depth, depth)
             texts.add(reply.json()["choices"][0]["message"]["content"])
-        until(lambda: service.metric("int8", f"requests_depth_{layers}_total") == ran + 2)  # noqa: B023
+    names = [f"requests_depth_{layers}_total" for layers in exits.values()]
+    wanted = [ran[name] + 2 for name in names]
+
+    def told_of_all() -> bool:
+        now = service.metrics("int8")
+        return [now[name] for name in names] == wanted
+
+    until(told_of_all)
     assert len(texts) > 1
 
 
@@ -264,15 +278,21 @@ def test_a_wrong_request_gets_the_openai_envelope(
     assert error.keys() == {"message", "type", "param", "code"}
 
 
+@pytest.mark.drill
 def test_a_client_that_leaves_frees_the_engine(service: Service) -> None:
-    cancelled = service.metric("fp32", "requests_cancelled_total")
+    before = service.metrics("fp32")
     body = {"model": "fp32", "messages": MESSAGES, "max_tokens": 350, "ignore_eos": True, "stream": True}
     for _ in range(3):
         with httpx.stream("POST", f"{service.url}/v1/chat/completions", json=body, timeout=120) as reply:
             next(reply.iter_lines())
-    until(lambda: service.metric("fp32", "requests_cancelled_total") == cancelled + 3)
-    until(lambda: service.metric("fp32", "num_requests_running") == service.metric("fp32", "kv_cache_usage_perc") == 0)
-    assert service.metric("fp32", "requests_resumed_total") == 0  # who leaves is not taken for a lost replica
+
+    def freed() -> bool:
+        now = service.metrics("fp32")
+        assert now["requests_resumed_total"] == 0, "who leaves is not taken for a lost replica"
+        cancelled = now["requests_cancelled_total"] - before["requests_cancelled_total"]
+        return cancelled == 3 and now["num_requests_running"] == now["kv_cache_usage_perc"] == 0
+
+    until(freed)
 
 
 def test_status_routes(service: Service) -> None:

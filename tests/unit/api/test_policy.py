@@ -259,7 +259,11 @@ def test_a_flag_is_found_by_its_words(said: str, names: list[str]) -> None:
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("said", ["ab. " * 400_000, "." * 500_000 + "a", "no chest no pain " * 60_000])
+@pytest.mark.parametrize("said", [
+    "." * 500_000 + "a",
+    *(pytest.param(each, marks=pytest.mark.drill) for each in ("ab. " * 400_000, "no chest no pain " * 60_000)),
+    "ab. " * 100_000, "no chest no pain " * 15_000,
+], ids=["points", "sentences", "negations", "fewer sentences", "fewer negations"])  # fmt: skip
 def test_a_long_text_is_looked_through_once_whatever_stands_in_it(said: str) -> None:
     """Hours of the gateway, before: each word in each sentence by itself, and a row of points from each of them on."""
     urgency = rules.policy().urgency

@@ -12,6 +12,7 @@ from shoal.bench.capture import capture_bench
 from shoal.model.model import Model
 
 
+@pytest.mark.drill
 def test_a_row_is_kept_of_each_request_of_one_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Model.from_preset("test", seed=0).save(tmp_path / "model")
     capture_bench(Console(file=io.StringIO(), width=200), model=tmp_path / "model", tokens=4, rounds=2)

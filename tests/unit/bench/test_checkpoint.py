@@ -77,7 +77,8 @@ def test_as_many_pairs_are_measured_as_their_spread_asks_for(
         assert told["rounds"] == told["wanted"] == pairs, spread
 
 
-@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.drill)], ids=["here", "apart"])
+@pytest.mark.drill
+@pytest.mark.parametrize("apart", [False, True], ids=["here", "apart"])
 def test_no_size_is_begun_that_does_not_fit_the_time(
     apart: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +103,7 @@ def test_no_size_is_begun_that_does_not_fit_the_time(
         data(console, preset="test", sizes=(1,), rounds=1, parts=("sizes",))
 
 
+@pytest.mark.drill
 def test_of_what_is_drawn_from_the_standard_library_no_text_is_nearly_another() -> None:
     some = [words(text) for text in islice(_drawn(list(_files())), 40)]
     assert len(some) == 40 and not any(nearly_equal(one, other) for one, other in combinations(some, 2))

@@ -54,6 +54,7 @@ def test_drafts_of_a_model_change_no_token_and_are_counted() -> None:
         drafts_of(bench(early_exits=False))
 
 
+@pytest.mark.drill
 def test_drafts_that_do_not_pay_are_forced_and_left_by_the_switch_in_one_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,6 +36,7 @@ def test_the_domains_ask_different_things_and_each_once() -> None:
     assert not any(item in text.split() for item in NEW_ITEMS for text in asked["old"])
 
 
+@pytest.mark.drill
 def test_a_drift_is_counted_from_its_first_request_and_a_missed_one_as_the_latest() -> None:
     pools = {"old": pool(5_000, 0, 0), "catalogue": pool(500, 1.5, 1), "german": pool(500, 0.0, 2)}
     found = loop_detect.detection(pools, 6, 10)
@@ -47,6 +48,7 @@ def test_a_drift_is_counted_from_its_first_request_and_a_missed_one_as_the_lates
     assert loop_detect.detection(pools, 2, 10)["new catalogue"]["numbers"] == new["numbers"][:2], "a seed is a stream"
 
 
+@pytest.mark.drill
 def test_what_is_asked_in_new_words_is_noticed_though_no_signal_of_the_model_moves() -> None:
     """By a table of the first thousand prompts, which are of the stream itself; one request in ten is enough."""
     pools = {"old": pool(5_000, 0, 0), "catalogue": pool(500, 0, 1, range(6, 8)), "german": pool(500, 0, 2)}

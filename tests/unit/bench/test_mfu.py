@@ -85,6 +85,7 @@ def test_a_tiny_one_runs_on_this_cpu(capsys: pytest.CaptureFixture[str]) -> None
         assert f"{row['tokens_per_s']:,.0f}" in said.getvalue() and not row["recomputed"]
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("fits", recompute.WAYS)
 def test_what_does_not_fit_is_computed_again_in_backward(fits: recompute.Recompute) -> None:
     """First what is cheap of it, and whole layers where that does not fit either."""
@@ -112,6 +113,7 @@ def test_operations_computed_again_are_those_of_the_way_that_is_measured(how: re
         made.run()
 
 
+@pytest.mark.drill
 def test_what_does_not_fit_is_gone_before_it_is_made_again() -> None:
     """A compiled layer holds itself, and would lie beside the second try until Python looks for such."""
     held = list[Any]()
@@ -136,6 +138,7 @@ def test_what_does_not_fit_is_gone_before_it_is_made_again() -> None:
     assert found == {"parameters": None, "tokens_per_s": None, "flops": None, "computed": None, "recomputed": True}
 
 
+@pytest.mark.drill
 def test_a_model_that_does_not_fit_is_a_row_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     def prepare(*_: Any) -> Any:
         raise torch.OutOfMemoryError

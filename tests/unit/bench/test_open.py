@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,27 +21,38 @@ from shoal.train import exits
 from tests.corpus import write_corpus
 
 
+def measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch, parts: str
+) -> dict[str, Any]:
+    """What `parts` of the benchmark find, of each by its name."""
+    patch.setattr(open_parts, "MEASURED", 4)
+    patch.setattr(open_parts, "BATCH_TOKENS", 512)  # a row of the longest
+    for name, small in {"PROMPTS": 40, "BIASES": 2, "BATCH_TOKENS": 512, "BATCH": 2, "TOKENS": 8}.items():
+        patch.setattr(f"shoal.bench.open.{name}", small)
+    data = write_corpus(tmp_path / "data", presets.get("test"))
+    how: dict[str, Any] = {"seeds": 1, "steps": 4, "python": "false", "keep": tmp_path / "keep"}
+    open_bench(Console(file=sys.stderr), data=data, parts=parts, **how)
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (found,) = told["found"]
+    assert told["bench"] == "open" and list(found) == list(parts)
+    return found
+
+
+def test_a_model_goes_out_and_comes_in_again_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parts that need no exits."""
+    found = measured(tmp_path, capsys, monkeypatch, "AB")
+    assert found["A"]["bits"]["full"] > 0
+    assert found["B"] == {"logits apart": pytest.approx(0, abs=1e-5), "tensors the same": 1, "engine is naive": 1}
+
+
+@pytest.mark.drill
 @pytest.mark.timeout(1200)  # nine parts, on what may be a busy machine
 def test_every_part_runs_and_what_is_exact_is_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(open_parts, "MEASURED", 4)
-    monkeypatch.setattr(open_parts, "BATCH_TOKENS", 512)  # a row of the longest
-    for name, small in {"PROMPTS": 40, "BIASES": 2, "BATCH_TOKENS": 512, "BATCH": 2, "TOKENS": 8}.items():
-        monkeypatch.setattr(f"shoal.bench.open.{name}", small)
-    data = write_corpus(tmp_path / "data", presets.get("test"))
-    open_bench(
-        Console(file=sys.stderr),
-        data=data,
-        parts=PARTS,
-        seeds=1,
-        steps=4,
-        python="false",
-        keep=tmp_path / "keep",
-    )
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    (found,) = told["found"]
-    assert told["bench"] == "open" and list(found) == list(PARTS)
+    found = measured(tmp_path, capsys, monkeypatch, PARTS)
     assert found["G"] == {}, "without transformers there is nothing to compare with"
     assert found["B"] == {"logits apart": pytest.approx(0, abs=1e-5), "tensors the same": 1, "engine is naive": 1}
     assert found["C"]["full depth the same"] == found["C"]["sha256 the same"] == 1
@@ -53,6 +65,7 @@ def test_every_part_runs_and_what_is_exact_is_so(
     assert {"adapted", "joint"} == set(found["E"]) and found["I"]["same token"] > 0.5
 
 
+@pytest.mark.drill
 def test_forms_of_an_exit_begin_as_what_they_are_called_and_learn(tmp_path: Path) -> None:
     texts = open_parts.Texts(write_corpus(tmp_path / "data", presets.get("test")))
     config = open_parts.shape(len(texts.tokenizer))

@@ -29,6 +29,7 @@ def bench() -> Iterator[serve.Bench]:
         yield serve.Bench(Path(), int(thread.url.rpartition(":")[2]), 4, 1)
 
 
+@pytest.mark.drill
 def test_the_engine_s_part_of_a_first_token_is_some_and_less_than_all(
     bench: serve.Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

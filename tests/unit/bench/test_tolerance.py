@@ -35,6 +35,7 @@ def heldout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.drill
 def test_each_way_answers_every_batch_size(
     heldout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,7 @@ def test_workers(capsys: pytest.CaptureFixture[str]) -> None:
         assert name in said.getvalue()
 
 
+@pytest.mark.drill
 def test_characters_are_learned_by_all_three_models(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

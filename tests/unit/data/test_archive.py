@@ -123,7 +123,9 @@ def test_an_image_is_none_the_worse_for_a_bad_caption(tmp_path: Path, read_all, 
     assert [s.reason for s in read_all() if isinstance(s, Skipped)] == ["caption: not UTF-8", "not UTF-8"]
 
 
-@pytest.mark.parametrize("suffix", ["{:06}.txt", "{:06}.bin", "png.{:06}"])
+@pytest.mark.parametrize(
+    "suffix", ["{:06}.txt", *(pytest.param(each, marks=pytest.mark.drill) for each in ("{:06}.bin", "png.{:06}"))]
+)
 def test_many_small_members_of_one_name_are_not_held(
     tmp_path: Path, suffix: str, in_a_process_of_its_own: Held
 ) -> None:
@@ -147,7 +149,9 @@ def header(name: str, size: int, kind: bytes) -> bytes:
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
-@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+@pytest.mark.parametrize("kind", [
+    tarfile.XHDTYPE, *(pytest.param(kind, marks=pytest.mark.drill) for kind in (tarfile.GNUTYPE_LONGNAME, tarfile.XGLTYPE)),
+])  # fmt: skip
 def test_a_name_of_gigabytes_is_not_held(tmp_path: Path, read_all, kind: bytes, in_a_process_of_its_own: Held) -> None:
     with gzip.open(tmp_path / "a.tar.gz", "wb", compresslevel=1) as out:
         out.write(tar([("before.txt", b"before\n")])[:1024])

@@ -177,6 +177,7 @@ def tables_of(folder: Path, documents: int) -> None:
         identities.write_tables(path, keys, groups)
 
 
+@pytest.mark.drill
 def test_what_a_process_holds_does_not_grow_with_the_documents(tmp_path: Path) -> None:
     """Sixteen times as many documents, each of which 50 bytes would be seen."""
     found = []

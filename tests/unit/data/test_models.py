@@ -136,6 +136,7 @@ def test_a_model_that_takes_anothers_place_is_read_whole_in_the_middle_of_a_fetc
     assert [path.is_dir() for path in sorted((tmp_path / "another" / "models").iterdir())].count(True) == 2
 
 
+@pytest.mark.drill
 def test_who_is_killed_while_it_puts_leaves_the_model_before_it(
     s3: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,7 +206,7 @@ TOLERANT: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("tolerance", [0.05, 1.0])
+@pytest.mark.parametrize("tolerance", [0.05, pytest.param(1.0, marks=pytest.mark.drill)])
 def test_prices_come_with_the_tokens_and_are_those_of_the_host(tolerance: float) -> None:
     """A step with drafts under a tolerance waits once, whatever they cost; tokens, logprobs, and what was spent are those of a
     CPU, where each price is computed when it is asked for."""
@@ -231,6 +231,7 @@ def test_prices_come_with_the_tokens_and_are_those_of_the_host(tolerance: float)
     assert tolerance < 1 or any(each.finished and each.finished.spent for each in want)
 
 
+@pytest.mark.drill
 def test_the_law_of_a_draft_is_what_it_was_drawn_from_though_that_was_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """A top-p of all tokens, which four candidates are too few for: full depth gives what the draft's law never does, so that
     no draft stands that it would not have said, and the answer is that of no tolerance. Where the host reads each draft, laws
@@ -247,6 +248,7 @@ def test_the_law_of_a_draft_is_what_it_was_drawn_from_though_that_was_cut(monkey
     assert read == whole
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("recorded", WITH_GRAPHS)
 def test_a_top_p_of_many_tokens_changes_no_answer(recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though its drafts are drawn from the likeliest alone, as if these were enough."""
@@ -272,6 +274,7 @@ COUNTED: dict[str, tuple[dict[str, Any], float | None]] = {
 }  # fmt: skip
 
 
+@pytest.mark.drill
 def test_the_page_says_how_often_each_kind_of_a_step_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted for k = 2, of one request after the other."""
     seen, steps = dict[str, str](), list[int]()
@@ -340,6 +343,7 @@ def test_a_device_that_refuses_in_the_middle_of_drafts_goes_on_without_graphs(
     assert engine.runner.graphs is None
 
 
+@pytest.mark.drill
 def test_a_step_that_fails_midway_leaves_no_memory_that_the_next_writes() -> None:
     """Of the host, which the device may still copy from: nothing waits for it in between. The pretended GPU looks at what was
     sent when the host waits."""

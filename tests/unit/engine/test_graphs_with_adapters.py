@@ -77,7 +77,9 @@ def groups(engine: Engine) -> set[Any]:
     return {key[-1] for key in engine.runner.graphs._made if key[0] == "group"}
 
 
-@pytest.mark.parametrize("limits", [{}, {"units": 60}, {"most": 2}])
+@pytest.mark.parametrize(
+    "limits", [{"units": 60}, *(pytest.param(each, marks=pytest.mark.drill) for each in ({}, {"most": 2}))]
+)
 def test_answers_are_those_without_graphs(limits: dict[str, int]) -> None:
     """Of requests with different adapters and none, with drafts and without, that join, leave and are preempted."""
     engine, other = engine_of(Again(), **limits), engine_of(**limits)

@@ -88,7 +88,7 @@ def same(got: Completion, wanted: Completion) -> None:
         assert [token for token, _ in a.top] == [token for token, _ in b.top]
 
 
-@pytest.mark.parametrize("drafts", range(1, 9))
+@pytest.mark.parametrize("drafts", [1, 3, 8, *(pytest.param(n, marks=pytest.mark.drill) for n in (2, 4, 5, 6, 7))])
 def test_20_greedy_drafting_changes_no_token(drafts: int) -> None:
     for model in (PLAIN, EAGER):
         e = engine(model, drafts)
@@ -104,7 +104,7 @@ def test_20_greedy_drafting_changes_no_token(drafts: int) -> None:
             assert stats["steps_total"] < stats["generation_tokens_total"]
 
 
-@pytest.mark.parametrize("drafts", [1, 7, MAX_DRAFTS])
+@pytest.mark.parametrize("drafts", [MAX_DRAFTS, *(pytest.param(n, marks=pytest.mark.drill) for n in (1, 7))])
 def test_in_int8_drafts_change_no_bit(drafts: int) -> None:
     """Tokens and log-probabilities: a row of few of its request is computed alike beside any others. With a draft more than
     those few the other way's last digits moved INT8's roundings, by up to 0.0035 nats."""
@@ -314,7 +314,10 @@ class Draw:
     there: Sequence[torch.Tensor] = ()
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_p=0.9), Sampling(top_k=5)])
+@pytest.mark.parametrize("sampling", [
+    Sampling(temperature=0.7, top_p=0.9),
+    *(pytest.param(each, marks=pytest.mark.drill) for each in (Sampling(), Sampling(top_k=5))),
+])  # fmt: skip
 def test_21_verified_tokens_follow_the_full_models_distribution(sampling: Sampling) -> None:
     """10^5 draws of a draft from q and of the token that verifies it from p: the verified ones follow p exactly (chi-square),
     and drafts are right at least (1 - TV) / (1 + TV) of the time, the bound of this coupling."""

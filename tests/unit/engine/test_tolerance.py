@@ -145,7 +145,7 @@ def test_an_answer_that_an_end_closes_spent_at_most_its_tolerance_a_token() -> N
     assert 0 < most <= 1.0
 
 
-@pytest.mark.parametrize(("name", "stand"), [("lively", False), ("eager", True)])
+@pytest.mark.parametrize(("name", "stand"), [("lively", False), pytest.param("eager", True, marks=pytest.mark.drill)])
 def test_layers_that_ran_elsewhere_for_an_answer_are_counted_on(name: str, stand: bool) -> None:
     """Two engines that draft, then one that does not; where a step is cut in two, all that it ran is told with its first."""
     model, request, moved = MODELS[name], ask(1, 0.0, max_tokens=24), 0
@@ -221,7 +221,9 @@ def outcomes(seed: int, tolerance: float) -> Iterator[tuple[float, float, float,
             yield chance, allowance.spent, divergence, free
 
 
-@pytest.mark.parametrize("tolerance", [0.02, 0.1, 0.5, 3.0])
+@pytest.mark.parametrize(
+    "tolerance", [0.1, *(pytest.param(each, marks=pytest.mark.drill) for each in (0.02, 0.5, 3.0))]
+)
 def test_the_mean_divergence_of_what_is_told_is_at_most_what_is_spent(tolerance: float) -> None:
     let = 0.0
     for seed in range(12):

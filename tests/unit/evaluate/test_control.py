@@ -32,6 +32,7 @@ def records(run: str | Path, kind: str) -> list[log.Record]:
     return [record for record in log.read(run) if record["kind"] == kind]
 
 
+@pytest.mark.drill
 def test_19_deeper_exits_predict_held_out_rows_better(shards: Path, tmp_path: Path) -> None:
     fit(pretrain_plan("test", str(shards), str(tmp_path), steps=100, eval_every=100, eval_rows=64, accumulate=1))
     (measured,) = records(tmp_path, "eval")

@@ -82,6 +82,7 @@ def asks(task: str, count: int, question: str = "what {}?") -> list[dict[str, An
     return [{"task": task, "group": f"{task}{n}{len(question)}", "messages": turns(n)} for n in range(count)]
 
 
+@pytest.mark.drill
 def test_images_without_words_and_questions_without_room_cost_no_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

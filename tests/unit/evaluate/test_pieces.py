@@ -75,6 +75,7 @@ def test_a_router_is_the_same_whoever_measured_it(made: Path, tmp_path: Path, mo
     assert contents(tmp_path / "whole") == contents(tmp_path / "here")
 
 
+@pytest.mark.drill
 def test_a_report_is_the_same_whoever_measured_it(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for how fast that was."""
     monkeypatch.setattr(compared, "ROWS", 8)

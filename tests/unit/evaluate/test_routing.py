@@ -207,6 +207,7 @@ def test_refit_writes_a_router_and_leaves_the_weights(tmp_path: Path, chats: Pat
     assert (tmp_path / "model" / "README.md").read_text() == "# the card\n"
 
 
+@pytest.mark.drill
 def test_a_router_learns_nothing_of_what_is_asked(tmp_path: Path, chats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither do the baselines of the frontier, and what all are measured on is asked."""
     model = Model.from_preset("test", seed=3)

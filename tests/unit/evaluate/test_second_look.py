@@ -66,6 +66,7 @@ def test_it_is_used_where_answers_tell_and_keeps_the_promise_on_others(telling: 
     )
 
 
+@pytest.mark.drill
 def test_it_is_not_used_where_they_do_not(telling: tuple[Router, Router]) -> None:
     some = prompts(800, tells=False)
     router = fit_router(CONFIG, some.features, some.gaps, some.groups)
@@ -74,6 +75,7 @@ def test_it_is_not_used_where_they_do_not(telling: tuple[Router, Router]) -> Non
     assert fit(CONFIG, fit_router(CONFIG, short.features, short.gaps, short.groups), short) == (None, {})
 
 
+@pytest.mark.drill
 def test_a_look_that_could_not_pay_is_paid_for(telling: tuple[Router, Router]) -> None:
     """Answers that are over soon after it, behind prompts that are run again."""
     router, _ = telling

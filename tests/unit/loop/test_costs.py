@@ -110,6 +110,7 @@ def drawn(draw: Callable[[np.random.Generator], Check]) -> dict[str, float]:
     return {status: found.count(status) / DRAWS for status in (PASS, INCONCLUSIVE, FAIL)}
 
 
+@pytest.mark.drill
 def test_one_in_forty_is_judged_by_a_depth_that_does_not_keep_the_promise_or_not_by_one_that_does() -> None:
     """Losses that scatter by 0.1 from question to question; where a depth loses just what is promised 2.5 % are judged wrongly
     in either direction (of 400 draws at most 4.5 %, two and a half standard errors above)."""

@@ -128,12 +128,14 @@ def test_it_goes_on_exactly_where_it_was_saved(seed: int, cuts: list[int], missi
     assert parts.seen == 300
 
 
+@pytest.mark.drill
 def test_without_drift_there_are_no_more_false_alarms_than_stated() -> None:
     """20 runs of 5,000 requests at one in 50,000: 2 in the mean at most; and a shift inside the band rings no more."""
     assert sum(alarmed(seed, 5_000) is not None for seed in range(20)) <= 2
     assert sum(alarmed(seed, 5_000, moved=8, by=0.1) is not None for seed in range(20)) <= 2
 
 
+@pytest.mark.drill
 def test_the_stated_number_of_requests_is_kept_at_the_edge_of_the_band() -> None:
     """Where the bound is tight: e-values of mean 1. At one false alarm in 100, at most half the runs may end in 50 requests,
     and the mean of their ends, cut at 1,000, is above 100."""

@@ -253,6 +253,7 @@ def test_what_a_killed_curate_left_goes_when_somebody_is_forgotten(tmp_path: Pat
 # --- releasing ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.drill
 def test_what_a_killed_command_left_of_a_version_goes_with_the_next(tmp_path: Path) -> None:
     release = Release(tmp_path / "release")
     Model.from_preset("test").save(tmp_path / "model")
@@ -272,7 +273,8 @@ Release({str(release.directory)!r}).add({str(tmp_path / "model")!r})
     assert release.check() == 2
 
 
-@pytest.mark.parametrize("share", [0.02, pytest.param(0.15, marks=pytest.mark.drill)])
+@pytest.mark.drill
+@pytest.mark.parametrize("share", [0.02, 0.15])
 def test_a_canary_that_fails_as_often_as_the_stable_version_is_hardly_ever_taken_back(share: float) -> None:
     draw, back = random.Random(0), 0
     for _ in range(60):

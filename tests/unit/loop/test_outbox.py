@@ -132,7 +132,7 @@ def gateway(folder: Path, before: str = "") -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("heir", [False, True])
+@pytest.mark.parametrize("heir", [pytest.param(False, marks=pytest.mark.drill), True])
 def test_a_gateway_that_is_killed_loses_no_row_and_its_scribe_ends(
     capture: Capture, tmp_path: Path, heir: bool
 ) -> None:
@@ -240,6 +240,7 @@ def test_long_prompts_go_through_whole_or_not_at_all(capture: Capture, box: Outb
     assert box.scribes == 1, "half a frame would have ended it"
 
 
+@pytest.mark.drill
 def test_signals_to_the_service_s_group_end_no_scribe_before_it_has_read_all(capture: Capture) -> None:
     before = "import signal; [signal.signal(n, signal.SIG_IGN) for n in (1, 2, 15)]"
     process = gateway(capture.folder, before)
@@ -270,6 +271,7 @@ def scribes(folder: Path) -> list[int]:
     return [each for each in found if lives(each)]
 
 
+@pytest.mark.drill
 def test_a_service_that_starts_while_the_scribe_of_the_one_before_still_reads_adopts_nothing_of_it(
     capture: Capture,
 ) -> None:

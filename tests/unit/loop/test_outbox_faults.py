@@ -52,6 +52,7 @@ def killed(box: Outbox) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.drill
 def test_a_gateway_that_has_no_free_descriptor_keeps_its_rows_until_it_has_one(
     capture: Capture, box: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:

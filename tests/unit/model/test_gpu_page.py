@@ -39,6 +39,7 @@ def test_it_measures_and_writes_a_page() -> None:
     assert measured.AIMS in text and " ".join(measured.PAGE.read_text().split()).count(measured.AIMS.strip()) == 1
 
 
+@pytest.mark.drill
 def test_what_does_not_fit_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> float:
         raise torch.OutOfMemoryError
@@ -52,6 +53,7 @@ def test_what_does_not_fit_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert next(measured.training("test", 24, CPU, 1)) == "| test | 24 | ours, recomputed | does not fit | |  |"
 
 
+@pytest.mark.drill
 def test_a_part_that_fails_or_hangs_leaves_what_it_said() -> None:
     """Also where a process of its own keeps the pipe open; a busy machine may end it before it has said a word."""
     assert measured.part(["-c", "print('| 1 |'); raise SystemExit(3)"], 60.0) == (["| 1 |"], 3)
@@ -60,6 +62,7 @@ def test_a_part_that_fails_or_hangs_leaves_what_it_said() -> None:
     assert lines in (["| 2 |"], []) and ended < 0
 
 
+@pytest.mark.drill
 def test_tests_that_are_ended_say_which_one_ran_and_which_had_failed(tmp_path: Path) -> None:
     """As pytest says it, into a pipe, until it is killed."""
     file = tmp_path / "test_some.py"

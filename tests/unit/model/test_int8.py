@@ -185,11 +185,11 @@ def test_without_numba_torch_computes_the_same():
     assert (got - want).abs().max() < 0.01 * want.abs().max().clamp(min=1)
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize(
     ("way", "name", "features"),
     [
-        # compiles all anew, as `plain` does
-        pytest.param("avx2", "haswell", "+avx,+avx2,+fma", marks=pytest.mark.drill),
+        ("avx2", "haswell", "+avx,+avx2,+fma"),
         ("plain", "x86-64", ""),
     ],
 )

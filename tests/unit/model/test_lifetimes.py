@@ -82,6 +82,7 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.drill
 def test_the_self_test_at_load_and_the_kernels_tests_pass_where_freed_memory_is_overwritten():
     here = [str(Path(__file__).with_name(name)) for name in ("test_int8.py", "test_fused.py")]
     quiet = "not without_numba and not cpus_without"  # those start processes of their own

@@ -109,7 +109,7 @@ def test_the_mean_regret_stays_within_the_tolerance(wide_router):
         assert 0 < sum(regrets) / len(regrets) <= tolerance
 
 
-@pytest.mark.parametrize("kinds", [60, 12])
+@pytest.mark.parametrize("kinds", [pytest.param(60, marks=pytest.mark.drill), 12])
 def test_the_promise_is_kept_in_nineteen_calibrations_of_twenty(monkeypatch, wide_router, kinds):
     """The true mean of what it loses, not that of all calibrations, is within the tolerance; rows come in groups that share
     half of what they lose. Without the bound, calibrated to the expectation alone, it is above in four of ten."""

@@ -424,7 +424,9 @@ def test_a_change_that_fails_keeps_what_serves_and_is_told_until_it_is_mended(di
     asyncio.run(work())
 
 
-@pytest.mark.parametrize("what", ["gone", "changed", "adapters", "info"])
+@pytest.mark.parametrize(
+    "what", ["gone", "adapters", *(pytest.param(each, marks=pytest.mark.drill) for each in ("changed", "info"))]
+)
 def test_an_engine_that_is_loaded_and_then_not_taken_is_closed(
     what: str, directories: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -515,6 +517,7 @@ def test_weights_that_do_not_fit_a_gpu_are_refused_in_one_line(
     assert "CUDA out of memory. Tried to allocate 2.00 GiB." in line and "gpu_share" in line and "\n" not in line
 
 
+@pytest.mark.drill
 def test_a_replica_serves_the_model_at_an_address_of_s3_and_the_one_that_takes_its_place(
     directories: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

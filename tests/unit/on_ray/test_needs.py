@@ -76,7 +76,7 @@ def test_10_tb_are_few_parts_of_much_and_not_many_of_32_mib() -> None:
     assert [Work.of(10**13, file, 2 * 10**9).parts for file in (10**9, 32 * 10**6, 10**6)] == [10_000, 8224, 8197]
 
 
-@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("sampled", [False, pytest.param(True, marks=pytest.mark.drill)])
 def test_a_corpus_is_made_by_as_many_tasks_and_files_as_are_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampled: bool
 ) -> None:

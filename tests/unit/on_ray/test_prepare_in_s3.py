@@ -155,6 +155,7 @@ def test_the_corpus_is_that_of_a_folder_and_nothing_else_is_left(
     assert open_index(remote.local(URI, s3.inside)).documents == report["documents"]
 
 
+@pytest.mark.drill
 def test_no_file_of_a_machine_is_needed_by_another_or_twice(
     bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any], undisturbed: dict[str, bytes]
 ) -> None:
@@ -266,6 +267,7 @@ def test_a_part_that_was_changed_there_is_made_again(
     assert contents(bucket) == undisturbed
 
 
+@pytest.mark.drill
 def test_a_shard_that_is_not_what_its_part_says_is_one_line_and_no_corpus(
     bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any]
 ) -> None:
@@ -311,6 +313,7 @@ def test_a_command_whose_lease_another_took_completes_nothing(
     other.end()
 
 
+@pytest.mark.drill
 def test_tasks_of_a_command_whose_lease_another_took_write_nothing(
     bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any]
 ) -> None:
@@ -360,6 +363,7 @@ def test_a_task_that_goes_on_where_nobody_reaches_it_changes_nothing_of_the_next
     assert len(refused) == len(left) >= PARTS and contents(bucket) == undisturbed
 
 
+@pytest.mark.drill
 def test_two_that_look_at_a_finished_corpus_at_once_both_find_it(
     bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,6 +380,7 @@ def test_two_that_look_at_a_finished_corpus_at_once_both_find_it(
     assert prepare(URI, **ask, s3=s3.inside) == report == found[1]
 
 
+@pytest.mark.drill
 def test_what_may_not_be_removed_is_one_line_and_not_left_in_silence(
     bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any]
 ) -> None:
@@ -394,6 +399,7 @@ def test_what_may_not_be_removed_is_one_line_and_not_left_in_silence(
     assert not [name for name, _ in bucket.sizes(WORK)]
 
 
+@pytest.mark.drill
 def test_as_many_requests_are_made_as_are_said(
     bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -424,6 +430,7 @@ def test_a_file_is_put_in_as_many_requests_as_are_said(bucket: Bucket, tmp_path:
     assert len(asked) == put_requests(size), asked
 
 
+@pytest.mark.drill
 def test_a_cache_has_its_bound_and_what_goes_is_fetched_again(
     bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any], undisturbed: dict[str, bytes], monkeypatch
 ) -> None:

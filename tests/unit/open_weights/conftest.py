@@ -11,6 +11,8 @@ import pytest
 
 DATA = Path(__file__).parents[2] / "data" / "open"
 FAMILIES = sorted(path.name for path in DATA.iterdir() if (path / "config.json").exists())
+# of each way to write rotations and norms one: where each family takes half a second, the others are drills
+READ = ("llama", "olmo2", "qwen3-yarn", "phi3-longrope")
 
 
 @pytest.fixture

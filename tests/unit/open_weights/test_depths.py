@@ -17,7 +17,7 @@ from shoal.open_weights import proof
 from shoal.open_weights.convert import export_model, import_model
 from shoal.train import exits
 from tests.extra import package
-from tests.unit.open_weights.conftest import DATA, FAMILIES
+from tests.unit.open_weights.conftest import DATA, FAMILIES, READ
 
 Make = Callable[[str], Path]
 
@@ -38,7 +38,9 @@ def adapted(source: Path, out: Path) -> Model:
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [name if name in (*READ, "smollm2") else pytest.param(name, marks=pytest.mark.drill) for name in FAMILIES]
+)
 def test_each_depth_alone_says_what_the_exit_says(family: str, checkpoint: Make, tmp_path: Path) -> None:
     model = adapted(checkpoint(family), tmp_path / "model")
     tokens = load_file(str(DATA / f"{family}.safetensors"))["tokens"][:100]
@@ -55,7 +57,9 @@ def test_each_depth_alone_says_what_the_exit_says(family: str, checkpoint: Make,
     assert (told["shallow"] - told["full"]).abs().max() > 1e-2, "else the depths could not be told apart"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [name if name in READ else pytest.param(name, marks=pytest.mark.drill) for name in FAMILIES]
+)
 def test_transformers_reads_a_depth_as_a_model(family: str, checkpoint: Make, tmp_path: Path) -> None:
     transformers = package("transformers")
     model = adapted(checkpoint(family), tmp_path / "model")

@@ -64,7 +64,7 @@ def by_hand(model: Model, layers: int, longest: int) -> float:
     return nats / math.log(2) / size
 
 
-@pytest.mark.parametrize("longest", [16, 1024])
+@pytest.mark.parametrize("longest", [16, pytest.param(1024, marks=pytest.mark.drill)])
 def test_bits_a_byte_of_every_exit_are_those_of_the_logits(
     model: Model, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest: int
 ) -> None:

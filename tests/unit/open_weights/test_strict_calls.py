@@ -98,7 +98,10 @@ def test_no_spelling_of_a_call_goes_around_the_grammar(family: str, fields: dict
     assert marked == (form.bare and fields not in (FORMATS["free"], FORMATS["one at a time"], FORMATS["schema"]))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [name if name in ("llama3", "qwen3") else pytest.param(name, marks=pytest.mark.drill) for name in FAMILIES],
+)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_whatever_is_allowed_has_only_calls_that_are_right(family: str, data: st.DataObject) -> None:

@@ -191,7 +191,8 @@ def test_the_reference_is_right_in_everything(rows: Rows) -> None:
         (WRITE, lambda text, row: text.replace("return ", "return not "), "pass@1"),
         (WRITE, lambda text, row: text.replace(f"def {row['function']}", "def other"), "pass@1"),
         (WRITE, lambda text, row: text.replace("(number", "((number").replace("return", "return ("), "runs"),
-        (WRITE, lambda text, row: text.replace("```python", "```python\nwhile True:\n    pass"), "runs"),
+        pytest.param(WRITE, lambda text, row: text.replace("```python", "```python\nwhile True:\n    pass"), "runs",
+                     marks=pytest.mark.drill),  # each waits for its end
         (WRITE, lambda text, row: text.replace("```python", "```python\nimport os\nprint('pass')\nos._exit(0)"), "pass@1"),
         (WRITE, lambda text, row: f"# def {row['function']}(numbers):\nprint(1)", "runs"),
         (WRITE, lambda text, row: fenced(f"class A:\n    def {row['function']}(numbers):\n        return 1"), "runs"),
@@ -246,6 +247,7 @@ def test_a_round_trip_is_made_by_words_alone(rows: Rows) -> None:
         assert score.round_trip(some, echo, 0)["round trip"].value == 0.0
 
 
+@pytest.mark.drill
 def test_a_round_trip_is_of_every_explanation_and_not_of_one_a_group() -> None:
     """Of fifty explanations the last of each function's parts was written anew, 26 and 29 of them."""
     rows = list(exercises(SUITE, SUITE, 40, kinds=(EXPLAIN,)))

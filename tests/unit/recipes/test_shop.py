@@ -123,7 +123,9 @@ def test_shops_that_are_learned_from_sell_other_things_and_those_that_are_asked_
         assert Shop(TRAIN, language, 1).copy().items == Shop(TRAIN, language, 1).items
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize(
+    "language", ["zh", *(pytest.param(each, marks=pytest.mark.drill) for each in LANGUAGES if each != "zh")]
+)
 def test_products_that_are_looked_up_are_spelt_in_several_tokens(language: str) -> None:
     """Of thirty that were met over and over each had become a token, so that a call copied none: it chose among them. The
     tokenizer is fitted to a quarter of what is learned, as the recipe does it."""

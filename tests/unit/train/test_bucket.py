@@ -135,6 +135,7 @@ def test_a_checkpoint_of_other_bytes_or_half_put_is_passed_over(
     assert (models.here(f"{uri}/model") / "model.safetensors").read_bytes() == weights(calm)
 
 
+@pytest.mark.drill
 def test_who_puts_nothing_fails_at_the_end_alone_and_loses_nothing(
     s3: Service, uri: str, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,7 +191,7 @@ def test_workers_of_a_command_that_was_taken_over_remove_nothing_when_they_begin
     assert another.newest(alone, print) is None and half not in objects(s3, uri)
 
 
-@pytest.mark.parametrize("other_stops", [False, True])
+@pytest.mark.parametrize("other_stops", [False, pytest.param(True, marks=pytest.mark.drill)])
 def test_a_run_that_was_taken_over_does_not_train_on_for_nothing(
     s3: Service, uri: str, shards: Path, monkeypatch: pytest.MonkeyPatch, other_stops: bool
 ) -> None:
@@ -211,6 +212,7 @@ def test_a_run_that_was_taken_over_does_not_train_on_for_nothing(
     assert ("stop" in objects(s3, uri)) == other_stops and not store_of(uri).steps()
 
 
+@pytest.mark.drill
 def test_a_run_that_was_taken_over_while_it_published_removes_nothing_of_the_other(
     s3: Service, uri: str, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,7 +244,7 @@ def test_a_command_that_was_taken_over_does_not_stop_the_other(s3: Service, uri:
         assert not bucket.has_lease(plan) and "stop" not in objects(s3, uri)
 
 
-@pytest.mark.parametrize("seconds", [0.01, 0.5])
+@pytest.mark.parametrize("seconds", [0.01, pytest.param(0.5, marks=pytest.mark.drill)])
 def test_an_object_called_stop_ends_a_run_with_a_checkpoint(
     s3: Service, uri: str, shards: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
@@ -274,6 +276,7 @@ def test_what_needs_a_common_folder_is_refused_and_so_is_a_bucket_that_is_not_th
         fit(short(shards, uri))
 
 
+@pytest.mark.drill
 def test_chats_corpus_and_model_are_read_from_s3_and_the_router_of_a_model_there_is_changed(
     s3: Service, uri: str, shards: Path, chats: Path, tmp_path: Path
 ) -> None:

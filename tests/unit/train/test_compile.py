@@ -139,10 +139,11 @@ def refusing(at: int, *, backward: bool) -> Callable[..., Any]:
     return partial(COMPILE, backend=aot_autograd(**ways))
 
 
-FAILS = [  # which graph, whether in backward, and what layers compute again; no drills: each of all three
-    (1, False, False), (1, True, "selective"), (2, True, True), (2, True, "selective"),
+FAILS = [  # which graph, whether in backward, and what layers compute again; no drill: one of them
+    (1, False, False),
     *(pytest.param(*rest, marks=pytest.mark.drill) for rest in (
-        (1, False, True), (1, False, "selective"), (1, True, False), (1, True, True), (2, True, False),
+        (1, False, True), (1, False, "selective"), (1, True, False), (1, True, True), (1, True, "selective"), (2, True, False),
+        (2, True, True), (2, True, "selective"),
     )),
 ]  # fmt: skip
 
@@ -165,7 +166,7 @@ def test_a_layer_that_is_not_compiled_runs_as_it_is_and_the_log_says_so_once(
         torch.testing.assert_close(found[name], want[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("recompute", [False, True, "selective"])
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.drill), "selective"])
 def test_layers_of_a_kind_are_one_graph_whatever_they_keep(
     recompute: Recompute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,7 +205,7 @@ def test_what_is_no_fault_of_the_compiler_is_raised_and_gives_up_nothing() -> No
     assert compiler.either(full, plain)(torch.zeros(1)) == 1, "and not even tried again"
 
 
-@pytest.mark.parametrize("kind", ["H", *(pytest.param(kind, marks=pytest.mark.drill) for kind in "SLD")])
+@pytest.mark.parametrize("kind", ["L", *(pytest.param(kind, marks=pytest.mark.drill) for kind in "HSD")])
 def test_rows_of_many_lengths_are_a_few_graphs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As chats have them: of one row and more, within a window, within all chosen blocks, and beyond; by the way that rows take
     on a GPU, of which only the graphs are made. H has what L does in it; S has what D does, up to a length."""

@@ -87,6 +87,7 @@ def test_products_are_bf16_and_what_decides_is_fp32(long_row: dict[str, Any]) ->
     assert kinds["shoal.choose"] == ["float32 -> int32"] and long_row["states"] == ["torch.float32"]
 
 
+@pytest.mark.drill
 def test_a_layer_launches_as_many_kernels_as_the_page_says(run: Run, long_row: dict[str, Any]) -> None:
     """In any number of layers, and at any length but for two of each further strip of scores. Before torch.compile, which joins
     most of them."""
@@ -97,6 +98,7 @@ def test_a_layer_launches_as_many_kernels_as_the_page_says(run: Run, long_row: d
     assert f"at 4,096 tokens, where they are one, {short} (" in page
 
 
+@pytest.mark.drill
 def test_all_layers_of_a_kind_are_compiled_as_one_graph(run: Run) -> None:
     """In two micro-batches, with the three operators of attention in it; nothing is read or moved more."""
     row = found(run, FEW, LENGTH, "compile")
@@ -106,18 +108,22 @@ def test_all_layers_of_a_kind_are_compiled_as_one_graph(run: Run) -> None:
     }
 
 
+@pytest.mark.drill
 def test_fp32_is_fp32_throughout(run: Run) -> None:
     kinds = found(run, "test", 96, "float32")["kinds"]
     assert kinds["aten.mm"] == kinds["shoal.near"] == ["float32 -> float32"]
 
 
-@pytest.mark.parametrize("way", ["int8", "taught", "preferences", "images"])
+@pytest.mark.parametrize(
+    "way", ["int8", *(pytest.param(way, marks=pytest.mark.drill) for way in ("taught", "preferences", "images"))]
+)
 def test_so_does_every_other_way_to_train(run: Run, way: str) -> None:
     """Rounded to INT8, held to a teacher, on preference pairs, and on images: one device, and one wait an update."""
     row = found(run, "test", 96, way)
     assert row["reads"] == 1 and row["devices"] == ["cuda:0"] and row["states"] == ["torch.float32"]
 
 
+@pytest.mark.drill
 def test_sparse_layers_make_no_t_times_t_either(run: Run) -> None:
     """With the gradient of their biases; shares of both sums of exp in fp32."""
     row = found(run, FEW, LENGTH, "sparse")
@@ -152,7 +158,7 @@ def test_of_several_ranks_what_decides_is_fp32_too(run: Run) -> None:
 @pytest.mark.parametrize(("fault", "said"), [
     pytest.param("norm", ["aten.rsqrt", "aten.mean"], marks=pytest.mark.drill),
     pytest.param("logits", ["logits"], marks=pytest.mark.drill),  # `softmax` leaves these, too
-    ("sums", ["c10d._reduce_scatter_base_"]),
+    pytest.param("sums", ["c10d._reduce_scatter_base_"], marks=pytest.mark.drill),
     ("softmax", ["aten._log_softmax", "aten.nll_loss_forward", "aten._log_softmax_backward_data", "logits"]),
 ])  # fmt: skip
 def test_of_several_ranks_what_left_fp32_is_found(run: Run, fault: str, said: list[str]) -> None:

@@ -66,6 +66,7 @@ def counted(plan: FitPlan, monkeypatch: pytest.MonkeyPatch) -> float:
     return sum(made) / (each * sum(tokens))
 
 
+@pytest.mark.drill
 def test_rows_shorter_than_the_context_and_weights_that_stay_are_less_work(
     base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,7 +60,7 @@ def learn(plan: FitPlan) -> list[float]:
     return losses(plan.run)
 
 
-@pytest.mark.parametrize("family", ["smollm2", "olmo2"])
+@pytest.mark.parametrize("family", ["smollm2", pytest.param("olmo2", marks=pytest.mark.drill)])
 def test_a_fine_tuned_model_answers_as_it_was_taught_and_is_exported(family: str, tmp_path: Path) -> None:
     base, data = imported(family, tmp_path), chats(tmp_path)
     more = {"steps": 60, "learning_rate": 2e-2, "batch_tokens": 256, "accumulate": 1, "checkpoint_minutes": 9.0}

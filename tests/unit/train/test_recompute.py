@@ -71,7 +71,7 @@ KINDS: dict[str, Callable[[], ModelConfig]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.drill)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_a_layer_that_keeps_all_to_the_bit(kind: str, dtype: torch.dtype) -> None:
     want, *others = (gradients(model_of(KINDS[kind](), how, dtype)) for how in WAYS)
@@ -96,9 +96,8 @@ def test_so_they_are_rounded_to_int8_and_of_thin_matrices(what: str) -> None:
         assert found.keys() == want.keys() and all(torch.equal(found[name], want[name]) for name in want)
 
 
-@pytest.mark.parametrize(
-    ("pattern", "int8"), [("L", True), *(pytest.param("H", int8, marks=pytest.mark.drill) for int8 in (True, False))]
-)
+@pytest.mark.drill
+@pytest.mark.parametrize(("pattern", "int8"), [("L", True), ("H", True), ("H", False)])
 def test_compiled_layers_compute_again_as_they_do_alone(pattern: str, int8: bool) -> None:
     """By torch.compile's own partitioner of forward and backward; its kernels are compiled in test_compile, and there are
     gradients of layers that are not rounded. A local layer's graphs are made in half the time of a hybrid one's."""
@@ -187,7 +186,8 @@ def _forget(p: Tensor) -> None:
 
 @pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize(
-    ("preset", "rows"), [("test", 8), ("tiny", 2), pytest.param("mini", 1, marks=pytest.mark.drill)]
+    ("preset", "rows"),
+    [("tiny", 2), *(pytest.param(*rest, marks=pytest.mark.drill) for rest in (("test", 8), ("mini", 1)))],
 )
 def test_layers_hold_what_is_said(preset: str, rows: int, how: Recompute) -> None:
     base = presets.get(preset)
@@ -200,6 +200,7 @@ def test_layers_hold_what_is_said(preset: str, rows: int, how: Recompute) -> Non
     assert most == pytest.approx(said, rel=0.2)
 
 
+@pytest.mark.drill
 def test_selectively_no_wide_product_and_no_attention_runs_again() -> None:
     """Of four products a layer only the one that brings attention back to the width; the last is not asked for."""
     mm, c = torch.ops.aten.mm.default, TEST

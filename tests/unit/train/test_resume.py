@@ -115,7 +115,7 @@ def test_a_best_checkpoint_that_cannot_be_written_is_none(
     assert "no checkpoint of an evaluation to take the best of" in texts[-1] and "step 2" in texts[-1]
 
 
-@pytest.mark.parametrize("harm", ["gone", "damaged"])
+@pytest.mark.parametrize("harm", [pytest.param("gone", marks=pytest.mark.drill), "damaged"])
 def test_a_run_whose_best_checkpoint_is_lost_ends_with_the_last_weights(
     shards: Path, tmp_path: Path, harm: str
 ) -> None:
@@ -296,7 +296,7 @@ def clock_of(seconds: Callable[[int], float]) -> type:
     ("stalled", "want"),
     [
         (4, [0.0, 0.05, 0.15, 0.2, 0.8, 0.85, 0.9, 0.95, 1.0]),
-        (1, [0.0, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0]),
+        pytest.param(1, [0.0, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0], marks=pytest.mark.drill),
     ],
 )
 def test_an_update_in_which_something_is_compiled_is_no_measure_of_the_next(
@@ -309,7 +309,10 @@ def test_an_update_in_which_something_is_compiled_is_no_measure_of_the_next(
     assert places == pytest.approx(want)
 
 
-@pytest.mark.parametrize(("minutes", "updates"), [(0.5, 1), (1.0, 1), (1.5, 2), (2.0, 2), (2.5, 3), (3.0, 3), (3.5, 4)])
+@pytest.mark.parametrize(("minutes", "updates"), [
+    (0.5, 1), (1.5, 2), (2.0, 2),
+    *(pytest.param(*rest, marks=pytest.mark.drill) for rest in ((1.0, 1), (2.5, 3), (3.0, 3), (3.5, 4))),
+])  # fmt: skip
 def test_a_run_by_the_clock_ends_with_the_update_in_which_its_time_does(
     minutes: float, updates: int, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,6 +339,7 @@ def test_a_schedule_with_a_hole_is_refused(shards: Path, tmp_path: Path) -> None
 # ---- a run that is begun anew
 
 
+@pytest.mark.drill
 def test_workers_that_are_started_again_do_not_begin_anew_a_second_time(shards: Path, tmp_path: Path) -> None:
     """Ray starts them with the plan that they had; another command's plan is another's."""
     fit(short(shards, tmp_path / "calm"))

@@ -57,7 +57,7 @@ def test_parts_of_an_update_add_up_to_its_seconds(shards: Path, tmp_path: Path) 
     assert not (tmp_path / "run" / "traces").exists()
 
 
-@pytest.mark.parametrize("updates", [1, 99])
+@pytest.mark.parametrize("updates", [pytest.param(1, marks=pytest.mark.drill), 99])
 def test_a_trace_has_the_operators_of_its_updates(shards: Path, tmp_path: Path, updates: int) -> None:
     """In the format that Perfetto opens; of more updates than there are, those that there are. Each
     operator is some lines, so they are of few rows."""

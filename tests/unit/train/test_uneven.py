@@ -64,7 +64,13 @@ def of_world(data: Path, shards: Path, world: int, dpo: float) -> tuple[dict[str
 
 
 @pytest.mark.parametrize("worlds", [(3, 7), pytest.param((5, 6, 8), marks=pytest.mark.drill)], ids=["few", "more"])
-@pytest.mark.parametrize("kind", ["shards", "chats", "pairs"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "chats",
+        *(pytest.param(kind, marks=pytest.mark.drill) for kind in ("shards", "pairs")),
+    ],
+)
 def test_any_world_makes_the_same_update(
     shards: Path, chats: Path, tmp_path: Path, kind: str, worlds: tuple[int, ...]
 ) -> None:

@@ -96,6 +96,7 @@ def test_another_model_and_another_depth_are_elsewhere(tmp_path: Path, temporary
         assert d != a
 
 
+@pytest.mark.drill
 def test_what_a_killed_start_has_left_is_gone_with_the_next_start_of_any_model(tmp_path: Path, temporary: Path) -> None:
     one, two = imported("llama", tmp_path), imported("qwen3", tmp_path)
     with subprocess.Popen(
