@@ -1,4 +1,5 @@
-"""`shoal` with an engine that takes its time: ``python -m tests.flows.slow_service A_STEP TO_END serve ...``, in seconds."""
+"""`shoal` with an engine that takes its time, and a server that closes soon: ``python -m tests.flows.slow_service A_STEP TO_END
+serve ...``, in seconds."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from unittest import mock
 from shoal import Engine, cli
 from shoal.api import server
 
+CLOSE = 1  # second that is left for what was said last; five without it
+
 
 def main() -> int:
     step, seconds_a_step, seconds_to_end = Engine.step, float(sys.argv[1]), float(sys.argv[2])
@@ -19,7 +22,8 @@ def main() -> int:
             time.sleep(seconds_a_step)
         return step(engine)
 
-    with mock.patch.object(Engine, "step", slowly), mock.patch.object(server, "STREAM_SECONDS", seconds_to_end):
+    ends = mock.patch.multiple(server, STREAM_SECONDS=seconds_to_end, CLOSE_SECONDS=CLOSE)
+    with mock.patch.object(Engine, "step", slowly), ends:
         return cli.main(sys.argv[3:])
 
 

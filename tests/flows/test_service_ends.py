@@ -19,8 +19,8 @@ import pytest
 
 from tests.unit.engine.lively import lively
 
-TOKENS = 100
-STEP = 0.1  # seconds: an answer takes ten, twice as long as uvicorn would wait
+TOKENS = 60
+STEP = 0.1  # seconds: an answer takes six, six times as long as uvicorn would wait (`slow_service.CLOSE`)
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +80,8 @@ def ended(process: subprocess.Popen[str], code: int) -> list[str]:
     return [line for line in err.splitlines() if not line.startswith("{")]
 
 
-def test_answers_that_run_come_to_their_end_and_new_work_is_refused(model: Path) -> None:
-    with ThreadPoolExecutor(2) as pool:  # two services at once: most of it is waiting for their answers
-        list(pool.map(lambda number: ends_well(model, number), (signal.SIGTERM, signal.SIGINT)))
-
-
-def ends_well(model: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.drill)])
+def test_answers_that_run_come_to_their_end_and_new_work_is_refused(model: Path, number: signal.Signals) -> None:
     with service(model, 60.0) as (process, url), ThreadPoolExecutor(2) as pool:
         stream, whole = begin(pool, url)
         process.send_signal(number)
