@@ -434,6 +434,7 @@ def test_two_services_on_one_folder_run_a_batch_once(model: Model, tmp_path: Pat
             assert ended(client_of(third), slow).status == "cancelled"
 
 
+@pytest.mark.drill
 def test_who_runs_batches_keeps_the_lock_whatever_fails(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,7 @@ def until(true: Callable[[], bool]) -> None:
     raise AssertionError("it does not come")
 
 
+@pytest.mark.drill
 def test_machines_write_beside_each_other_and_anybody_reads_and_forgets(
     s3: Service, uri: str, on: Callable[[str], None]
 ) -> None:

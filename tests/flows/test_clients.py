@@ -140,6 +140,7 @@ class TestOpenAI:
         assert (raw.request_id, raw.headers["x-shoal-depth"]) == ("mine-1", "shallow")
         assert raw.parse().choices[0].message.content
 
+    @pytest.mark.drill
     def test_it_waits_and_tries_again_when_the_server_is_full(self, service: Service) -> None:
         async def burst() -> list[Any]:
             async with openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key=KEY, max_retries=8) as many:

@@ -100,6 +100,7 @@ def test_what_was_trained_is_what_is_served_to_the_bit(trained: Path, data: Path
     assert torch.equal(want, got)
 
 
+@pytest.mark.drill
 def test_a_resumed_quantising_run_ends_as_if_nothing_had_happened(data: Path, trained: Path, tmp_path: Path) -> None:
     """From a checkpoint in which the teacher is not; what it started from is told again."""
 

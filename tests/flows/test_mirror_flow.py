@@ -75,6 +75,7 @@ def copied(place: str, name: str, seconds: float = 120.0) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.drill
 def test_a_run_whose_folder_is_lost_goes_on_from_s3_to_the_bit(data: Path, place: str, tmp_path: Path) -> None:
     calm = fit(plan(data, tmp_path / "calm", ""))
     with pytest.raises(Interrupted):

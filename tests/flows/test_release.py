@@ -371,6 +371,7 @@ def test_a_canary_that_does_not_start_is_taken_back(models: dict[str, Path], tmp
         assert service.ask(0)[1] == service.release.version(1).label, "what served goes on, and says who it is"
 
 
+@pytest.mark.drill
 def test_a_rollback_that_meets_another_command_is_done_after_it(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,6 +389,7 @@ def test_a_rollback_that_meets_another_command_is_done_after_it(
         until(lambda: service.release.state().canary is None and service.split.trial is None)
 
 
+@pytest.mark.drill
 def test_what_was_seen_outlives_a_gateway(models: dict[str, Path], tmp_path: Path) -> None:
     with serving(tmp_path, models) as service:
         service.try_out(3, requests=10_000)

@@ -305,6 +305,7 @@ def test_one_that_ends_while_it_tidies_up_counts_its_minutes_once(
     assert len(release.versions()) == 3
 
 
+@pytest.mark.drill
 def test_two_at_once_and_one_too_soon_are_refused(
     release: Release, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

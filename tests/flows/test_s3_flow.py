@@ -82,6 +82,7 @@ def test_a_missing_bucket_or_prefix_is_one_line(s3: Service, uri: str, said: str
     assert "notes" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.drill
 def test_slow_down_for_a_while_costs_time_and_nothing_else(s3: Service) -> None:
     s3.client.put_object(Bucket="corpora", Key="slow/a.txt", Body=b"still here\n")
     s3.slow, s3.refused = 2, 0

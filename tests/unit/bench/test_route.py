@@ -144,6 +144,7 @@ def test_an_unknown_shape_is_refused() -> None:
         route_train.config_of("huge")
 
 
+@pytest.mark.drill
 def test_the_benchmark_from_training_to_its_line_of_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     how = {"seeds": 1, "steps": 3, "families": ("lookup", "parity"), "fit": 30, "test": 30, "keep": tmp_path}
     route(Console(), **how)

@@ -113,6 +113,7 @@ def test_a_machine_fetches_each_file_once_however_many_ask_at_once(
     assert fetched == {name: 1 for name in files(made) if name != "manifest.json"}
 
 
+@pytest.mark.drill
 def test_a_model_that_takes_anothers_place_is_read_whole_in_the_middle_of_a_fetch_too(
     s3: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

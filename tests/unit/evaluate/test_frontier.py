@@ -315,7 +315,7 @@ def known(knows: bool, seed: int) -> tuple[dict, float]:
     return found, behind / len(BUDGETS)
 
 
-@pytest.mark.parametrize("knows", [False, True])
+@pytest.mark.parametrize("knows", [pytest.param(False, marks=pytest.mark.drill), True])
 def test_a_router_is_found_to_gain_what_it_gains_by_arithmetic(knows: bool) -> None:
     """One that knows nothing loses what its look costs. It has many points where domain has few; when the luckiest pair of
     them counted, it gained by that, and 9 intervals of 24 did not hold the truth, all on the same side."""

@@ -51,6 +51,7 @@ def judged(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, An
     return {**told, "candidate": told["candidate"]["weights_sha256"], "stable": told["stable"]["weights_sha256"]}
 
 
+@pytest.mark.drill
 @pytest.mark.usefixtures("untimed")
 def test_models_and_a_corpus_in_s3_are_judged_as_those_on_the_disk(
     two: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -128,6 +128,7 @@ print(wrong)
 """
 
 
+@pytest.mark.drill
 def test_answers_beside_busy_threads_are_those_of_a_quiet_machine():
     """80 greedy answers in INT8 beside four threads that compress, all in two arenas: 11 % were wrong while tiles read memory
     that had been given back, so that all of them are right once in 10,000 runs."""

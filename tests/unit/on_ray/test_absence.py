@@ -68,6 +68,7 @@ async def test_a_request_is_refused_with_when_to_come_back(monkeypatch: pytest.M
     assert isinstance(error, NoReplicaError) and (error.status, error.retry_after) == (503, absence.RETRY_SECONDS)
 
 
+@pytest.mark.drill
 async def test_a_start_from_none_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(absence, "REPLACED_SECONDS", 0.0)
     monkeypatch.setattr(absence, "LEAST_SECONDS", 0.0)

@@ -298,6 +298,7 @@ def test_two_commands_on_one_prefix_the_second_is_refused_and_a_dead_one_blocks_
     assert refused and bucket.tag(lease.NAME) is None
 
 
+@pytest.mark.drill
 def test_a_command_whose_lease_another_took_completes_nothing(
     bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any]
 ) -> None:

@@ -161,6 +161,7 @@ def _packed() -> list[str]:
     return [order for order, _ in Shop(SUITE, "en").orders("packed")]
 
 
+@pytest.mark.drill
 def test_who_cancels_every_order_that_is_named_harms_the_shop_in_the_suite_of_what_may_not_be_called(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

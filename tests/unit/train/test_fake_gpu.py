@@ -114,9 +114,8 @@ def test_fp32_is_fp32_throughout(run: Run) -> None:
     assert kinds["aten.mm"] == kinds["shoal.near"] == ["float32 -> float32"]
 
 
-@pytest.mark.parametrize(
-    "way", ["int8", *(pytest.param(way, marks=pytest.mark.drill) for way in ("taught", "preferences", "images"))]
-)
+@pytest.mark.drill
+@pytest.mark.parametrize("way", ["int8", "taught", "preferences", "images"])
 def test_so_does_every_other_way_to_train(run: Run, way: str) -> None:
     """Rounded to INT8, held to a teacher, on preference pairs, and on images: one device, and one wait an update."""
     row = found(run, "test", 96, way)
