@@ -30,6 +30,7 @@ import io, os, signal, sys
 from pathlib import Path
 from rich.console import Console
 from shoal import assistant
+from shoal.evaluate import own_words
 
 class Impatient(Console):
     def print(self, text, **how):
@@ -38,6 +39,7 @@ class Impatient(Console):
             os.kill(os.getpid(), signal.SIGINT)
 
 root, port, source = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+own_words.ASKED, own_words.ANSWERED, assistant.MOST_TOKENS = 16, 64, 16
 given = {"port": port, "source": source}
 assistant.run(root, stay=False, console=Console(width=999), adapt=0.01, **given)
 print("once more")
@@ -84,11 +86,14 @@ def test_open_weights_become_an_assistant_and_a_second_call_goes_on(tmp_path: Pa
     assert Model.load(root / "int8", verify=True).config.exit_names == {"shallow": 2, "middle": 4, "full": 6}
 
 
+@pytest.mark.drill
 def test_exits_that_learn_for_longer_or_are_left_out_are_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, root = checkpoint(tmp_path), tmp_path / "run"
     monkeypatch.setattr(assistant, "_serve", lambda *_, **__: None)
+    monkeypatch.setattr(own_words, "ASKED", 16)  # tokens
+    monkeypatch.setattr(own_words, "ANSWERED", 64)
 
     def made(adapt: float) -> str:
         assistant.run(root, stay=False, port=0, console=Console(width=999), source=str(source), adapt=adapt)
