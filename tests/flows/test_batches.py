@@ -477,6 +477,7 @@ def test_batches_that_have_ended_keep_no_new_one_waiting(
         assert ended(client, started(client, b"{}\n")).status == "completed"
 
 
+@pytest.mark.drill
 def test_a_bug_ends_a_batch_and_keeps_what_was_answered(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -233,6 +233,7 @@ def test_what_leads_elsewhere_is_not_fetched(s3: Service, uri: str, on: Callable
     assert files == {ABOUT, "salt", "rows", ".bucket.json", ".bucket.lock"}
 
 
+@pytest.mark.drill
 def test_watch_and_the_commands_read_it(
     s3: Service, uri: str, on: Callable[[str], None], capsys: pytest.CaptureFixture[str]
 ) -> None:

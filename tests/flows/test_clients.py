@@ -332,6 +332,7 @@ def chat(service: Service) -> Any:
     )  # fmt: skip
 
 
+@pytest.mark.drill
 class TestLangchain:
     def test_invoke_and_stream_are_the_openai_client_s_answer(self, chat: Any, client: openai.OpenAI) -> None:
         expected = client.chat.completions.create(**CHAT, temperature=1)

@@ -70,7 +70,8 @@ def requests(model: Model) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("int8", marks=pytest.mark.drill)])
+@pytest.mark.drill
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_whatever_is_asked_of_an_engine_on_a_gpu_stays_there(precision: str) -> None:
     model = model_of(precision)
     want = [done.tokens for done in Engine(model, units=200, max_batch_tokens=48).generate(requests(model))]

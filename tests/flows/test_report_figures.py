@@ -28,6 +28,7 @@ from tests.corpus import write_corpus
 SIZES = evaluation.Sizes(vqa=1000, bleu=1000, code=1000, service=1000, decode_tokens=2)
 TASKS = {"summarisation": 12, "code": 4, "customer service": 8}  # task -> most answer tokens
 Packed = tuple[list[int], list[int], list[int], np.ndarray]  # tokens, docs, groups, patches
+pytestmark = pytest.mark.drill  # a report of a trained model; its parts are held in tests/unit/evaluate
 
 
 def number(group: str) -> int:

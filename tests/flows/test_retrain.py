@@ -140,6 +140,7 @@ def test_a_fine_tuning_starts_from_the_parent_and_is_rounded_as_what_serves(
     assert release.stable().number == 2
 
 
+@pytest.mark.drill
 def test_what_is_replayed_says_how_far_to_go_and_too_few_rows_leave_the_router_that_there_is(
     release: Release, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

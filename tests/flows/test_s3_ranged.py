@@ -55,6 +55,7 @@ def blocks(cache: Path) -> list[Path]:
     return [path for path in cache.glob("blocks/*/*/*") if not path.name.startswith(".")]
 
 
+@pytest.mark.drill
 def test_every_row_is_what_it_is_in_a_copy_and_the_cache_has_a_bound(corpus: Path, cache: Path) -> None:
     folder, index = remote.local(URI), open_index(corpus)
     assert sum(shard.size for shard in index.shards) > 64 * BLOCK
@@ -153,7 +154,6 @@ def test_a_block_that_is_cut_short_on_this_disk_is_fetched_anew(corpus: Path, ca
     assert [there[number][0].tolist() for number in range(3)] == wanted
 
 
-@pytest.mark.drill
 def test_copies_are_within_the_bound_together_and_one_that_is_in_use_stays(
     s3: Service, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

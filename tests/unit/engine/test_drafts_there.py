@@ -181,6 +181,7 @@ def steps_on_a_gpu(
     return steps, [(answer.tokens, answer.finish_reason) for answer in found]
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("recorded", WITH_GRAPHS)
 def test_a_step_with_drafts_waits_for_one_copy(recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """And gives what it gives where the host reads each draft."""

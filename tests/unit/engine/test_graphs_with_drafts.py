@@ -70,6 +70,7 @@ def said(answers: list[Completion]) -> list[Any]:
     return [(answer.tokens, answer.finish_reason, answer.depth) for answer in answers]
 
 
+@pytest.mark.drill
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 7), limits=st.sampled_from(LIMITS))
 def test_answers_are_those_without_graphs(seed: int, count: int, limits: dict[str, int]) -> None:

@@ -41,6 +41,7 @@ def test_between_is_the_mean_of_all_weights(corpus: Path) -> None:
     assert between(parent, tuned, 0.5).router is None
 
 
+@pytest.mark.drill
 def test_it_goes_as_far_as_what_was_known_stays(corpus: Path) -> None:
     parent = model(corpus)
     near, far, lost = (blended(parent, model(corpus, sure=sure), corpus) for sure in (1.0001, 1.5, 1000.0))

@@ -100,6 +100,7 @@ def test_a_report_is_the_same_whoever_measured_it(made: Path, tmp_path: Path, mo
     assert {row["metric"] for row in here["quality"]["rows"]} >= {"bpb text", "bpb image text", "next-patch error"}
 
 
+@pytest.mark.drill
 def test_who_asks_loads_no_weights(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model(made / "data", 2).save(tmp_path / "model")
     seen: list[Piece] = []

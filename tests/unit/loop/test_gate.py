@@ -231,6 +231,7 @@ def test_a_router_that_loses_more_runs_deeper_or_is_gone_is_stopped(
     assert [check.status for check in costs.router(known["deep"], known["deep"], few)[0]] == ["inconclusive"]
 
 
+@pytest.mark.drill
 def test_a_router_alone_is_released_for_what_it_saves_the_answers(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

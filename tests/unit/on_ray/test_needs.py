@@ -184,6 +184,7 @@ def test_memory_of_shards_and_of_writing_their_index_is_as_is_said(tmp_path: Pat
     assert most / 800 == pytest.approx(needs.WRITTEN, rel=FIFTH)
 
 
+@pytest.mark.drill
 def test_memory_of_a_rank_is_as_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The index of 800 shards, and the order of two million rows, of which nine spans are drawn one after the other. Python
     does not count that numpy's sort has room for half of a span's numbers besides."""

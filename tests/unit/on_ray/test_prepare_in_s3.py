@@ -281,6 +281,7 @@ def test_a_shard_that_is_not_what_its_part_says_is_one_line_and_no_corpus(
     prepare(URI, **ask, s3=s3.inside)
 
 
+@pytest.mark.drill
 def test_two_commands_on_one_prefix_the_second_is_refused_and_a_dead_one_blocks_nobody(
     bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -153,6 +153,7 @@ def test_a_named_function_gives_what_its_definition_says(one: Any) -> None:
     assert all(slot in one.explained for slot in one.slots)
 
 
+@pytest.mark.drill
 def test_a_mistake_changes_one_line_and_a_row_s_is_noticed_by_the_test_that_it_names() -> None:
     draws = random.Random(3)
     seen = set()

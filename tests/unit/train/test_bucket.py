@@ -80,6 +80,7 @@ def objects(s3: Service, uri: str) -> list[str]:
     return sorted(name for name, _ in Bucket(uri, s3.inside).sizes())
 
 
+@pytest.mark.drill
 def test_a_run_whose_machine_is_lost_goes_on_from_s3_on_another_to_the_bytes_of_one_in_a_folder(
     s3: Service, uri: str, shards: Path, calm: Path, machine: Machine
 ) -> None:

@@ -155,11 +155,12 @@ def test_of_several_ranks_what_decides_is_fp32_too(run: Run) -> None:
 
 
 @pytest.mark.parametrize(("fault", "said"), [
-    pytest.param("norm", ["aten.rsqrt", "aten.mean"], marks=pytest.mark.drill),
-    pytest.param("logits", ["logits"], marks=pytest.mark.drill),  # `softmax` leaves these, too
-    pytest.param("sums", ["c10d._reduce_scatter_base_"], marks=pytest.mark.drill),
+    ("norm", ["aten.rsqrt", "aten.mean"]),
+    ("logits", ["logits"]),  # `softmax` leaves these, too
+    ("sums", ["c10d._reduce_scatter_base_"]),
     ("softmax", ["aten._log_softmax", "aten.nll_loss_forward", "aten._log_softmax_backward_data", "logits"]),
 ])  # fmt: skip
+@pytest.mark.drill
 def test_of_several_ranks_what_left_fp32_is_found(run: Run, fault: str, said: list[str]) -> None:
     assert wrong(found(run, "test", 96, fault)) == said
 

@@ -203,6 +203,7 @@ def test_a_global_batch_that_cannot_be_kept_is_refused() -> None:
 # ---- the schedule
 
 
+@pytest.mark.drill
 def test_a_run_by_the_clock_is_followed_to_the_bit(shards: Path, tmp_path: Path) -> None:
     """Rates, exit weights and all: what the clock decided once is recorded, and `rates_of` goes by the record."""
     first = short(shards, tmp_path / "first", steps=None, minutes=0.02)
