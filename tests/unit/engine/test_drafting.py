@@ -592,6 +592,20 @@ def test_who_has_a_tolerance_drafts_some_where_nobody_says_otherwise(
     assert Drafting(default).prices._cheap == 0.25
 
 
+def test_the_time_of_a_task_is_its_answers_part_of_the_steps_in_which_they_could_draft() -> None:
+    drafting = Drafting(0)
+    some = [decoding(prompt=[50 + n] * 4, most=99, tolerance=0.0) for n in (0, 0, 1)]
+    others = [decoding(groups=1), decoding(asked=0)]
+    for batch, times in (
+        (some + others, (2 / 5, 1 / 5)),
+        (some[:1] + others, (2 / 5 + 1 / 3, 1 / 5)),
+        (others, (11 / 15, 1 / 5)),
+    ):
+        drafting.start(batch, 99)
+        tasks = [each.acceptance.task for each in (some[0], some[2]) if each.acceptance]
+        assert [task.time for task in tasks] == pytest.approx(times)
+
+
 def test_a_try_is_of_two_drafts_by_one_answer_whose_task_is_due_while_something_may_be_lost() -> None:
     drafting = Drafting(0)
     some = [decoding(prompt=[50 + n] * 4, most=99, tolerance=0.0) for n in range(3)]
