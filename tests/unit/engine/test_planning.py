@@ -203,7 +203,7 @@ def test_who_waits_with_a_reader_that_is_behind_takes_nobody_s_place_and_no_paye
 
 def test_waiting_is_measured_from_when_somebody_waits() -> None:
     h, since = Harness(units=400, max_batch=1), list[float]()
-    h.scheduler.pace.waits = since.append  # type: ignore[method-assign]
+    h.scheduler.pace.waits = since.append  # type: ignore[method-assign, assignment]
     for now in (1.0, 2.0, 3.0):
         h.now = now
         h.submit([60], sampling=long(2))
@@ -354,7 +354,7 @@ def test_what_is_drafted_and_said_is_counted_and_what_is_measured_of_it() -> Non
     assert (metrics.drafts, metrics.drafts_accepted) == (drafted, stood) and drafted > stood > 0
     assert (metrics.generation_tokens, metrics.measured) == (32, 20)
     mine = [event for event in events if isinstance(event, Token) and event.request == measured]
-    assert metrics.spent == end(events, measured).spent == mine[-1].spent > 0.5
+    assert metrics.spent == end(events, measured).spent == mine[-1].spent and metrics.spent > 0.5
     assert {event.spent for event in events if isinstance(event, Token) and event.request == other} == {None}
     assert end(events, other).spent is None
     # drafts of the first exit's one layer, of an answer of four; an end has its tokens' mean

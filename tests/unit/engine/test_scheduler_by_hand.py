@@ -85,8 +85,8 @@ def test_a_request_ends_by_what_comes_first_and_says_nothing_after_it() -> None:
         (Sampled(A, error=GenerationError("boom")), {}, "error", 1),
     ):
         h = Harness(units=400, max_batch_tokens=40)
-        one = Sampling(**{"max_tokens": 20, "ignore_eos": True, "speculative": 2, **sampling})
-        request = h.submit([60], sampling=one)
+        asked: dict[str, Any] = {"max_tokens": 20, "ignore_eos": True, "speculative": 2, **sampling}
+        request = h.submit([60], sampling=Sampling(**asked))
         events = step(h, Sampled(A)) + step(h, sampled)
         assert (end(events, request).reason, len(said(events, request))) == (reason, count)
         assert isinstance(events[-1], Finished) and h.scheduler.idle and h.pages.available == h.pages.total
@@ -128,7 +128,7 @@ def test_an_answer_with_a_tolerance_runs_at_full_depth_with_drafts_where_these_p
     tolerance: float | None, limits: dict[str, Any], layers: int, measured: float | None
 ) -> None:
     h, asked = Harness(units=400, max_batch_tokens=40, **limits), list[Running]()
-    h.scheduler.judge.decided = asked.append  # type: ignore[method-assign]
+    h.scheduler.judge.decided = asked.append  # type: ignore[method-assign, assignment]
     request = h.submit([60], None, sampling=long(20), quality_tolerance=tolerance)
     running = live(h, request)
     running.look = 9
@@ -219,7 +219,7 @@ def test_an_answer_that_was_chosen_is_looked_at_if_it_ended_well() -> None:
         (True, 1, "length", True), (True, 9, "cancelled", False), (False, 1, "length", False), (True, 9, "error", False),
     ):  # fmt: skip
         h, found = Harness(units=400), list[Running]()
-        h.scheduler.judge.told = found.append  # type: ignore[method-assign]
+        h.scheduler.judge.told = found.append  # type: ignore[method-assign, assignment]
         request = h.submit([60], 1, sampling=long(tokens))
         running = live(h, request)
         running.audited = chosen
