@@ -19,15 +19,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal import Request, Sampling
-from shoal.engine import acceptance
-from shoal.engine import drafting as drafting_of
-from shoal.engine import price as price_of
-from shoal.engine.acceptance import CREDIT, KINDS, OWN, SEEN, SHARED, START, TRIES, WINDOW, Kind, Kinds, Record, Stood
-from shoal.engine.drafting import ADVANCE, AGAIN, AHEAD, FEW, LOSS, TRY, Drafting, best
+from shoal.engine.acceptance import (
+    BEGINNINGS,
+    CREDIT,
+    KINDS,
+    OWN,
+    SEEN,
+    SHARED,
+    START,
+    TRIES,
+    WINDOW,
+    Kind,
+    Kinds,
+    Record,
+    Stood,
+)
+from shoal.engine.drafting import ADVANCE, AGAIN, AHEAD, FEW, LOSS, TOLERANCES, TRY, WORTH, Drafting, best
 from shoal.engine.events import Guide
 from shoal.engine.plan import Outcome, Plan, Sampled, Work
 from shoal.engine.price import AGAIN as LOOK
-from shoal.engine.price import DRIFT, FASTER, NOISE, PLAIN, RARE, ROW, SPIKE, UNKNOWN, WANDERS, Price, Prices
+from shoal.engine.price import (
+    ALIKE,
+    DRIFT,
+    FASTER,
+    NOISE,
+    PLAIN,
+    RARE,
+    ROW,
+    SLOWER,
+    SPIKE,
+    UNKNOWN,
+    WANDERS,
+    Price,
+    Prices,
+)
 from shoal.engine.price import SEEN as DRAFTED
 from shoal.engine.running import Running
 from shoal.engine.text import TextStream
@@ -156,12 +181,17 @@ def test_what_a_step_with_drafts_costs_is_found_from_a_few() -> None:
 
 def test_numbers_of_decisions_change_by_decision() -> None:
     """0074 and 0120: what stands, and what tries may lose; 0113: what steps cost; 0122: which sizes are alike."""
-    assert (acceptance.BEGINNINGS, KINDS, START, SEEN, WINDOW) == ((4, 16), 1024, 0.75, 8.0, 60.0)
+    assert (BEGINNINGS, KINDS, START, SEEN, WINDOW) == ((4, 16), 1024, 0.75, 8.0, 60.0)
     assert (TRIES, OWN, CREDIT, SHARED) == (0.004, 0.015, 8.0, 1.0)
-    assert (PLAIN, FASTER, price_of.SLOWER, SPIKE, DRAFTED, RARE) == (2, 0.3, 0.1, 4.0, 8, 2.0)
+    assert (PLAIN, FASTER, SLOWER, SPIKE, DRAFTED, RARE) == (2, 0.3, 0.1, 4.0, 8, 2.0)
     assert (NOISE, DRIFT, UNKNOWN, LOOK, WANDERS, ROW) == (0.05, 0.001, (1.0, 0.15, 0.3), 128, 0.05, 0.1)
-    assert (price_of.ALIKE, ADVANCE, LOSS, TRY, AGAIN) == (2, 1.5, 0.01, 2, 64)
-    assert (drafting_of.WORTH, AHEAD, FEW, drafting_of.TOLERANCES) == (1.03, 6, 4, (0.0, 0.05, 0.1, 0.2, 0.4))
+    assert (ALIKE, ADVANCE, LOSS, TRY, AGAIN) == (2, 1.5, 0.01, 2, 64)
+    assert (WORTH, AHEAD, FEW, TOLERANCES) == (1.03, 6, 4, (0.0, 0.05, 0.1, 0.2, 0.4))
+    drafting = Drafting(0)
+    drafting.start([one := decoding(tolerance=0.0)], 99)
+    price = drafting.prices.at(1)
+    assert one.acceptance is not None and (one.acceptance.most, one.acceptance.share) == (AHEAD, START)
+    assert (drafting._left, price.plain, price.batch) == (ADVANCE, 0.0, 1)
 
 
 def test_a_step_without_drafts_is_due_the_later_the_more_is_gained() -> None:
