@@ -30,7 +30,7 @@ test: $(READY)  ## set up, then all tests but the drills, a quarter of an hour o
 	$(SUITE) -m "not drill and alone" tests/flows/test_http_faults.py || status=$$?; \
 	exit $$status
 
-drills: $(READY)  ## set up, then kills, lost nodes, jobs and long browser runs, about half an hour on two cores (MINUTES=20: none is begun later)
+drills: $(READY)  ## set up, then kills, lost nodes, jobs, long browser runs and what takes seconds, about half an hour on two cores (MINUTES=20: none is begun later)
 	$(SUITE) -n 2 --dist loadfile --timeout 600 $(BUDGET) -m "drill"
 
 test-vllm: $(VLLM_READY)  ## an environment with vLLM 0.32 on the CPU (4 GB), then the tests of it
