@@ -10,11 +10,11 @@ import torch
 
 from shoal import Engine, Request, Sampling, presets
 from shoal.engine.plan import Outcome, Plan
-from shoal.evaluate import frontier as module
 from shoal.evaluate import report
 from shoal.evaluate.frontier import (
     BUDGETS,
     PRICES,
+    RESAMPLES,
     TWICE,
     _bins,
     _means,
@@ -419,7 +419,7 @@ def test_a_second_look_is_billed_twice_and_intervals_are_of_resamples_alone(monk
         told.append(found)
         return figure(found)
 
-    monkeypatch.setattr(module, "figure", told_of)
+    monkeypatch.setattr("shoal.evaluate.frontier.figure", told_of)
     looks = [torch.nn.functional.one_hot(torch.zeros(30, dtype=torch.long), len(CONFIG.exits)).float()]
     found = frontier(CONFIG, cast("Router", Known()), test, test, looks=looks)
     look = (
@@ -432,5 +432,5 @@ def test_a_second_look_is_billed_twice_and_intervals_are_of_resamples_alone(monk
     (point,) = found["curves"][TWICE]
     assert look > 0.01 and point["flops_share"] == pytest.approx(found["fixed"][0]["flops_share"] + 2 * look, rel=1e-4)
     assert point["gap"] == pytest.approx(float(test.gaps[:, 0].mean())) == pytest.approx(found["at"][TWICE][0]["gap"])
-    assert {len(one) for one in told} == {1 + module.RESAMPLES}
+    assert {len(one) for one in told} == {1 + RESAMPLES}
     assert len(told) == 6 * len(BUDGETS) + 5, "each policy at each budget, and each but the router behind it"
