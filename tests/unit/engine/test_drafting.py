@@ -131,6 +131,17 @@ def test_a_step_whose_drafts_came_to_nothing_says_nothing_of_steps_without(draft
     assert price.plain == pytest.approx(seconds)
 
 
+def test_beside_a_prompt_a_step_whose_drafts_were_left_out_for_want_of_units_says_nothing_either() -> None:
+    drafting, running = Drafting(3), decoding(most=50)
+    for _ in range(PLAIN):
+        drafting.prices.at(1).learn_plain(1.0)
+    for _ in range(PLAIN):
+        assert drafting.start([running], 99) > 0
+        works = [Work(running, 1, 1, 0, 4, sample=True), Work(decoding(groups=None), 0, 40, 0, 1)]
+        drafting.learn(Plan(works), Outcome([Sampled(60)]), 9.0)
+    assert drafting.prices.at(2).plain == 0.0 and drafting.prices.at(1).plain == 1.0
+
+
 # --- what is chosen --------------------------------------------------------------------------------------------------------
 
 
