@@ -196,7 +196,7 @@ def test_behind_a_page_that_is_another_s_by_its_digest_none_is_offered() -> None
     one.tokens += [3, 4, 5, 6]
     one.take(pages, 16, 1)
     one.advance(pages, 16, 0, 1)
-    assert one.offered[0] == NEVER and one.units()[0][:3] == own[0]
+    assert one.offered[0] == NEVER > 2**40 and one.units()[0][:3] == own[0]
     pages.check_integrity(one.units())
     one.release(pages)
     assert pages.cached == 1
@@ -237,3 +237,16 @@ def test_a_page_has_a_key_once_it_is_full(count: int, full: int) -> None:
     for _ in range(2):
         one.extend_keys(pages)
         assert [key.tokens for key in one.keys] == [tuple(TEN[PAGE * i : PAGE * (i + 1)]) for i in range(full)]
+
+
+def test_a_page_s_key_is_of_what_it_holds_of_images_of_its_adapter_and_of_the_pages_before_it() -> None:
+    class Images:
+        def runs(self, start: int, end: int) -> list[tuple[int, int]]:
+            return [(start, end)]
+
+    pages = Pages(41)
+    one = Holding.nothing(TEN, Images(), PAGE, longest=40, adapter="l")  # type: ignore[arg-type]
+    one.extend_keys(pages)
+    first = pages.key(None, TEN[:4], [(0, 4)], "l")  # type: ignore[list-item]
+    assert one.keys == [first, pages.key(first, TEN[4:8], [(4, 8)], "l")]  # type: ignore[list-item]
+    assert one.tables.shape == (4, 10) and Holding.nothing(TEN, None, PAGE, longest=41).tables.shape == (4, 11)

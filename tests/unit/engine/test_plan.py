@@ -105,4 +105,5 @@ def test_what_a_step_gave_says_nothing_that_it_is_not_told() -> None:
     nothing = {"logprob": None, "error": None, "after": (), "drafted": 0, "nll": None, "spent": 0.0, "gaps": ()}
     assert vars(Sampled(5)) == {"token": 5, **nothing}
     assert vars(Decision(4)) == {"layers": 4, "notes": (), "signals": None}
+    assert Plan([]).samples == Plan([]).scores == [] and not Plan([]).shallow
     assert vars(Outcome([])) == {"samples": [], "decisions": (), "scores": (), "lost": ()}

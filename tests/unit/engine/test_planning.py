@@ -268,7 +268,7 @@ def test_full_depth_looks_at_an_answer_that_was_told_in_steps_of_all_alone() -> 
     assert plan.audit.spans == [(1, 1, 19)] and h.pages.total - h.pages.available == 5 * 4
     commit(h, plan)
     h.scheduler.check_integrity()
-    assert h.scheduler.idle and h.pages.available == h.pages.total
+    assert h.scheduler.idle and h.pages.available == h.pages.total and h.pages.cached == 0, "for nobody else"
     evidence = h.scheduler.judge.evidence[0.05]
     assert (evidence.answers, evidence.lost) == (1, pytest.approx(0.25))
     assert h.scheduler.take_events() == [], "nobody hears of it"
