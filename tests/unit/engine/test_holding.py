@@ -241,12 +241,12 @@ def test_a_page_has_a_key_once_it_is_full(count: int, full: int) -> None:
 
 def test_a_page_s_key_is_of_what_it_holds_of_images_of_its_adapter_and_of_the_pages_before_it() -> None:
     class Images:
-        def runs(self, start: int, end: int) -> list[tuple[int, int]]:
-            return [(start, end)]
+        def runs(self, start: int, end: int) -> list[tuple[str, int]]:
+            return [(f"up to {end}", start)]
 
     pages = Pages(41)
     one = Holding.nothing(TEN, Images(), PAGE, longest=40, adapter="l")  # type: ignore[arg-type]
     one.extend_keys(pages)
-    first = pages.key(None, TEN[:4], [(0, 4)], "l")  # type: ignore[list-item]
-    assert one.keys == [first, pages.key(first, TEN[4:8], [(4, 8)], "l")]  # type: ignore[list-item]
+    first = pages.key(None, TEN[:4], [("up to 4", 0)], "l")
+    assert one.keys == [first, pages.key(first, TEN[4:8], [("up to 8", 4)], "l")]
     assert one.tables.shape == (4, 10) and Holding.nothing(TEN, None, PAGE, longest=41).tables.shape == (4, 11)
