@@ -107,6 +107,7 @@ def test_all_tokens_are_always_enough_and_fewer_only_by_their_share() -> None:
         (0.95, 9, True),
     ):
         assert lowest(z, [Sampling(top_p=top_p)], [candidates])[1].tolist() == [enough], (top_p, candidates)
+    assert lowest(z, [Sampling(top_p=0.69, top_k=4)], [1])[1].tolist() == [False], "a top-k of all looks at no more"
     nothing = torch.full((1, 4), math.nan, dtype=torch.double)
     assert [lowest(nothing, [Sampling(top_p=0.5)], [some])[1].item() for some in (3, 4)] == [False, True]
 
