@@ -76,7 +76,7 @@ def share(hit: Sequence[float], groups: Groups) -> Interval:
     values, of = np.asarray(hit, dtype=float), np.unique(np.asarray(groups), return_inverse=True)[1]
     count, kinds = len(values), int(of.max(initial=-1)) + 1
     if kinds == 0:
-        return wilson(0, 0)
+        return 0.0, 1.0
     mean = float(values.mean())
     if kinds == 1 or mean in (0.0, 1.0):  # groups that all agree say nothing about how rows of one agree
         return wilson(mean * kinds, kinds)

@@ -45,6 +45,9 @@ def test_a_means_interval_is_the_standard_error() -> None:
     doubled = intervals.mean(values + values, [*range(4), *range(4)])
     assert doubled == pytest.approx((low, high)), "every row twice is no more than every row"
     assert intervals.mean([3.0, 5.0], [7, 7]) == (-math.inf, math.inf)
+    assert intervals.mean([1.0, 3.0], [7, 8]) == pytest.approx((2 - 1.959964, 2 + 1.959964)), "two groups are enough"
+    large = np.arange(1e8, 1e8 + 8000, 8).astype(np.float32)
+    assert intervals.mean(large, range(1000)) == intervals.mean(large.tolist(), range(1000)), "in doubles"  # type: ignore[arg-type]
 
 
 def test_a_quotients_interval_is_near_the_delta_methods() -> None:
@@ -127,3 +130,9 @@ def test_an_exact_interval_is_where_the_tails_of_the_binomial_are_2_5_percent(hi
     assert hits == count or 1 - at_least(hits + 1, high) == pytest.approx(0.025)
     assert hits != count or (low == pytest.approx(0.025 ** (1 / count)) and high == 1.0)
     assert intervals.exact(0, 0) == (0.0, 1.0)
+
+
+def test_no_share_is_below_nothing_or_above_all() -> None:
+    """Where all are hits, or none, rounding would be beyond."""
+    for count in range(1, 200):
+        assert intervals.wilson(0, count)[0] >= 0 and intervals.wilson(count, count)[1] <= 1

@@ -127,6 +127,8 @@ def test_the_window_bounds_what_is_read_whole_where_it_is_the_shorter() -> None:
 
 
 def test_places_are_made_where_the_rows_lie() -> None:
+    memory = GroupCache.zeros(presets.get("test").model, 3, device="meta")
+    assert memory.kv.is_meta and memory.summaries.is_meta
     there = Rows(POSITIONS.to("meta"), STARTS, 8, 4)
     assert there.single_rows.is_meta and there.last.is_meta and there.single.positions.is_meta
     assert write_rows(POSITIONS.to("meta"), 2, 8).is_meta and read_rows(POSITIONS[None].to("meta"), 2).is_meta

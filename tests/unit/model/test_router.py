@@ -433,7 +433,7 @@ def test_the_loss_is_taken_at_four_places_a_page_that_have_a_token_behind_them(p
         assert _sampled(tokens, page).tolist() == [at for at in places if at != stride - 2]
 
 
-def test_a_pages_sums_are_those_of_its_tokens():
+def test_a_pages_sums_are_those_of_its_tokens(monkeypatch):
     """By hand, of a net whose logits are known: states, losses and how many, patches; nothing of the losses without them."""
     config = presets.get("test").model
     page, width, draws = config.page, config.width, torch.Generator().manual_seed(0)
@@ -452,7 +452,11 @@ def test_a_pages_sums_are_those_of_its_tokens():
             asked.append(depth)
             return states @ table
 
-    found = page_sums(Told(), hidden, tokens)
+    made, arange = [], torch.arange
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "arange", lambda *given, device=None: made.append(device) or arange(*given, device=device))
+        found = page_sums(Told(), hidden, tokens)
+    assert made == [tokens.device] * 2, "places are made where the tokens lie"
     assert asked == [config.exits[0]] and found.dtype == torch.float64
     for at in range(3):
         some = range(at * page, min(count, (at + 1) * page))
