@@ -288,3 +288,13 @@ def test_near_copies_are_looked_for_in_all_bands_of_every_span_where_that_is_ask
     asked.clear()
     choose(parts, EXACT, 2)
     assert asked == [[], []]
+
+
+def test_sides_add_up_and_the_tables_of_a_part_are_named(tmp_path: Path) -> None:
+    side = identities.Side(1, 2, (0, 3), (5, 7, 1))
+    side.add(identities.Side(2, 1, (0, 1), ()))
+    assert side == identities.Side(3, 3, (0, 1), (5, 7, 1))
+    side.add(identities.Side(0, 0, (), (4, 9, 2)))
+    assert side == identities.Side(3, 3, (0, 1), (4, 9, 2))
+    parts = written(tmp_path, [of([(1, 1)])])
+    assert sorted(identities.tables_of(parts[0])) == sorted(tmp_path.iterdir())

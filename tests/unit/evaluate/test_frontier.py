@@ -202,6 +202,9 @@ def test_who_looks_twice_stops_at_the_first_exit_or_goes_as_deep_as_the_second_l
     assert (0, 2, 1) in picks, "what the second look believes in the first exit is too late"
     assert all(pick[1] == 0 or pick[1] >= pick[2] for pick in picks)
     assert picks[0] == picks[-1] or (0, 0, 0) in picks, "at the highest price all stop"
+    # a second look at 0.4 nats goes less deep once the price is more than that, and long before 50 nats let it stop
+    rising = looked_twice(CONFIG, torch.full((1, 2), 50.0), torch.tensor([[9.0, 0.4]]))
+    assert [int(pick.argmax(1)) for pick in rising[:2]] == [2, 1]
 
 
 def test_a_second_look_that_knows_more_loses_less_than_the_first_alone() -> None:
