@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from shoal.api.answers import Answer, Choice, measured
 from shoal.api.bodies import ChatRequest, CompletionRequest, EmbeddingRequest
 from shoal.api.calls import Plain
 from shoal.api.limits import Limits
+from shoal.api.noticed import Noticed
+from shoal.api.policy import Policy
 from shoal.api.requests import EngineCall, chat_call, completion_call, derived_seed, embedding_ids
 from shoal.api.served import ServedModel
 from shoal.engine.events import Finished, Guide, Request, Token
@@ -50,6 +53,12 @@ def test_a_bias_reaches_the_engine_by_its_token(served: ServedModel) -> None:
     body = {"model": "fish", "prompt": "ab", "logit_bias": {"80": 100, "081": -100}}
     (request,) = completion_call(CompletionRequest.model_validate(body), served, LIMITS).requests
     assert request.sampling.logit_bias == {80: 100, 81: -100}
+    for bias in (100.5, -100.5):
+        body["logit_bias"] = {"80": bias}
+        with pytest.raises(
+            RequestError, match=rf"^logit_bias: got {{'80': {bias}}}; allowed: token id -> number from -100"
+        ):
+            completion_call(CompletionRequest.model_validate(body), served, LIMITS)
 
 
 @pytest.mark.parametrize(("prompts", "n", "fits"), [(16, 4, True), (13, 5, False), (65, 1, False), (64, 1, True)])
@@ -107,6 +116,8 @@ def test_a_chat_asks_for_what_its_body_says(served: ServedModel) -> None:
     assert request.sampling.max_tokens == served.config.context - len(request.prompt.ids)
     assert call(logprobs=True).requests[0].sampling.logprobs == 0
     assert call(logprobs=True, top_logprobs=3).requests[0].sampling.logprobs == 3
+    with pytest.raises(RequestError, match=r"^top_logprobs: set logprobs to true as well"):
+        call(top_logprobs=3)
     assert call(top_k=-1).requests[0].sampling.top_k == 0 and call(top_k=1).requests[0].sampling.top_k == 1
     asked = call(response_format={"type": "json_object"}, return_token_ids=True, prompt_logprobs=2)
     assert (asked.guided_by, asked.token_ids, asked.prompt_logprobs) == ("response_format", True, True)
@@ -356,3 +367,31 @@ def test_who_reads_a_choice_is_of_its_prompt(served: ServedModel) -> None:
     call = EngineCall(requests, 2, [""] * 4, readers=(First, Plain))
     assert [type(call.read_by(choice)) for choice in range(4)] == [First, First, Plain, Plain]
     assert type(EngineCall(requests, 2, [""] * 4, reader=First).read_by(3)) is First
+
+
+def test_a_notice_is_read_to_each_prompt_but_to_none_of_which_nothing_is_shown(served: ServedModel) -> None:
+    minded = replace(served, policy=Policy({"en": "Mind."}))
+
+    def readers(model: ServedModel, **fields: Any) -> int:
+        body = {"model": "fish", "prompt": ["ab", "c"], "max_tokens": 2, **fields}
+        return len(completion_call(CompletionRequest.model_validate(body), model, LIMITS).readers)
+
+    assert (readers(minded), readers(served)) == (2, 0)
+    assert readers(minded, echo=True) == 2 and readers(minded, echo=True, max_tokens=0) == 0
+
+
+def test_a_notice_is_put_into_an_answer_that_is_an_object_and_before_one_that_is_a_call_or_text(
+    served: ServedModel,
+) -> None:
+    minded = replace(served, policy=Policy({"en": "Mind."}))
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+    def whole(**fields: Any) -> bool:
+        body = {"model": "fish", "messages": SAID, **fields}
+        reader = chat_call(ChatRequest.model_validate(body), minded, LIMITS).reader()
+        assert isinstance(reader, Noticed)
+        return reader._whole
+
+    assert not whole() and whole(response_format={"type": "json_object"}) and whole(structured_outputs={"json": {}})
+    assert not whole(structured_outputs={"regex": "a+"})
+    assert not whole(tools=[tool]) and not whole(tools=[tool], tool_choice="required")
