@@ -358,3 +358,14 @@ def test_a_rank_that_is_gone_meanwhile_is_told_and_an_error_of_the_block_first()
     with pytest.raises(DataError, match="mine"), late.at_leisure():
         raise DataError("mine")
     assert late.left == [], "the others are waited for all the same"
+
+
+def test_two_are_enough_to_ask_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, waited = Ranks(1, 2, CPU), list[int]()
+    monkeypatch.setattr(dist, "all_reduce", lambda values: values.add_(10))
+    monkeypatch.setattr(dist, "barrier", lambda: waited.append(1))
+    monkeypatch.setattr(dist, "all_gather_object", lambda found, value: found.__setitem__(0, "theirs"))
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda box, **how: box.__setitem__(0, "theirs"))
+    pair.wait()
+    assert pair.sum(torch.ones(1)).tolist() == [11.0] and waited == [1]
+    assert pair.gather("mine") == ["theirs", "mine"] and pair.agree("mine") == "theirs"

@@ -19,7 +19,7 @@ from shoal.inputs.tokenizer import PATCH_ID
 from shoal.model.net import Net
 from shoal.train import step
 from shoal.train.feed import open_feed, shard_tokenizer
-from shoal.train.loss import LossModel
+from shoal.train.loss import LossModel, Places, Sums
 from shoal.train.optim import make_optimizer
 from shoal.train.parallel import Ranks
 from shoal.train.plan import pretrain_plan
@@ -303,10 +303,18 @@ def test_a_rehearsal_changes_nothing_and_leaves_no_gradient(alone: Ranks) -> Non
     """With shares and skipped layers as they are told, and every exchange."""
     model = fresh()
     before = copy.deepcopy(model.state_dict())
-    asked: list[bool] = []
+    asked, told, forward = list[bool](), list[dict](), LossModel.forward
+
+    def seen(self: LossModel, *given: object, **how: object) -> Sums:
+        told.append(how)
+        return forward(self, *given, **how)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LossModel, "forward", seen)
         patch.setattr(step, "sync_gradients", lambda model, on: asked.append(on))
         step.rehearse(model, made(PLAIN), config=PRESET.train, weights=(0.0, 0.4, 0.6), ranks=alone, skip=[1])
+    assert [how["exits"] for how in told] == [[2, 4]] and told[0]["skip"] == [1]
+    assert isinstance(told[0]["places"], Places), "found before the batch is moved: a device is not waited for"
     assert asked == [True] and all(p.grad is None for p in model.parameters())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
