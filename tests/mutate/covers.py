@@ -133,7 +133,7 @@ GROUPS = {
     "files": Group(_in("model", "checkpoint described digests files"), _tests("model", "checkpoint digests files")),
     "int8": Group(
         _in("model", "int8 linears quant slots"),
-        [*_tests("model", "int8 quant slots whole fused"), *_tests("engine", "kv_int8")],
+        [*_tests("model", "int8 linears quant slots whole fused"), *_tests("engine", "kv_int8")],
         warm=True,
     ),
     "loops": Group(

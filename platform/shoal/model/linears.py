@@ -106,7 +106,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight_scale", torch.ones(outputs, 1))
         self._kernels: int8.Kernels | None = None
         # which weight and scale, in which versions: kernels keep what follows from them
-        self._made_for = (-1, -1, -1, -1)
+        self._made_for: tuple[int, int, int, int]
 
     @property
     def kernels(self) -> int8.Kernels:
@@ -171,7 +171,7 @@ class Embedding(Weight):
     def rows(self, tokens: Sequence[int]) -> np.ndarray:
         """[N, D], what `forward` gives on a CPU for a few tokens, in a tenth of the time."""
         weight = self.weight.detach().numpy()
-        return weight[tokens] if not self.fake else self(torch.tensor(tokens)).numpy()
+        return weight[tokens] if not self.fake else self(torch.tensor(tokens)).detach().numpy()
 
     def logits(self, h: Tensor) -> Tensor:
         return self.product_in_fp32(h)
