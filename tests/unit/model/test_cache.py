@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from shoal import presets
+from shoal.model import reach
 from shoal.model.cache import GroupCache, PagedStep, Rows, read_rows, write_rows
 from shoal.model.paged import _past, _stale
 from shoal.model.reach import Reach, way
@@ -124,6 +125,12 @@ def test_the_cheapest_way_that_the_length_allows(keys: int, chooses: bool, dense
 def test_the_window_bounds_what_is_read_whole_where_it_is_the_shorter() -> None:
     found = [way(keys, window=6, block=4, top_k=2, chooses=True) for keys in (6, 7, 8)]
     assert found == ["whole", "masked", "masked"]
+
+
+def test_a_dense_layer_reads_any_context_whole() -> None:
+    gate = torch.ones(1)
+    found = [reach.Reach(12, 2, 1, gate, None, dense).way(10**11, 4) for dense in (0, 10**10, reach.ALL)]
+    assert found == ["chosen", "chosen", "whole"], "a hundred thousand million tokens"
 
 
 def test_places_are_made_where_the_rows_lie() -> None:
