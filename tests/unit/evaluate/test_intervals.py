@@ -133,6 +133,7 @@ def test_an_exact_interval_is_where_the_tails_of_the_binomial_are_2_5_percent(hi
 
 
 def test_no_share_is_below_nothing_or_above_all() -> None:
-    """Where all are hits, or none, rounding would be beyond."""
+    """Where all are hits, or none, rounding would be beyond; without any row it is all of both."""
+    assert intervals.wilson(0, 0) == (0.0, 1.0)
     for count in range(1, 200):
         assert intervals.wilson(0, count)[0] >= 0 and intervals.wilson(count, count)[1] <= 1
