@@ -73,8 +73,8 @@ class Places:
         self._linears: dict[str, nn.Module] = {}
         self._count = self._room = 0
         self._held: dict[str, int] = {}  # identity -> place; who was not asked for the longest comes first
-        self._bounds = torch.zeros(0)  # int32 [L, 2, K]; `_host` is what it holds
-        self._host = np.zeros((0, 2, 0), dtype=np.int32)
+        self._bounds: Tensor  # int32 [L, 2, K]; `_host` is what it holds
+        self._host: np.ndarray
 
     def of(self, adapters: Sequence[Adapter | None]) -> list[int]:
         """The place of each of `adapters`, at most `MOST` of which differ; `NONE` for None."""
@@ -93,7 +93,7 @@ class Places:
     def _fit(self, asked: Mapping[str, Adapter]) -> None:
         """Make the memory anew where it has not the linears, ranks or places of `asked`; nobody has a place in it then."""
         pairs = [(name, pair) for adapter in asked.values() for name, pair in adapter.pairs.items()]
-        ranks = max((len(a) for _, (a, _) in pairs), default=1)
+        ranks = max(len(a) for _, (a, _) in pairs)  # who has no matrices is no adapter: it was refused
         new = sum(identity not in self._held for identity in asked)
         count = min(MOST, max(len(asked), len(self._held) + new))
         missing = {name: pair for name, pair in pairs if name not in self._linears}
