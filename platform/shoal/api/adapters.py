@@ -32,8 +32,8 @@ from shoal.api.served import MODEL_NAME, MOST_ADAPTERS
 from shoal.api.service import Hosted, Service
 from shoal.api.wire import ModelNotFoundError, NotFoundError
 from shoal.config import FULL
-from shoal.data.remote import is_remote
 from shoal.data.sources import s3
+from shoal.data.sources.s3 import is_remote
 from shoal.engine.events import Event
 from shoal.engine.events import Request as Asked
 from shoal.engine.metrics import Samples

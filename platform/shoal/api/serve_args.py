@@ -14,7 +14,7 @@ from shoal.api.policy import Policy
 from shoal.api.served import MODEL_NAME, MOST_ADAPTERS, ServedModel
 from shoal.config import Dtype, KvCacheDtype
 from shoal.data import models
-from shoal.data.remote import is_remote
+from shoal.data.sources.s3 import is_remote
 from shoal.errors import ConfigError
 from shoal.loop.release import Release
 

@@ -32,8 +32,7 @@ from shoal.data import copies
 from shoal.data.alone import alone
 from shoal.data.place import Bucket
 from shoal.data.ranged import cache, cache_bytes, room
-from shoal.data.remote import is_remote
-from shoal.data.sources.s3 import S3
+from shoal.data.sources.s3 import S3, is_remote
 from shoal.errors import CheckpointError, ResourceError
 from shoal.machine import aside, sha256_of, write_aside
 

@@ -29,9 +29,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from shoal.data import ranged
-from shoal.data.remote import told
 from shoal.data.sources import s3
-from shoal.data.sources.s3 import S3
+from shoal.data.sources.s3 import S3, told
 from shoal.errors import DataError, ResourceError
 
 WORK = ".prepare"  # folder there, until the corpus is finished

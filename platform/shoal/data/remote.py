@@ -22,12 +22,11 @@ from shoal.data.alone import alone
 from shoal.data.ranged import ORIGIN, cache, cache_bytes, room, write_origin
 from shoal.data.shards import INDEX, TOKENIZER, Index, read_index
 from shoal.data.sources import s3
-from shoal.data.sources.s3 import S3
+from shoal.data.sources.s3 import S3, is_remote, told
 from shoal.errors import DataError, ResourceError
 from shoal.machine import aside, sha256_of
 
 FILES = (".jsonl",)  # what the names of files end in that are no corpora
-is_remote, told = s3.is_remote, s3.told
 
 
 def is_corpus(place: str | Path) -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from shoal.data import models
-from shoal.data.remote import is_remote
+from shoal.data.sources.s3 import is_remote
 from shoal.errors import ResourceError
 from shoal.machine import cores
 from shoal.model import cost, described

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shoal.data.models import changed, here, need_replaceable
-from shoal.data.remote import is_remote
+from shoal.data.sources.s3 import is_remote
 from shoal.errors import DataError
 from shoal.evaluate import pieces, second_look
 from shoal.evaluate.pieces import Models, Piece, Run, wherever

@@ -24,6 +24,7 @@ from shoal.config import AUTO
 from shoal.data import models, remote
 from shoal.data.chats.heldout import Question, questions
 from shoal.data.shards import open_index, token_bytes
+from shoal.data.sources.s3 import is_remote
 from shoal.engine.engine import Engine
 from shoal.engine.events import Guide, Request, Sampling
 from shoal.errors import CheckpointError, DataError, RequestError, ShoalError
@@ -118,7 +119,7 @@ def gate(
     except ShoalError as error:
         told = str(error)
         for place, path in ((candidate, new), (stable, old)):
-            if remote.is_remote(place):  # of a path each letter may be one of the words
+            if is_remote(place):  # of a path each letter may be one of the words
                 told = told.replace(str(path), str(place))  # not the copies' folders
         told = told if isinstance(error, AnotherShapeError) else f"it cannot be loaded: {told}"
         return _verdict([Check(SHAPE, FAIL, told)], names, of, 0, began)

@@ -25,7 +25,7 @@ from shoal.api.batches import lines
 from shoal.api.batches.lines import LineError, Log
 from shoal.api.limits import Limits
 from shoal.data.models import here
-from shoal.data.remote import is_remote
+from shoal.data.sources.s3 import is_remote
 from shoal.errors import DataError, ResourceError
 from shoal.machine import sha256_of, threads
 from shoal.on_ray.each import Tries, as_raised

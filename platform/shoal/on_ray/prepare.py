@@ -44,7 +44,7 @@ from shoal.data.publish import NAMED, publish, published, sweep
 from shoal.data.shards import INDEX, SPLITS, TOKENIZER, Index, clear, open_index, write_index
 from shoal.data.sources import demo
 from shoal.data.sources.files import File, list_files, local_path, store_of
-from shoal.data.sources.s3 import S3, SCHEME
+from shoal.data.sources.s3 import S3, SCHEME, is_remote
 from shoal.data.tables import Parts, spans
 from shoal.errors import ConfigError, DataError
 from shoal.inputs.tokenizer import Tokenizer
@@ -79,7 +79,7 @@ def prepare(
     """
     start = time.monotonic()
     place: Path | Place = Path(out).absolute()
-    if remote.is_remote(out):
+    if is_remote(out):
         place = Place(str(out), s3.resolved(), secrets.token_hex(8))
     there = _is_there(place)  # asked first, so that hours of work do not end at a bucket that is not there
     given = Tokenizer.adopt(tokenizer, preset.model.vocab) if tokenizer is not None else None

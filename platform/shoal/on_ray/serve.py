@@ -43,7 +43,7 @@ from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
 from shoal.api.split import Split
 from shoal.data.models import here
-from shoal.data.remote import is_remote
+from shoal.data.sources.s3 import is_remote
 from shoal.engine.metrics import Samples
 from shoal.errors import ConfigError, ResourceError
 from shoal.loop.release import Release

@@ -28,9 +28,8 @@ from ray.train.torch import TorchConfig
 
 from shoal.config import dump, load
 from shoal.data.alone import alone
-from shoal.data.remote import is_remote
 from shoal.data.sources import s3
-from shoal.data.sources.s3 import S3
+from shoal.data.sources.s3 import S3, is_remote
 from shoal.errors import DataError, ResourceError, ShoalError, UsageError, first_line, last_line
 from shoal.machine import need_disk
 from shoal.on_ray.resources import NODE_GROUP, local_ray, worker_env

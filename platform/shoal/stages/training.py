@@ -122,7 +122,7 @@ class Training(Stage):
 
     def run(self) -> None:
         """Train on Ray, show the run's lines, and fit the router."""
-        from shoal.data.remote import is_remote
+        from shoal.data.sources.s3 import is_remote
         from shoal.evaluate import routing
         from shoal.on_ray.measure import measuring
         from shoal.on_ray.train import parse_workers, train

@@ -33,8 +33,7 @@ from torch.optim import Optimizer
 from shoal.data.lease import leased
 from shoal.data.place import Bucket, said
 from shoal.data.ranged import cache, room
-from shoal.data.remote import is_remote
-from shoal.data.sources.s3 import S3
+from shoal.data.sources.s3 import S3, is_remote
 from shoal.errors import CheckpointError, ConfigError, DataError, ShoalError
 from shoal.machine import aside
 from shoal.train.checkpoint import CheckpointStore, Saved

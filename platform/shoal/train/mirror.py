@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from shoal.data.remote import is_remote
 from shoal.data.sources import s3
+from shoal.data.sources.s3 import is_remote
 from shoal.errors import CheckpointError, ShoalError, first_line
 from shoal.machine import aside
 from shoal.train.manifest import MANIFEST, STEP

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from shoal import presets
 from shoal.config import Dtype, ModelConfig, TrainConfig, check_exits, dump
 from shoal.data import models, remote
+from shoal.data.sources.s3 import is_remote
 from shoal.errors import ConfigError, DataError, UsageError
 from shoal.machine import sha256_of
 from shoal.model import described
@@ -116,7 +117,7 @@ class FitPlan:
         """Where the finished model goes: a folder, or ``s3://...``."""
         run = self.uri or self.run
         place = self.out or f"{run.rstrip('/')}/model"
-        return place if remote.is_remote(place) else str(Path(place))
+        return place if is_remote(place) else str(Path(place))
 
     @property
     def router_data(self) -> str:
@@ -309,7 +310,7 @@ def adapt_plan(model: str, data: str, out: str, *, tune: str = "none", **more: A
 
 def run_beside(out: str) -> str:
     """Where the run is that writes the model `out`, of a stage that is asked for a model alone: beside it."""
-    return f"{out.rstrip('/') if remote.is_remote(out) else os.path.normpath(out)}.run"
+    return f"{out.rstrip('/') if is_remote(out) else os.path.normpath(out)}.run"
 
 
 def fingerprint(data: str) -> str:
@@ -328,8 +329,8 @@ def located(plan: FitPlan, *, weights: bool = True) -> FitPlan:
     """The plan with shards, chats and the model in S3 as this machine's copies of them, fetched when they are not there; the
     model without its `weights` where nothing is trained."""
     places = {key: getattr(plan, key) for key in ("data", "replay", "heldout")}
-    here: dict[str, Any] = {key: str(remote.local(at)) for key, at in places.items() if remote.is_remote(at)}
-    init = str(models.here(plan.init, weights=weights)) if remote.is_remote(plan.init) else plan.init
+    here: dict[str, Any] = {key: str(remote.local(at)) for key, at in places.items() if is_remote(at)}
+    init = str(models.here(plan.init, weights=weights)) if is_remote(plan.init) else plan.init
     return dataclasses.replace(plan, init=init, **here)
 
 

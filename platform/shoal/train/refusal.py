@@ -12,8 +12,8 @@ import torch
 
 from shoal.data import models
 from shoal.data.chats.rows import need_forms
-from shoal.data.remote import is_remote
 from shoal.data.shards import open_index
+from shoal.data.sources.s3 import is_remote
 from shoal.errors import CheckpointError, ConfigError, DataError, ResourceError
 from shoal.model.checkpoint import require_replaceable
 from shoal.train.bucket import need_possible
