@@ -14,11 +14,10 @@ import pytest
 T = TypeVar("T")
 SHARING = ("tests/browser/", "tests/on_ray/")
 # A fresh checkout compiles the loops of a CPU once, and whoever makes an engine meanwhile waits for it: these files, whose
-# engines compile all of them (fp32 and INT8, fp64, then these with keys and values in int8), come first and in one process,
-# beside what needs none.
+# engines compile all of them (fp32 and INT8, fp64, then this with keys and values in int8), come first and in one process,
+# beside what needs none, or nearly none.
 COMPILING = (
     "tests/unit/engine/test_runner.py", "tests/unit/engine/test_naive.py", "tests/unit/engine/test_kv_int8.py",
-    "tests/unit/bench/test_quality.py",
 )  # fmt: skip
 BESIDE = ("tests/unit/data/", "tests/unit/sandbox/", "tests/unit/inputs/", "tests/contracts/", "tests/mutate/")
 _LENT = pytest.StashKey[dict[str, tuple[AbstractContextManager[object], object]]]()

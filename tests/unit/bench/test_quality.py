@@ -21,6 +21,7 @@ from shoal.data.shards import token_bytes
 from shoal.engine.engine import Engine
 from shoal.errors import UsageError
 from shoal.inputs.tokenizer import Tokenizer
+from shoal.model.cpu import fused
 from shoal.model.net import Net
 from shoal.open_weights.convert import import_model
 from tests.extra import package
@@ -44,8 +45,15 @@ def made(dtype: torch.dtype) -> Model:
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    """As it is served: in float64, kernels of INT8 and of keys and values in int8 would be compiled for this file alone."""
+    """As it is served."""
     return made(torch.float32)
+
+
+@pytest.fixture
+def torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read of an engine's answers is held here. The loops of a CPU, which compile for half a minute, are held for keys
+    and values in int8 in `test_kv_int8` and `test_fused`."""
+    monkeypatch.setattr(fused, "usable", lambda x: False)
 
 
 @pytest.fixture
@@ -81,6 +89,7 @@ def test_every_exit_is_measured_as_its_logits_say(data: Path, monkeypatch: pytes
         assert line["same"] == pytest.approx(same / line["places"])
 
 
+@pytest.mark.usefixtures("torch_path")
 def test_int8_and_keys_and_values_in_int8_are_measured_beside_full_depth(model: Model, data: Path) -> None:
     rows = rows_of(model, data)
     found = said_of({"fp32": model, "INT8": model.quantized()}, rows, [])
@@ -92,6 +101,7 @@ def test_int8_and_keys_and_values_in_int8_are_measured_beside_full_depth(model: 
     assert 0 < by["fp32", INT8_KV]["kl"] < by["fp32", names[0]]["kl"] and by["INT8", "full"]["kl"] > 0
 
 
+@pytest.mark.usefixtures("torch_path")
 def test_a_peers_own_logprobs_stand_beside(
     model: Model, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
