@@ -36,8 +36,10 @@ SHAPES: dict[str, tuple[str, dict[str, int]]] = {
     "tiny": ("tiny", {}),
     "mini": ("mini", {}),
 }
+# At 4e-3 `mini` learns no parity beyond level 2: full depth has 0.34 nats after 500 updates, and 0.31 after 1,500.
+RATES = {"mini": 2e-3}
 TRAIN = TrainConfig(
-    learning_rate=4e-3,
+    learning_rate=4e-3,  # of shapes that RATES does not name
     optimizer="muon",
     betas=(0.9, 0.98),
     weight_decay=0.05,
@@ -82,17 +84,17 @@ def trained(
     shape: str, seed: int, length: Length, families: Families, keep: Path | None, say: Callable[[str], None]
 ) -> tuple[Net, int]:
     """The model after training on `families`, by name, and how many updates that were."""
-    config = config_of(shape)
+    config, rate = config_of(shape), RATES.get(shape, TRAIN.learning_rate)
     net, kept = Net(config).init_(seed), None
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
-        name = f"{shape}-{'-'.join(families)}-{str(length).replace(' ', '-')}-{seed}-{VOCAB}.safetensors"
-        kept = keep / name  # with the vocabulary: a model of other words is another
+        of = "-".join((shape, *families, str(length).replace(" ", "-"), f"{rate:g}", str(seed), str(VOCAB)))
+        kept = keep / f"{of}.safetensors"  # with the vocabulary: a model of other words is another
         if kept.exists():
             net.load_state_dict(load_file(kept))
             with safe_open(kept, "pt") as file:
                 return net.eval().requires_grad_(False), int(file.metadata()["updates"])
-    train = dataclasses.replace(TRAIN, seed=seed, batch_tokens=length.rows * LENGTH)
+    train = dataclasses.replace(TRAIN, learning_rate=rate, seed=seed, batch_tokens=length.rows * LENGTH)
     model, ranks = LossModel(net, trained_exits(config.exits, train)), Ranks(0, 1, torch.device("cpu"))
     optimizer, step, done, start = make_optimizer(model, train), 0, 0.0, time.monotonic()
     while done < 1:
