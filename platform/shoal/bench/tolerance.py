@@ -106,7 +106,7 @@ def _units(model: Model, asked: dict[str, list[Question]], batch: int, rounds: i
     page, own = model.config.page, 1 + rounds
     tokens = [(len(one.prompt.ids), TASKS.get(task, MOST_TOKENS)) for task, every in asked.items() for one in every]
     pages = sum(-(-prompt // page) + own * (answer // page + 1) for prompt, answer in tokens)
-    return 1 + GROUPS * (pages + batch * -(-model.config.context // page))
+    return 1 + GROUPS * (pages + batch * max(1 + (prompt + answer) // page for prompt, answer in tokens))
 
 
 def _ways(model: Model, tolerances: Sequence[float]) -> list[Way]:

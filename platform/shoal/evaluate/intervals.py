@@ -58,7 +58,8 @@ def wilson(hits: float, count: float) -> Interval:
     share, more = hits / count, Z**2 / count
     middle = (share + more / 2) / (1 + more)
     half = Z / (1 + more) * float(np.sqrt(share * (1 - share) / count + more / (4 * count)))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # none and all are no matter of rounding: a table would say 2.8e-17
+    return middle - half if hits > 0 else 0.0, middle + half if hits < count else 1.0
 
 
 def exact(hits: int, count: int) -> Interval:

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from shoal.bench import route_train
 from shoal.bench.commands import bench
 from shoal.bench.route import measured, route
 from shoal.bench.route_tasks import FAMILIES, LEVELS, NAMES, VOCAB, WORDS, Asked, prompts, rows
+from shoal.config import TrainConfig
 from shoal.errors import ConfigError, UsageError
 from shoal.evaluate.frontier import BUDGETS
 from shoal.model.router import NLL
+from shoal.train.optim import make_optimizer
 
 NAMED = {number: word for word, number in WORDS.items()}
 
@@ -189,6 +192,26 @@ def test_training_ends_with_its_updates_or_with_its_minutes(tmp_path: Path) -> N
     again, read = route_train.trained(*how)
     assert count == read >= 1
     assert all(torch.equal(one, other) for one, other in zip(net.parameters(), again.parameters(), strict=True))
+
+
+def test_a_shape_is_trained_at_its_own_rate_and_at_another_it_is_another_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = list[float]()
+
+    def optimizer(model: torch.nn.Module, train: TrainConfig) -> Any:
+        rates.append(train.learning_rate)
+        return make_optimizer(model, train)
+
+    monkeypatch.setattr(route_train, "make_optimizer", optimizer)
+    monkeypatch.setattr(route_train, "RATES", {"test": 1e-4})
+    how = (5, route_train.Length(2, rows=3), {"variables": FAMILIES["variables"]}, tmp_path, print)
+    route_train.trained("test", *how)
+    monkeypatch.setattr(route_train, "RATES", {})
+    for _ in range(2):
+        route_train.trained("test", *how)
+    assert rates == [1e-4, route_train.TRAIN.learning_rate], "the last is read from where it was kept"
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_one_seed_for_minutes_says_which_and_how_many_updates(capsys: pytest.CaptureFixture[str]) -> None:

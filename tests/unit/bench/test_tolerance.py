@@ -3,6 +3,8 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -148,3 +150,13 @@ def test_nothing_is_run_where_nothing_would_be_counted(option: str, tmp_path: Pa
         found = CliRunner().invoke(bench, ["tolerance", "--model", "none", "--data", str(tmp_path), option, value])
         assert isinstance(found.exception, UsageError), found.output
         assert str(found.exception) == f"{option}: got {value}; allowed: 1 or more"
+
+
+def test_memory_follows_from_what_is_asked_and_not_from_the_context() -> None:
+    """Fourteen engines live side by side, and of a context of 8,192 tokens they would not fit a laptop."""
+    asked: Any = {"code": [SimpleNamespace(prompt=Encoded([9] * 10))] * 2, "customer service": []}
+    assert TASKS["code"] == 110
+    for context in (128, 8192):
+        model: Any = SimpleNamespace(config=SimpleNamespace(page=16, context=context))
+        # a page of each prompt, seven of an answer in each of two turns; three at once, of eight each; in four groups
+        assert tolerance._units(model, asked, 3, 1) == 1 + 4 * (2 * (1 + 2 * 7) + 3 * 8)

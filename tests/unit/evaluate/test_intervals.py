@@ -136,4 +136,4 @@ def test_no_share_is_below_nothing_or_above_all() -> None:
     """Where all are hits, or none, rounding would be beyond; without any row it is all of both."""
     assert intervals.wilson(0, 0) == (0.0, 1.0)
     for count in range(1, 200):
-        assert intervals.wilson(0, count)[0] >= 0 and intervals.wilson(count, count)[1] <= 1
+        assert intervals.wilson(0, count)[0] == 0 and intervals.wilson(count, count)[1] == 1
