@@ -183,6 +183,7 @@ def pretended() -> Iterator[torch.device]:
     """The device, within which tensors can be made and moved."""
     with pytest.MonkeyPatch.context() as patch, _Mode():
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        patch.setattr(torch.cuda, "synchronize", lambda *_: None)  # what is launched here is done
         patch.setattr(sending, "pins", lambda device: device.type == "cuda")
         patch.setattr(Tensor, "pin_memory", _pinned)
         copying.clear()

@@ -134,7 +134,7 @@ def _fastest(runs: dict[str, Run], x: Tensor) -> str:
                     log.warning("INT8 products go on without the kernel %s: %s", name, first_line(error))
                     del runs[name], spent[name]
                     continue
-                if x.is_cuda and torch.cuda.is_available():  # not where one is pretended
+                if x.is_cuda:
                     torch.cuda.synchronize()
                 spent[name] = min(spent[name], clock() - start)
     best, *others = spent

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 
 from shoal.errors import ResourceError
 from shoal.model import int8, linears, quant
+from tests.pretend_gpu import pretended
 from tests.unit.model.rounding import SHAPES, case
 
 pytest.importorskip("numba")
@@ -134,6 +135,19 @@ def test_choice_measures_and_prefers_what_needs_no_second_copy():
 
     assert int8._fastest({"first": slow, "second": lambda x: x}, x) == "second"
     assert int8._fastest({"first": lambda x: x, "second": slow}, x) == "first"
+
+
+def test_a_gpu_has_ended_what_it_is_timed_for(monkeypatch):
+    """Launched is not done: each run of each kernel is waited for, and measured by the clock."""
+    did = []
+    monkeypatch.setattr(int8.time, "perf_counter", lambda: float(len(did)))
+    monkeypatch.setattr(int8.time, "thread_time", lambda: pytest.fail("of another's work"))
+    with pretended() as gpu:
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: did.append("waits"))
+        x = torch.zeros(1, 4, device=gpu)
+        runs = {"long": lambda x: did.extend(["a", "b"]), "short": lambda x: did.append("c")}
+        assert int8._fastest(runs, x) == "short"
+    assert did == ["a", "b", "waits", "c", "waits"] * 4
 
 
 def test_measuring_draws_nothing_from_the_generator_that_others_seed():

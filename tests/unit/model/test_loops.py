@@ -138,6 +138,30 @@ def test_a_bound_is_never_less_than_what_a_token_races_with_and_a_race_is_won_by
     assert (ties.sum() > 3 and (found != logits.argmax(-1)[rows]).sum() > 20) and (found > 256).any()
 
 
+def test_two_whose_noise_is_nearly_the_least_there_is_are_compared_though_their_bounds_are_what_they_race_with() -> (
+    None
+):
+    """-log u is 1 - u there, to a millionth: the bound of the second is no more than the best, and rounding decides."""
+    low, high = np.uint32(7), np.uint32(9)
+    with np.errstate(over="ignore"):
+        some = np.arange(2**18, dtype=np.uint32)
+        x = some ^ low
+        x ^= x >> np.uint32(16)
+        x = x * np.uint32(0x7FEB352D) + high
+        x ^= x >> np.uint32(15)
+        x = x * np.uint32(0x846CA68B)
+        x = (x ^ (x >> np.uint32(16))) >> np.uint32(9)
+        least, most = some[x.argmin()], some[x.argmax()]
+        assert draw._uniform(most, low, high) > 2**23 - 2**6, "so that the bound is within 4e-6"
+        for apart in (31, 290):  # in the same block, and in another
+            ids, logits = np.full(300, least), np.zeros((1, 300))
+            ids[[30, apart]] = most
+            found, ties = np.zeros(1, np.int64), np.zeros(1, bool)
+            given = np.zeros(1, np.int64), np.ones(1), np.full(1, -np.inf), ids, np.array([[low, high]])
+            draw.race(logits, np.zeros(1, np.int64), *given, found, ties)
+            assert found[0] == 30 and ties[0]
+
+
 def test_the_log_of_a_part_is_of_its_middle() -> None:
     assert draw._log(0) == math.log(0.5 / 2**23) and draw._log(2**23 - 1) == math.log(1 - 0.5 / 2**23)
     assert draw._value(np.float32(0.75).view(np.int32)) == 0.75 * 2**23

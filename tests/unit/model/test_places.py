@@ -112,3 +112,6 @@ def test_where_places_lie_and_in_which_numbers(net: nn.Sequential) -> None:
     far = Places(net)
     far._fit({"far": meta})
     assert {each.device.type for some in far.beside.values() for each in (some.a, some.b, some.bounds)} == {"meta"}
+    x = torch.zeros(3, 6, dtype=torch.float64, device="meta")
+    place = next(iter(far.beside.values()))
+    place.add(x, torch.zeros(3, dtype=torch.long, device="meta"), x.new_empty(3, 4))  # raises where it mixes devices

@@ -53,6 +53,16 @@ def test_zeros_stay_zero_and_what_is_not_a_number_stays_so():
     assert keys[1].isnan().all() and values[2].isnan().all()
 
 
+def test_a_scale_that_bfloat16_holds_stays_and_any_other_is_the_next_above():
+    """With a scale of one whole levels are the numbers themselves."""
+    whole = torch.arange(-127.0, 128)
+    longer = whole * (1 + 2**-9)  # whose scale lies a quarter of the way between two of bfloat16
+    stored = slots.encode(whole, longer, torch.int8)
+    assert stored[-4:].view(torch.bfloat16).tolist() == [1.0, 1 + 2**-7]
+    keys, values = slots.decode(stored, torch.float32)
+    assert torch.equal(keys, whole) and values.max() == 126 * (1 + 2**-7)
+
+
 def test_another_kind_is_refused():
     assert (
         slots.stored_as("auto", torch.float64) == torch.float64 and slots.stored_as("int8", torch.float64) == torch.int8

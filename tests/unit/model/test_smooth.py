@@ -12,6 +12,7 @@ from shoal import Engine, Model, Request, Sampling
 from shoal.errors import ResourceError
 from shoal.evaluate.rounding import rounded, said
 from shoal.model import int8, smooth
+from shoal.model.linears import Linear
 from shoal.model.net import Net
 from tests.unit.model.test_other_shapes import SHAPES, model_of
 
@@ -83,6 +84,8 @@ def test_the_largest_are_those_of_all_rows_and_nothing_stays_at_the_network() ->
     each = [smooth.largest(model.net, [row]) for row in tensors()]
     assert all(torch.equal(found, torch.maximum(*(one[name] for one in each))) for name, found in seen.items())
     assert {"output", "exit_mlps.2.mlp.down", "groups.0.blocks.0.attention.qkv"} <= set(seen)
+    linears = {name for name, module in model.net.named_modules() if isinstance(module, Linear)}
+    assert set(seen) == linears | {"output"}, "products alone, which INT8 rounds what they read for"
     assert not any(module._forward_pre_hooks for module in model.net.modules())
 
 
