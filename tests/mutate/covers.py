@@ -49,7 +49,7 @@ GROUPS = {
         [
             *_tests("engine", "layout graphs graphs_with_drafts graphs_with_adapters kv_int8 sampler_there adapters"),
             *_tests("engine", "drafts_there"),
-            *_tests("model", "places"),
+            *_tests("model", "places sending"),
             "flows/test_devices",
         ],
         warm=True,
@@ -110,14 +110,18 @@ GROUPS = {
     "model": Group(
         _in("model", "model paged"),
         [
-            *_tests("model", "attention cache reference net properties whole cost router"),
+            *_tests("model", "attention cache reference net paged properties whole cost router"),
             *_tests("engine", "naive runner adapters"),
         ],
         warm=True,
     ),
     "adapters": Group(
         _in("model", "adapter_files adapters"),
-        [*_tests("model", "adapter_files"), *_tests("engine", "adapters"), "unit/open_weights/test_served_adapter"],
+        [
+            *_tests("model", "adapter_files adapters"),
+            *_tests("engine", "adapters"),
+            "unit/open_weights/test_served_adapter",
+        ],
         warm=True,
     ),
     "smooth": Group(["model/smooth"], _tests("model", "smooth"), warm=True),
@@ -130,7 +134,9 @@ GROUPS = {
         _in("model/gpu", "launch sparse"),
         [*_tests("model", "launch paged_launches sparse gpu_page"), "flows/test_devices"],
     ),
-    "files": Group(_in("model", "checkpoint described digests files"), _tests("model", "checkpoint digests files")),
+    "files": Group(
+        _in("model", "checkpoint described digests files"), _tests("model", "checkpoint digests files replacing")
+    ),
     "int8": Group(
         _in("model", "int8 linears quant slots"),
         [*_tests("model", "int8 linears quant slots whole fused"), *_tests("engine", "kv_int8")],
