@@ -286,11 +286,21 @@ def read(directory: str | Path, *, verify: bool = False) -> Loaded:
     router_state = {key.removeprefix(ROUTER): tensors.pop(key) for key in list(tensors) if key.startswith(ROUTER)}
     with torch.device("meta"):
         net = Net(config)
-    expected = net.state_dict()
-    for key in sorted(expected.keys() ^ tensors.keys()):
+    _need_alike(directory, "model", net.state_dict(), tensors)
+    net.load_state_dict(tensors, assign=True)
+    it = described.read(directory)
+    router = _router(directory, config, router_state)
+    base = described.base(directory)
+    return Loaded(it.name, config, net, it.tokenizer, it.chat_template, router, _source(directory), base)
+
+
+def _need_alike(directory: Path, of: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError naming a tensor of the model or of its router that is lacking, unknown, or of another shape or
+    kind than is expected."""
+    for key in sorted(expected.keys() ^ found.keys()):
         what = "lacks" if key in expected else "has an unknown"
-        raise CheckpointError(f"{directory}: the model {what} tensor {key}", do="export the model again")
-    for key, tensor in tensors.items():
+        raise CheckpointError(f"{directory}: the {of} {what} tensor {key}", do="export the model again")
+    for key, tensor in found.items():
         if tensor.shape != expected[key].shape:
             raise CheckpointError(
                 f"tensor {key} of {directory}", got=list(tensor.shape), allowed=str(list(expected[key].shape))
@@ -298,11 +308,6 @@ def read(directory: str | Path, *, verify: bool = False) -> Loaded:
         whole = not expected[key].is_floating_point()
         if tensor.dtype != expected[key].dtype if whole else not tensor.is_floating_point():
             raise CheckpointError(f"tensor {key} of {directory}", got=tensor.dtype, allowed=str(expected[key].dtype))
-    net.load_state_dict(tensors, assign=True)
-    it = described.read(directory)
-    router = _router(directory, config, router_state)
-    base = described.base(directory)
-    return Loaded(it.name, config, net, it.tokenizer, it.chat_template, router, _source(directory), base)
 
 
 def give_router(directory: str | Path, router: Router) -> None:
@@ -349,10 +354,10 @@ def _router(directory: Path, config: ModelConfig, state: dict[str, Tensor]) -> R
     router = Router(config)
     if any(key.startswith(f"{LATER}.") for key in state):
         router.later = Router(config)
-    try:
-        router.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"router of {directory}", got=first_line(error)) from error
+    _need_alike(
+        directory, "router", router.state_dict(), state
+    )  # torch's own error names the tensor behind its first line
+    router.load_state_dict(state)
     path = directory / ROUTER_FILE
     tables = described.read_json(path)
     later = tables.pop(LATER, None)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from shoal import Model
 from shoal.errors import CheckpointError, ResourceError
 from shoal.model import checkpoint, files
-from shoal.model.router import Router
+from shoal.model.router import Calibration, Router
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +205,53 @@ def test_int8_weights_of_another_kind_are_named(tmp_path):
         Model.load(tmp_path / "m")
 
 
+def test_a_router_that_looks_twice_comes_back_with_the_tables_of_both(tmp_path):
+    model = Model.from_preset("test")
+    assert checkpoint.routers(tmp_path / "m") == (False, None)
+    model.router = Router(model.config)
+    model.router.calibration = Calibration(default_tolerance=0.07, thresholds=[(0.1, 0.2)])
+    model.save(tmp_path / "m")
+    assert checkpoint.routers(tmp_path / "m") == (True, None)
+    model.router.later = Router(model.config)
+    model.router.later.calibration = Calibration(after=1, offset=0.5)
+    model.save(tmp_path / "m")
+    assert checkpoint.routers(tmp_path / "m") == (True, 1)
+    again = Model.load(tmp_path / "m").router
+    assert again.calibration == model.router.calibration and again.later.calibration == model.router.later.calibration
+    state = {name: tensor.clone() for name, tensor in model.router.state_dict().items()}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
+    assert again.state_dict().keys() == state.keys() and not any(each.requires_grad for each in again.parameters())
+    tables = json.loads((tmp_path / "m" / "router.json").read_text())
+    first = {name: tensor for name, tensor in state.items() if not name.startswith("later.")}
+    for given, told, says in (
+        (first, tables, "lacks the weights of later"),
+        (state, {**tables, "later": None}, "later.after: got 0; allowed: 1 or more"),
+        (state, {**tables, "later": {"after": 0}}, "later.after: got 0; allowed: 1 or more"),
+        ({**first, "more": torch.ones(1)}, {}, "the router has an unknown tensor more: export the model again"),
+        ({name: first[name] for name in first if name != "mean.bias"}, {}, r"the router lacks tensor mean\.bias"),
+        ({**first, "mean.bias": torch.ones(7)}, {}, r"tensor mean\.bias of .*: got \[7\]; allowed: '?\[2\]"),
+    ):
+        (tmp_path / "router.json").write_text(json.dumps(told))
+        with pytest.raises(CheckpointError, match=says):
+            checkpoint._router(tmp_path, model.config, given)
+    assert checkpoint._router(tmp_path, model.config, {}) is None, "whatever tables lie there"
+
+
+def test_what_a_model_was_imported_from_travels_with_its_licences(model, tmp_path):
+    """Whatever bytes they are of; `source.json` says the rest. What has no base is its own."""
+    parts = {"config": model.config, "state": model.net.state_dict(), "tokenizer": model.tokenizer, "name": "m"}
+    source = {"family": "fish", checkpoint.LICENCES: {"LICENSE": b"caf\xe9".decode("utf-8", "surrogateescape")}}
+    checkpoint.save(tmp_path / "m", source=source, base="0123", **parts)
+    assert (tmp_path / "m" / "LICENSE").read_bytes() == b"caf\xe9"
+    assert json.loads((tmp_path / "m" / "source.json").read_text()) == {"family": "fish"}
+    found = checkpoint.read(tmp_path / "m", verify=True)
+    assert (found.source, found.base) == (source, "0123")
+    checkpoint.save(tmp_path / "own", **parts)
+    found = checkpoint.read(tmp_path / "own")
+    assert (found.source, found.base) == (None, files.weights_sha256(tmp_path / "own"))
+    assert not (tmp_path / "own" / "source.json").exists()
+
+
 # Files -------------------------------------------------------------------------------------------------------------------
 
 
@@ -324,6 +371,33 @@ def test_weights_have_one_sha256_with_a_manifest_or_without(cut):
     path = sorted(cut.glob("*.safetensors"))[0]
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     assert files.weights_sha256(cut) != listed
+
+
+def test_a_router_is_given_to_weights_as_they_are_read_from_many_files(model, cut):
+    """In the order of the index, and the router of before is gone; all else stays."""
+    before = checkpoint.read(cut)
+    (cut / "README.md").write_text("my own card")
+    for seed in (1, 2):
+        index = cut / "model.safetensors.index.json"
+        places = json.loads(index.read_text())["weight_map"] if index.exists() else None
+        streamed = dict(files.stream_weights(cut))
+        assert places is None or list(streamed) == list(places)
+        assert all(torch.equal(tensor, streamed[name]) for name, tensor in before.net.state_dict().items())
+        torch.manual_seed(seed)
+        router = Router(model.config)
+        checkpoint.give_router(cut, router)
+        found = checkpoint.read(cut, verify=True)
+        assert found.router is not None
+        assert all(torch.equal(tensor, router.state_dict()[name]) for name, tensor in found.router.state_dict().items())
+        assert all(
+            torch.equal(tensor, found.net.state_dict()[name]) for name, tensor in before.net.state_dict().items()
+        )
+        parts = ("name", "config", "chat_template", "source", "base")
+        assert [getattr(found, part) for part in parts] == [getattr(before, part) for part in parts]
+        assert (cut / "README.md").read_text() == "my own card" and found.tokenizer.sha256 == before.tokenizer.sha256
+    (cut / "model.safetensors").write_bytes(b"{")
+    with pytest.raises(CheckpointError, match=r"cannot read .*model\.safetensors"):
+        list(files.stream_weights(cut))
 
 
 def test_large_weights_are_hashed_when_asked(cut, monkeypatch):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -140,6 +143,61 @@ def test_a_source_says_how_an_answer_is_drawn(tmp_path: Path, says: dict[str, An
 def test_a_source_that_says_no_number_is_named(tmp_path: Path, value: object) -> None:
     with pytest.raises(CheckpointError, match=r"source\.json: generation_config\.top_p: got"):
         described.sampling(told(tmp_path, {"generation_config": {"top_p": value}}))
+
+
+BOUNDS = {
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "top_k": (-1, 2**31),
+    "min_p": (0, 1),
+    "repetition_penalty": (1e-3, 100),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_a_source_may_say_what_a_request_may_have_and_no_more(name: str) -> None:
+    low, high = BOUNDS[name]
+    step = 1 if name == "top_k" else 1e-4
+    for value in BOUNDS[name]:
+        assert described.drawn({name: value, "other": -7}, "x") == {name: value}
+    whole = "a whole number from " if name == "top_k" else ""
+    for value in (low - step, high + step):
+        with pytest.raises(CheckpointError, match=rf"x: generation_config\.{name}: got .*; allowed: {whole}{low} to "):
+            described.drawn({name: value}, "x")
+    for value in (math.nan, math.inf, -math.inf, 10**400):
+        with pytest.raises(CheckpointError, match="allowed: a number"):
+            described.drawn({name: value}, "x")
+    with pytest.raises(CheckpointError, match=f"allowed: {whole}{low} to "):
+        described.drawn({name: sys.float_info.max}, "x")
+
+
+def test_what_a_killed_command_took_away_is_told_by_the_newest_of_it(tmp_path: Path) -> None:
+    """Whatever is in the name, and only where nothing has taken its place."""
+    directory = tmp_path / "m[1]"
+    for name in (".m[1].9.aa.old", ".m1.9.cc.old", ".m[1].8.bb.old"):
+        (tmp_path / name).mkdir()
+        time.sleep(0.02)  # a file system's clock may stand still for 10 ms
+    with pytest.raises(
+        CheckpointError, match=r"was killed: give that command again, or rename \.m\[1\]\.8\.bb\.old, which"
+    ):
+        described.read_config(directory)
+    for nothing in (directory, tmp_path / "n"):
+        if nothing == directory:
+            nothing.mkdir()
+        with pytest.raises(CheckpointError, match=r"got 'no config\.json'; give a directory made by shoal"):
+            described.read_config(nothing)
+
+
+def test_weights_have_one_sha256_in_whatever_order_their_files_are_named(tmp_path: Path) -> None:
+    files.save_weights(tmp_path, tensors(20, 20), 32)
+    files.write_manifest(tmp_path)
+    found = files.weights_sha256(tmp_path)
+    for name, key in (("model.safetensors.index.json", "weight_map"), ("manifest.json", "files")):
+        told = json.loads((tmp_path / name).read_text())
+        told[key] = dict(reversed(told[key].items()))
+        (tmp_path / name).write_text(json.dumps(told))
+        assert (files.weights_sha256(tmp_path), described.known_weights(tmp_path)) == (found, found[:16])
+    assert [int(path.name[10]) for path in files.weight_files(tmp_path)] == [2, 1], "as the index has them"
 
 
 def test_what_is_known_of_exits_is_told_where_anybody_measured_it(tmp_path: Path) -> None:

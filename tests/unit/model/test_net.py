@@ -1,4 +1,7 @@
 import dataclasses
+import itertools
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,11 +10,16 @@ from PIL import Image
 
 from shoal import Model, presets
 from shoal.config import ModelConfig
-from shoal.errors import ConfigError, ContextLengthError, RequestError
+from shoal.errors import ConfigError, ContextLengthError, RequestError, ResourceError
 from shoal.inputs import media
 from shoal.inputs.chat import Encoded
-from shoal.inputs.tokenizer import PATCH_ID
+from shoal.inputs.tokenizer import PATCH_ID, Tokenizer
+from shoal.model import block as layers
+from shoal.model import int8 as products
+from shoal.model.block import Attention, Group, known_rope
+from shoal.model.linears import Weight
 from shoal.model.net import Net
+from shoal.model.router import Router
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +208,156 @@ def test_bad_images_are_named(model):
         model.logits(turned.tokens(), images=[good])
     with pytest.raises(RequestError, match="prompt images: got '6 patches'"):
         model.logits([10], images=[good])
+
+
+def test_an_image_has_one_patch_to_a_whole_side_of_them_each_way(model):
+    for rows, cols in itertools.product(range(5), repeat=2):
+        image = media.Patches(np.zeros((rows * cols, model.config.patch_values), np.uint8), rows, cols)
+        given = Encoded(image.tokens(), [image])
+        if 1 <= rows <= 3 and 1 <= cols <= 3:
+            assert model.encode(given).images == [image]
+            continue
+        with pytest.raises(RequestError, match=f"image: got '{rows}x{cols} patches"):
+            model.encode(given)
+
+
+def test_a_model_of_text_alone_has_no_places_for_patches():
+    config = dataclasses.replace(presets.get("test").model, image_size=0)
+    with torch.device("meta"):
+        one = Model(config, Net(config), Tokenizer.bytes_only())
+    assert one.encode([PATCH_ID, 50]).ids == [PATCH_ID, 50]
+    with pytest.raises(RequestError, match="leave it out: this model reads text alone"):
+        one.encode(Encoded([50], [media.Patches(np.zeros((1, 48), np.uint8), 1, 1)]))
+
+
+def test_the_whole_context_is_read_and_no_more_and_ids_may_be_of_32_bits(model):
+    ids = [10 + n % 200 for n in range(384)]
+    assert model.logits(torch.tensor(ids, dtype=torch.int32)).shape == (384, 300)
+    assert model.embed(ids, "shallow").shape == (48,)
+    with pytest.raises(ContextLengthError, match="input: got 385; allowed: at most 384 tokens"):
+        model.embed([*ids, 10])
+
+
+def test_greedy_tokens_are_sixteen_where_nobody_says_how_many(model):
+    found = model.generate_naive([40, 41], ignore_eos=True)
+    first = model.logits([40, 41])[-1].masked_fill(model.forbidden(), -torch.inf)
+    assert len(found) == 16 and found[0] == int(first.argmax())
+    sayable = set(model.tokenizer.sayable)
+    assert model.forbidden().tolist() == [token not in sayable for token in range(300)]
+
+
+def test_what_belongs_to_a_model_goes_with_it(tmp_path, monkeypatch):
+    """To its directory and back, to its INT8 twin, which has no router, and to a device."""
+    one = Model.from_preset("test", seed=1)
+    assert not one.smoothed and not one.quantized().smoothed
+    one.name, one.chat_template, one.source, one.base = "fish", one.chat_template + " ", {"family": "x"}, "b" * 64
+    one.router = Router(one.config)
+    one.save(tmp_path / "m", card="mine")
+    again, parts = Model.load(tmp_path / "m"), ("name", "chat_template", "base", "smoothed", "config")
+    assert [getattr(again, part) for part in parts] == [getattr(one, part) for part in parts]
+    assert again.source == {"family": "x", "licences": {}} and again.router is not None and not again.smoothed
+    assert (tmp_path / "m" / "README.md").read_text() == "mine"
+    twin = one.quantized()
+    assert (twin.name, twin.chat_template, twin.base, twin.source) == (
+        "fish-int8",
+        one.chat_template,
+        one.base,
+        one.source,
+    )
+    assert twin.smoothed and twin.router is None
+    twin.save(tmp_path / "int8")
+    monkeypatch.setattr(products, "trusted", lambda device: (_ for _ in ()).throw(ResourceError("no kernel")))
+    with pytest.raises(ResourceError, match="no kernel"):
+        Model.load(tmp_path / "int8")
+    told = []
+    whole = Model.load(tmp_path / "int8", on_fallback=told.append)
+    assert told == ["no kernel"] and whole.config == one.config and whole.smoothed
+    held, state = twin.net.state_dict(), whole.net.state_dict()
+    assert state.keys() == one.net.state_dict().keys()
+    for name, tensor in state.items():
+        scale = held.get(f"{name}_scale")
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, held[name] if scale is None else held[name].float() * scale)
+    assert one.to("meta") is one and {one.device.type, one.router.mean.weight.device.type} == {"meta"}
+    assert twin.to("meta").device.type == "meta", "without a router, too"
+
+
+# ---- layers
+
+
+def test_what_fails_without_a_gpu_is_not_tried_again(model, monkeypatch):
+    ran = []
+
+    def fails(*_):
+        ran.append(1)
+        raise ValueError("no")
+
+    hook = model.net.groups[0].register_forward_pre_hook(fails)
+    try:
+        with pytest.raises(ValueError, match="no"):
+            model.net(torch.tensor([[9]]))
+    finally:
+        hook.remove()
+    monkeypatch.setattr(Group, "stepped", fails)
+    with pytest.raises(ValueError, match="no"):
+        model.net.groups[0].paged(torch.zeros(1, 48), None, None)
+    assert len(ran) == 2, "of each once"
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_logits_of_a_head_of_its_own_are_summed_in_fp32_on_a_gpu(int8, monkeypatch):
+    with torch.device("meta"):
+        net = Net(dataclasses.replace(presets.get("test").model, tied=False, quantization="w8a8" if int8 else "none"))
+    monkeypatch.setattr(type(net.output), "forward", lambda self, x: "as it is")
+    monkeypatch.setattr(Weight, "product_in_fp32", lambda self, x: "in fp32")
+    assert net.logits(SimpleNamespace(is_cuda=True)) == ("as it is" if int8 else "in fp32")
+    assert net.logits(SimpleNamespace(is_cuda=False)) == "as it is"
+
+
+def test_rotations_are_looked_up_where_they_are_known_and_made_anywhere_else(monkeypatch):
+    config, exact = presets.get("test").model, torch.float64
+    with torch.inference_mode():
+        for at in ([0, 4095], [3, 4096], [7], []):
+            places = torch.tensor(at, dtype=torch.long)
+            for one, other in zip(
+                known_rope(places, config, exact), layers.rope_tables(places, config, exact), strict=True
+            ):
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
+        far = known_rope(torch.zeros(2, dtype=torch.long, device="meta"), config, exact)
+        assert {each.device.type for each in far} == {"meta"}
+    assert not any(each.is_inference() for each in known_rope(torch.tensor([7]), config, exact)), (
+        "gradients go through it"
+    )
+    monkeypatch.setattr(layers, "rope_tables", lambda *_: pytest.fail("it takes as long as two layers"))
+    with torch.inference_mode():
+        assert known_rope(torch.tensor([4095]), config, exact)[0].shape == (1, 1, 16)
+
+
+def test_how_far_a_layer_looks_is_what_its_kind_says():
+    """One softmax, with what is added to the window's; all; the window alone; both branches, by a share of each head."""
+    config = dataclasses.replace(
+        presets.get("test").model, attn_pattern="SDLH", dense_length=32, window=8, top_k=2, local_weight=0.25
+    )
+    one, dense, local, hybrid = (Attention(config, kind) for kind in "SDLH")
+    for layer, gamma, bias, most in ((one, None, one.gate, 32), (dense, None, None, 1 << 40), (local, None, None, 0)):
+        reach = layer.reach()
+        assert (reach.window, reach.top_k, reach.sinks, reach.dense) == (8, 2, config.sinks, most)
+        assert reach.gamma is gamma and reach.bias is bias
+    assert (one.gate == 0).all() and not hasattr(dense, "gate") and hybrid.gate.requires_grad
+    with torch.no_grad():
+        hybrid.gate += torch.tensor([0.0, 1.0, -2.0])
+    odds = torch.tensor([1.0, math.e, math.exp(-2)]) / 3  # of a quarter, and moved
+    torch.testing.assert_close(hybrid.gamma(), odds / (1 + odds))
+    assert (
+        hybrid.reach().bias is None and torch.equal(hybrid.reach().gamma, hybrid.gamma()) and hybrid.reach().dense == 0
+    )
+    hybrid.mix_local = 0.5
+    assert hybrid.gamma().tolist() == [0.5] * 3
+    fixed = Attention(dataclasses.replace(config, mix_mode="fixed"), "H")
+    assert fixed.gamma().tolist() == [0.25] * 3 and not fixed.gate.requires_grad
+    for share, odds in ((0.0, 1e-6 / (1 - 1e-6)), (1.0, (1 - 1e-6) / 1e-6)):
+        gate = Attention(dataclasses.replace(config, local_weight=share), "H").gate
+        assert gate.tolist() == pytest.approx([math.log(odds)] * 3, rel=1e-6), "so that it can be learned from there"
 
 
 @pytest.mark.parametrize(
