@@ -90,7 +90,7 @@ GROUPS = {
     ),
     "runner": Group(
         _in("engine", "naive runner speculative"),
-        [*_tests("engine", "runner naive speculative properties guided"), "unit/model/test_whole"],
+        [*_tests("engine", "runner naive speculative properties guided signals"), "unit/model/test_whole"],
         warm=True,
     ),
     "engine": Group(

@@ -118,7 +118,7 @@ class Graphs:
         kind, rows = Kind.of(works, any(work.drafts for work in works)), sum(1 + work.drafts for work in works)
         if not 0 < len(works) <= self._most or rows > max(self._buckets[kind], default=0):
             return False
-        if kind.adapted and len({work.running.adapter for work in works} - {None}) > MOST_ADAPTERS:
+        if len({work.running.adapter for work in works} - {None}) > MOST_ADAPTERS:
             return False
         return all(
             work.count == 1 and work.sample and work.first == 0

@@ -69,7 +69,7 @@ class StepLayout:
         if rows not in self._rows:
             whole = self._rows.get(self.starts[-1])
             self._rows[rows] = Rows(
-                self._positions[:rows], starts, self._config.page, self._config.block, whole, self._ends[:count]
+                self._positions[:rows], starts, self._config.page, self._config.block, whole, self._ends
             )
         return PagedStep(
             positions=self._positions[:rows],

@@ -43,7 +43,7 @@ class Logits:
     @classmethod
     def of(cls, logits: Tensor, draws: Sequence[Watched]) -> Logits | None:
         """Those of `logits` [R, V] whose token is to be looked at; None for none."""
-        rows = [r for r, draw in enumerate(draws) if draw.watched and looked_at(draw)]
+        rows = [r for r, draw in enumerate(draws) if looked_at(draw)]
         if not rows:
             return None
         if fused.usable(logits):

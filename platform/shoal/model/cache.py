@@ -65,7 +65,7 @@ class Rows:
     positions [N]  absolute position of each new token, from 0
     starts [R+1]   request r owns rows starts[r] .. starts[r+1]-1, in order
     whole          rows that these are the first of
-    ends [R]       position of each request's last row, where the host knows it
+    ends [R]       position of each request's last row, where the host knows it; those of others may follow
     apart          several rows may be of one request all the same: each has a table of its own, of the same units
     """
 

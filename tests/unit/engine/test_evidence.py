@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shoal.engine.audits import MOST, RATE, Evidence
+from shoal.engine.audits import BETS, DOUBT, MOST, RATE, Evidence
 from shoal.model.router import NEVER, Router, promised, thresholds
 from tests.unit.engine.lively import lively
 
@@ -81,6 +81,29 @@ def losses(draws: random.Random, kind: str, mean: float) -> float:
     if kind == "few":
         return mean / 0.05 if draws.random() < 0.05 else 0.0
     return draws.expovariate(1 / mean)
+
+
+def test_what_gamblers_have_and_what_is_corrected_are_by_their_definitions() -> None:
+    """Those who begin at the k-th answer have 1 / (k (k + 1)), and all who are still to begin 1 / (n + 1). What is proven stays
+    so, though afterwards nothing is lost for long."""
+    assert (BETS, DOUBT, RATE, MOST) == ((1 / 32, 1 / 8, 1 / 2), 0.05, 0.2, 1.0)
+    draws, evidence, proven, shift, corrected = random.Random(0), Evidence(), False, 0.0, list[float]()
+    kinds = [[0.0, 0.04, 0.07]] * 9 + [[0.1, 0.3, 3.0]] * 12 + [[0.0]] * 120 + [[0.3]] * 9
+    told = [(draws.choice(kind), draws.choice([0.05, 0.1])) for kind in kinds]
+    for count in range(1, len(told) + 1):
+        evidence.learn(*told[count - 1])
+        if not proven:
+            bets = [[1 + bet * (min(lost, 1.0) / allowed - 1) for lost, allowed in told[:count]] for bet in BETS]
+            begun = [sum(math.prod(each[k - 1 :]) / (k * (k + 1)) for k in range(1, count + 1)) for each in bets]
+            assert evidence.wealth == pytest.approx(begun)
+            proven = sum(begun) / 3 + 1 / (count + 1) >= 20
+        lost, allowed = told[count - 1]
+        shift = max(0.0, shift + 0.2 * (min(lost, 1.0) - allowed)) if proven else 0.0
+        corrected += [shift] * proven
+        assert (evidence.proven, evidence.shift) == (proven, pytest.approx(shift, abs=1e-12))
+        assert (evidence.answers, evidence.lost) == (count, pytest.approx(sum(lost for lost, _ in told[:count])))
+        assert evidence.allowed == pytest.approx(sum(allowed for _, allowed in told[:count]))
+    assert 9 < len(told) - len(corrected) < 20 and 0.0 in corrected and corrected[-1] > 0
 
 
 @pytest.mark.parametrize("kind", ["even", "few", "exponential"])

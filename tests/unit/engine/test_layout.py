@@ -13,12 +13,14 @@ import torch
 
 from shoal import presets
 from shoal.config import GROUPS
-from shoal.engine.compared import Compared, divergences
+from shoal.engine import told as telling
+from shoal.engine.compared import Audited, Compared, divergences
 from shoal.engine.device import Unread, fetched, picked, viewed
 from shoal.engine.holding import Holding
 from shoal.engine.layout import StepLayout
 from shoal.engine.plan import Work
 from shoal.engine.signals import Heard
+from shoal.engine.told import ADAPTERS, IDS, POSITIONS, REQUESTS, SLOTS, Told
 from shoal.model.sending import send, sent
 
 CONFIG = presets.get("test").model
@@ -83,6 +85,60 @@ def test_each_row_stands_in_its_request_s_pages() -> None:
     assert some.starts == [0, 1, 1 + 2 * PAGE] and some.step(0, 1).beside == (works[1:3], 1)
     assert some.step(0, 1).positions.tolist() == [3]
     assert StepLayout(works, CONFIG, CPU, lambda _: None).step(0, 5).beside is None
+
+
+def test_a_graph_is_told_each_row_of_a_step_and_that_those_beyond_are_nobody_s() -> None:
+    """Whatever was there before: what is left of a longer step would be written to another's slots."""
+    told = Told(CONFIG, 4, 9, CPU)
+    long = [work(2 * PAGE - 2, 5, seed=0), work(3, 1, seed=1), work(PAGE, 2, 2, seed=2)]
+    short = [work(5, 1, 1, seed=3)]
+    assert told.rows.tolist() == [[0] * 9] * 3 + [[-1] * 9] * (1 + GROUPS) and told.going.tolist() == [0] * GROUPS
+    # rows of a request have the table of its number, which is another one where some draft on and some do not
+    for works, requests, adapters in ((long, [2, 0, 1], [-1, 1, 0]), (short, [0], [-1]), (short, [0], [2])):
+        planned = [works[requests.index(number)] for number in range(len(works))]
+        for each in works:
+            each.running.tokens = [100 * each.start + place for place in range(each.end)]
+        told.fill_tables(planned)
+        rows = list[list[int]]()
+        for each, request, adapter in zip(works, requests, adapters, strict=True):
+            holding = each.running.holding
+            for at in range(each.start, each.end):
+                slots = [
+                    int(holding.tables[group, at // PAGE]) * PAGE + at % PAGE
+                    if at >= holding.computed[group] and group < each.last
+                    else -1
+                    for group in range(GROUPS)
+                ]
+                rows.append([100 * each.start + at, at, request, adapter, *slots])
+        going = [sum(each.count for each in works if each.last > group) for group in range(GROUPS)]
+        assert told.fill(works, requests, adapters) == told.going.tolist() == going
+        assert (IDS, POSITIONS, REQUESTS, ADAPTERS, SLOTS) == (0, 1, 2, 3, 4)
+        nobody = [0, 0, 0, -1, *[-1] * GROUPS]
+        assert told.rows.T.tolist() == rows + [nobody] * (9 - len(rows))
+
+
+def test_tables_are_told_where_they_are_others_and_not_again_where_some_requests_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent_ = list[tuple[int, ...]]()
+    monkeypatch.setattr(telling, "send", lambda array, there: (sent_.append(array.shape), send(array, there)))
+    told, works = Told(CONFIG, 4, 9, CPU), [work(2 * PAGE, 1, seed=0), work(PAGE, 1, seed=1), work(3, 1, seed=2)]
+
+    def fill(*some: Work) -> tuple[int, list[tuple[int, ...]]]:
+        sent_.clear()
+        longest = told.fill_tables(some)
+        for r, each in enumerate(some):
+            own = each.running.holding.tables[:, :longest]
+            assert told.tables[:, r, :longest].tolist() == np.pad(own, ((0, 0), (0, longest - own.shape[1]))).tolist()
+        return longest, [*sent_]
+
+    assert fill(*works) == (3, [(GROUPS, 3, 3)]) and fill(*works) == (3, [])
+    assert fill(*works[:2]) == (3, []) == fill(works[0]), "the last ones left"
+    assert fill(works[1]) == (2, [(GROUPS, 1, 2)]) and fill(*works) == (3, [(GROUPS, 3, 3)])
+    works[2].running.holding.tables[3, 0] += 1
+    assert fill(*works) == (3, [(GROUPS, 3, 3)])
+    works[0].drafts = PAGE
+    assert fill(*works) == (4, [(GROUPS, 3, 4)]), "up to where drafts are written"
 
 
 def test_numbers_come_in_one_copy_as_they_are() -> None:
@@ -170,6 +226,28 @@ def test_rows_that_are_compared_are_those_of_full_depth_that_want_it_and_give_a_
     assert gaps == {
         1: pytest.approx((0.0, even[0]), abs=1e-12), 3: pytest.approx((kl, even[1]), abs=1e-12),
     }  # fmt: skip
+
+
+def test_rows_that_an_exit_gave_are_compared_there_with_full_depth_a_few_at_a_time() -> None:
+    works = [work(3, 2), work(10, 6, spans=[(1, 11, 13), (2, 13, 16)])]
+    found = Audited.of(works, [0, 2, 8], CONFIG)
+    assert found is not None and Audited.of(works[:1], [0, 2], CONFIG) is None
+    assert found.spans == [(1, slice(3, 5)), (2, slice(5, 8))] and found.full == CONFIG.layers == 4
+    draws = torch.Generator().manual_seed(0)
+    states = {layers: torch.randn(8, 5, generator=draws, dtype=torch.float64) for layers in range(1, 5)}
+    for layers, x in states.items():
+        found.see(layers, given := x.clone())
+        given.zero_()  # the next layers may write there
+    read = list[tuple[int, int]]()
+    net: Any = SimpleNamespace(head=lambda some, layers: (read.append((len(some), layers)), some)[1])
+    wanted = []
+    for exit_, row in ((1, 3), (1, 4), (2, 5), (2, 6), (2, 7)):
+        p, q = (states[layers][row].softmax(-1) for layers in (4, exit_))
+        wanted.append(float((p * (p / q).log()).sum()))
+    assert found.lost(net, 2) == pytest.approx(wanted) and min(wanted) > 0.1
+    assert read == [(2, 4), (2, 1), (2, 4), (2, 2), (1, 4), (1, 2)]
+    found.given[1][0, 0] = math.nan
+    assert [math.isnan(one) for one in found.lost(net, 9)] == [False, False, True, False, False]
 
 
 def test_an_exit_loses_nothing_less_than_nothing_and_a_row_without_a_number_tells_nothing() -> None:

@@ -33,6 +33,14 @@ def test_the_sum_of_two_replicas_is_both() -> None:
     assert together(told) == pytest.approx(wanted), "a share is the mean of both"
 
 
+def test_nothing_is_counted_before_something_was_done_and_sums_are_of_all_but_shares() -> None:
+    assert set(Metrics().samples((1, 2)).values()) == {0}
+    assert {name for name, family in FAMILIES.items() if family.share} == {
+        "kv_cache_usage_perc",
+        "router_correction_nats",
+    }
+
+
 def test_replicas_that_are_told_apart_are_not_added_up_and_their_shares_stay_what_they_are() -> None:
     use, steps = sample("kv_cache_usage_perc"), sample("steps")
     told = [{key.beside(replica=name): value for key in (use, steps)} for name, value in (("a", 0.25), ("b", 0.75))]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +13,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoal import Engine, Model, Request, Sampling
-from shoal.engine.runner import SCORED_ROWS
+from shoal.engine import drafts, graphs
+from shoal.engine.events import Signals
+from shoal.engine.runner import SCORED_ROWS, Runner, _seen
 from shoal.model import block
+from shoal.model.router import NLL
 
 MODEL = Model.from_preset("test", seed=3)
 VIEWS = ("view", "_unsafe_view", "slice", "select", "unsqueeze", "expand", "transpose", "split", "detach", "alias", "t")
@@ -64,6 +69,42 @@ def test_a_step_of_mixed_depths_makes_what_its_rows_share_once(monkeypatch: pyte
     monkeypatch.setattr(block, "known_rope", lambda at, *more: (made.append(at.tolist()), known(at, *more))[1])
     engine.step()
     assert made == [[1, 4, 2, 3]], "in the first group; the others run the first of these rows"
+
+
+@pytest.mark.parametrize("stretched", [True, False])
+def test_a_row_that_is_drafted_runs_through_each_group_once(stretched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Group 1 over one after the other, which the loops of a CPU do without a step for each; the others over all together."""
+    if not stretched:
+        monkeypatch.setattr(drafts, "draft", lambda *_: False)
+    sampling = Sampling(temperature=0, max_tokens=8, ignore_eos=True, speculative=3)
+    engine, ran = Engine(MODEL, units=400, speculative_max_batch=1), list[tuple[int, int]]()
+    engine.submit(Request([20, 30, 40], sampling, depth="full"))
+    engine.step()
+    group = engine.runner._group
+    monkeypatch.setattr(engine.runner, "_group", lambda at, x, step: (ran.append((at, len(x))), group(at, x, step))[1])
+    engine.step()
+    assert ran == [(0, 1)] * (0 if stretched else 4) + [(1, 4), (2, 4), (3, 4)]
+
+
+def test_graphs_are_asked_for_where_steps_of_some_requests_are_to_be_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[Any]()
+    monkeypatch.setattr(graphs, "of_device", lambda *given: asked.append(given))
+    assert Runner(MODEL, 4).graphs is None and asked == []
+    made = Runner(MODEL, 4, graph_rows=3)
+    assert asked == [(made.net, made.cache, 3)] and made.graphs is None, "the device has none"
+
+
+def test_what_the_router_saw_is_told_as_far_as_it_is_a_number() -> None:
+    """Of a prompt of a few tokens there is no loss; at full depth nothing is lost."""
+    x, distance = torch.zeros(9), 0.5
+    router: Any = SimpleNamespace(exits=(1, 2, 4), distance=lambda x: distance)
+    seen = {"predicted_gaps": (0.25, 0.125), "router_distance": 0.5, "tolerance": 0.1}
+    for nll, prompt, layers, bound in ((0.0, None, 1, 0.75), (2.5, 2.5, 2, 0.5), (2.5, 2.5, 4, 0.0)):
+        x[NLL] = nll
+        told = _seen(router, x, layers, [0.25, 0.125], [0.75, 0.5], 0.1)
+        assert vars(told) == {**vars(Signals()), **seen, "prompt_nll": prompt, "router_bound": bound}
+    distance = math.nan
+    assert _seen(router, x, 1, [0.25, 0.125], [0.75, 0.5], 0.1) == Signals()
 
 
 def test_the_logits_of_a_long_prompt_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,7 @@ def test_the_log_sum_of_a_row_is_its_definition_whatever_stands_in_it(
     logits.zero_()  # what follows changes them in place
     found = watched.nll([1, 2, 3, 5, 6, -1, 4])
     assert set(found) == {0, 1}, "of the others none has a number, was drawn from, or is watched"
+    assert set(watched.nll([0] * 7)) == {0, 1, 5}, "token 0 is one as any"
     assert found[0] == pytest.approx(-float(whole[0, 1]), rel=1e-6 if dtype == torch.float32 else 1e-13)
     assert found[1] == pytest.approx(-float(whole[1, 2]), rel=1e-6 if dtype == torch.float32 else 1e-13)
     assert Logits.of(logits, [Row(watched=False)] * 7) is None

@@ -12,6 +12,7 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,9 @@ from shoal import Engine, Model, Request, Sampling
 from shoal.engine.drafts import draft
 from shoal.engine.events import MAX_DRAFTS, Completion, Finished, Guide, Token
 from shoal.engine.guided import Grammar
-from shoal.engine.plan import Sampled
+from shoal.engine.plan import Sampled, Work
 from shoal.engine.sampler import Sampler
-from shoal.engine.speculative import accept
+from shoal.engine.speculative import accept, verification
 from shoal.errors import ConfigError, GenerationError, RequestError
 from shoal.inputs.tokenizer import END_ID
 from shoal.model.cpu import fused
@@ -349,6 +350,14 @@ def test_21_verified_tokens_follow_the_full_models_distribution(sampling: Sampli
     distance = 0.5 * np.abs(shares(p_logits) - shares(q_logits)).sum()
     right = (drawn[0] == drawn[1]).mean()
     assert (1 - distance) / (1 + distance) - 0.01 < right <= 1 - distance + 0.01
+
+
+def test_what_is_verified_are_the_newest_token_and_all_drafts_from_the_second_group_on() -> None:
+    running, ahead = (SimpleNamespace(tokens=[50] * count) for count in (8, 11))
+    work = Work(running, 7, 1, 0, 3, sample=True, drafts=4)  # type: ignore[arg-type]
+    rest = verification(work, ahead)  # type: ignore[arg-type]
+    assert vars(rest) == {**vars(work), "running": ahead, "count": 4, "first": 1, "drafts": 0, "verify": True}
+    assert (work.running, work.count, work.drafts) == (running, 1, 4), "stays as it is"
 
 
 def test_accept_keeps_what_was_right_and_the_first_token_after_it() -> None:

@@ -126,6 +126,7 @@ def test_a_sampled_price_is_the_divergence_by_the_distance_of_two_laws() -> None
     found = [sampled_price(*map(float, each)) for each in zip(*apart(*laws), strict=True)]
     assert found[:4] == [pytest.approx(0.5 * math.log(2) / 0.375, rel=1e-6), 0.0, math.inf, math.inf]
     assert found[4] == math.inf, "of no numbers"
+    assert sampled_price(0.5, 1.0) == 0.5, "so far apart that no more than rounding is shared"
     assert greedy_price(torch.tensor([0.5, 2.0, -1.0]), 1, 2) == 3.0
 
 
@@ -133,6 +134,7 @@ def test_what_ends_an_answer_is_no_token_that_could_pay_for_it() -> None:
     chain = Chain(0, [5], [torch.zeros(9)], 1.0, 2.0, 2)
     assert settle(chain, [3], lambda row, place: 0.5) == {}, "two tokens may spend two nats, though a third follows"
     assert settle(dataclasses.replace(chain, answered=3), [3], lambda row, place: 0.5) == {0: 0.5}
+    assert settle(dataclasses.replace(chain, spent=1.5), [3], lambda row, place: 0.5) == {0: 0.5}, "just as much"
 
 
 def test_an_answer_that_an_end_closes_spent_at_most_its_tolerance_a_token() -> None:
