@@ -58,7 +58,7 @@ class Drafter:
 
     work: Work
     ahead: Running
-    place: int = 0
+    place: int
     drafted: Drafted | None = None  # filled in where it has a tolerance
     over: bool = False  # nothing more is drafted: its last draft ends the answer, or none could be drawn
 
@@ -132,7 +132,7 @@ class Rounds:
         unread.add([each for _, *two in self._rounds for each in two], self._came)
 
     def _came(self, numbers: list[list[float]]) -> None:
-        for each in self._rounds[0][0] if self._rounds else ():  # whoever drafts does so in the first
+        for each in self._rounds[0][0]:  # there is one where somebody drafts, and whoever does so does in the first
             del each.ahead.tokens[each.work.start + 1 :]
             each.ahead.there = ()
         for (drafters, *_), tokens, highest in zip(self._rounds, numbers[::2], numbers[1::2], strict=True):

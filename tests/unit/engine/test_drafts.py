@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from shoal import Engine, Model, Request, Sampling, presets
+from shoal.config import GROUPS
 from shoal.engine import drafts
+from shoal.engine.device import Unread
+from shoal.engine.drafts import Drafted, Drafter, Rounds
+from shoal.engine.plan import Sampled, Work
+from shoal.errors import GenerationError
 from shoal.model.block import KNOWN, known_rope, rope_tables
 from shoal.model.net import Net
 from tests.unit.engine.test_speculative import EAGER
@@ -94,3 +104,136 @@ def test_one_answer_is_drafted_to_the_bit_as_by_a_step_for_each_draft(
     for (tokens, accepted, kv), (wanted, others, memory) in zip(found[:3], found[3:], strict=True):
         assert (tokens, accepted) == (wanted, others)
         assert torch.equal(kv, memory)
+
+
+# --- who drafts, by hand: no model runs ------------------------------------------------------------------------------------
+
+LAST = 99  # ends an answer
+
+
+def drafter(number: int, count: int, kept: bool = False, grammar: object = None) -> Drafter:
+    """One whose newest token is its `number`, which is to draft `count` more; what it drafted may be `kept`."""
+    ahead = SimpleNamespace(
+        tokens=[50, 51, number], holding=SimpleNamespace(states=[]), there=(), ends=lambda token: token == LAST
+    )
+    running = SimpleNamespace(tokens=[50, 51, number], grammar=grammar)
+    work = Work(running, 2, 1, 0, GROUPS, sample=True, drafts=count)  # type: ignore[arg-type]
+    return Drafter(work, ahead, number, Drafted() if kept else None)  # type: ignore[arg-type]
+
+
+def test_what_was_drafted_is_settled_from_the_answer_s_length_and_what_it_has_spent() -> None:
+    for tolerance, told in ((0.25, 0.25), (None, 0.0)):
+        running: Any = SimpleNamespace(prompt_len=5, tolerance=tolerance, spent=1.5, there=["unread"])
+        drafted = Drafted([7, 8], ["law", "another"])  # type: ignore[list-item]
+        chain = drafted.chain(6, Work(running, 9, 3, 1, GROUPS, verify=True))
+        assert vars(chain) == {
+            "first": 6, "drafts": [7, 8], "exits": ["law", "another"], "tolerance": told, "spent": 1.5, "answered": 5,
+            "there": ["unread"],
+        }  # fmt: skip
+
+
+def test_a_draft_that_ends_the_answer_is_the_last_and_is_none_of_its_rows() -> None:
+    law: Any = "law"
+    for drawn, token, given, rows, tokens, exits, over in (
+        (True, 7, law, [7], [7], [law], False), (True, 7, None, [7], [7], [], False),
+        (True, LAST, law, [], [LAST], [law], True), (False, 7, law, [], [], [], True),
+    ):  # fmt: skip
+        for kept in (True, False):
+            one = drafter(3, 2, kept)
+            one.take(token, drawn, given)
+            assert (one.ahead.tokens, one.over) == ([50, 51, 3, *rows], over)
+            assert one.drafted == (Drafted(tokens, exits) if kept else None)
+
+
+def test_who_drafts_is_verified_and_who_does_not_goes_on_from_its_state() -> None:
+    one, other = drafter(3, 2), drafter(4, 0)
+    assert (one.more, other.more) == (True, False)
+    one.ahead.holding.states += ["a"]
+    assert one.more
+    one.ahead.holding.states += ["b"]
+    assert not one.more
+    one.ahead.tokens += [7, 8]
+    kept = {**vars(one.work), "running": one.ahead}
+    assert vars(one.rest()) == {**kept, "count": 3, "first": 1, "drafts": 0, "verify": True}
+    assert vars(other.rest()) == {**vars(other.work), "running": other.ahead, "first": 1}
+
+
+def test_the_host_waits_for_drafts_where_it_draws_them_or_a_grammar_must_know_them() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    free, guided, beside = (
+        drafter(1, drafts_, grammar=grammar).work for drafts_, grammar in ((2, None), (2, 1), (0, 1))
+    )
+    for works, waits in (([free], False), ([free, beside], False), ([free, guided], True), ([guided], True)):
+        assert (Rounds.of(works, cuda) is None) is waits and Rounds.of(works, cpu) is None
+
+
+class Steps:
+    """In place of group 1 and the sampler: `script` says what each request draws, None for nothing. States are a number of step
+    and row, and all logits lie in the same memory."""
+
+    def __init__(self, script: dict[int, list[int | None]]) -> None:
+        self.script, self.memory, self.told = script, torch.zeros(9, 2), list[Any]()
+
+    def __call__(self, going: Sequence[Drafter], more: int, newest: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        step = len(self.told)
+        self.told.append(([each.place for each in going], more, None if newest is None else newest.tolist()))
+        states = torch.tensor([[10.0 * step + row] for row in range(len(going))])
+        self.memory[:] = torch.arange(9)[:, None] + 10 * step
+        return states, self.memory[:more] if more else None
+
+    def _next(self, aheads: Sequence[Any]) -> list[int | None]:
+        return [self.script[ahead.tokens[2]].pop(0) for ahead in aheads]
+
+    def sample(self, logits: Tensor, aheads: Sequence[Any]) -> list[Sampled]:
+        assert len(logits) == len(aheads)
+        found = self._next(aheads)
+        return [Sampled(7, error=GenerationError("none")) if one is None else Sampled(one) for one in found]
+
+    def propose(self, logits: Tensor, aheads: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        assert len(logits) == len(aheads)
+        found = self._next(aheads)
+        highest = [[math.nan if one is None else 1.0] for one in found]
+        return torch.tensor([7 if one is None else one for one in found]), torch.tensor(highest)
+
+
+def states(one: Drafter) -> list[float]:
+    return [float(state) for state in one.ahead.holding.states]
+
+
+def test_a_step_for_each_draft_is_of_those_who_draft_on() -> None:
+    """Four tokens are drafted, then two, then one. Of those who are over no row runs that nobody drafts behind."""
+    some = [drafter(0, 0), drafter(1, 3, kept=True), drafter(2, 1), drafter(3, 3, kept=True), drafter(4, 2, kept=True)]
+    steps: Any = Steps({1: [60, 61, 62], 2: [70], 3: [80, LAST], 4: [None]})
+    drafts.by_steps(steps, steps, list(some), None)
+    assert steps.told == [([1, 2, 3, 4, 0], 4, None), ([1, 3, 2], 2, None), ([1], 1, None), ([1], 0, None)]
+    assert [states(one) for one in some] == [[4], [0, 10, 20, 30], [1, 12], [2, 11], [3]]
+    assert [one.ahead.tokens[3:] for one in some] == [[], [60, 61, 62], [70], [80], []]
+    assert [one.over for one in some] == [False, False, False, True, True]
+    told = [one.drafted and (one.drafted.tokens, [float(law[0]) for law in one.drafted.exits]) for one in some]
+    assert told == [None, ([60, 61, 62], [0, 10, 20]), None, ([80, LAST], [2, 11]), ([], [])], "copies"
+
+
+def test_drafts_that_the_host_has_not_read_go_on_as_if_none_ended_an_answer() -> None:
+    some = [drafter(0, 0), drafter(1, 3, kept=True), drafter(2, 1), drafter(3, 3, kept=True), drafter(4, 2, kept=True)]
+    steps: Any = Steps({1: [60, 61, 62], 2: [70], 3: [80, LAST, 81], 4: [None, 90]})
+    rounds, unread = Rounds(), Unread()
+    assert rounds.newest is None
+    drafts.by_steps(steps, steps, list(some), rounds)
+    assert steps.told == [
+        ([1, 3, 4, 2, 0], 4, None), ([1, 3, 4, 2], 3, [60, 80, 7, 70]), ([1, 3, 4], 2, [61, LAST, 90]),
+        ([1, 3], 0, [62, 81]),
+    ]  # fmt: skip
+    assert [states(one) for one in some] == [[4], [0, 10, 20, 30], [3, 13], [1, 11, 21, 31], [2, 12, 22]]
+    assert [one.ahead.tokens[3:] for one in some] == [[], [0] * 3, [0], [0] * 3, [0] * 2], "as many as there may be"
+    assert [[int(token) for token in one.ahead.there] for one in some] == [
+        [], [60, 61, 62], [70], [80, LAST, 81], [7, 90],
+    ]  # fmt: skip
+    rounds.wait_in(unread)
+    assert len(unread.tensors) == 6 and not any(one.over for one in some)
+    unread.read()
+    assert [one.ahead.tokens for one in some] == [
+        [50, 51, number, *more] for number, more in enumerate(([], [60, 61, 62], [70], [80], []))
+    ]
+    assert [one.over for one in some] == [False, False, False, True, True] and not any(one.ahead.there for one in some)
+    told = [one.drafted and (one.drafted.tokens, [float(law[0]) for law in one.drafted.exits]) for one in some]
+    assert told == [None, ([60, 61, 62], [0, 10, 20]), None, ([80, LAST], [1, 11, 21]), ([], [2, 12])]

@@ -13,10 +13,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoal import Engine, Model, Request, Sampling
-from shoal.engine import drafts, graphs
+from shoal.engine import graphs
 from shoal.engine.events import Signals
 from shoal.engine.runner import SCORED_ROWS, Runner, _seen
 from shoal.model import block
+from shoal.model.cpu import fused
 from shoal.model.router import NLL
 
 MODEL = Model.from_preset("test", seed=3)
@@ -71,11 +72,10 @@ def test_a_step_of_mixed_depths_makes_what_its_rows_share_once(monkeypatch: pyte
     assert made == [[1, 4, 2, 3]], "in the first group; the others run the first of these rows"
 
 
-@pytest.mark.parametrize("stretched", [True, False])
-def test_a_row_that_is_drafted_runs_through_each_group_once(stretched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Group 1 over one after the other, which the loops of a CPU do without a step for each; the others over all together."""
-    if not stretched:
-        monkeypatch.setattr(drafts, "draft", lambda *_: False)
+def test_a_row_that_is_drafted_runs_through_each_group_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Group 1 over one after the other; the others over all together, from the states that each left."""
+    monkeypatch.setattr(fused, "usable", lambda x: False)
+    monkeypatch.setattr(fused, "few", lambda rows: False)
     sampling = Sampling(temperature=0, max_tokens=8, ignore_eos=True, speculative=3)
     engine, ran = Engine(MODEL, units=400, speculative_max_batch=1), list[tuple[int, int]]()
     engine.submit(Request([20, 30, 40], sampling, depth="full"))
@@ -83,11 +83,12 @@ def test_a_row_that_is_drafted_runs_through_each_group_once(stretched: bool, mon
     group = engine.runner._group
     monkeypatch.setattr(engine.runner, "_group", lambda at, x, step: (ran.append((at, len(x))), group(at, x, step))[1])
     engine.step()
-    assert ran == [(0, 1)] * (0 if stretched else 4) + [(1, 4), (2, 4), (3, 4)]
+    assert ran == [(0, 1)] * 4 + [(1, 4), (2, 4), (3, 4)]
 
 
 def test_graphs_are_asked_for_where_steps_of_some_requests_are_to_be_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = list[Any]()
+    monkeypatch.setattr(Runner, "_compile", lambda self: None)
     monkeypatch.setattr(graphs, "of_device", lambda *given: asked.append(given))
     assert Runner(MODEL, 4).graphs is None and asked == []
     made = Runner(MODEL, 4, graph_rows=3)
