@@ -505,30 +505,42 @@ def test_which_of_the_first_are_chosen_is_always_the_same() -> None:
         assert one.audited is (draws.random() < 1 / 32)
 
 
-def test_a_look_runs_over_prompt_and_answer_in_the_rows_that_it_is_given_and_each_is_seen_once() -> None:
+@pytest.mark.parametrize("room", [6, 3, 99])
+def test_a_look_runs_over_prompt_and_answer_in_the_rows_that_it_is_given_and_each_is_seen_once(room: int) -> None:
     """Of twenty tokens the rows from 4 on gave the answer, five of them by the first exit; the last token has no row."""
     one = answer(20, layers=2, least=1, looked=5)
     judge = judging(400, one)
     assert (judge.idle, judge.holder, judge.work(0, 0)) == (False, [], None)
-    seen, at = [], 0
-    while (work := judge.work(6, 0)) is not None:
+    seen, at = list[tuple[int, int]](), 0
+    while (work := judge.work(room, 0)) is not None:
         assert judge.holder == [one] and (work.running, work.first, work.last, work.audit) == (one, 0, GROUPS, True)
-        assert (work.start, work.end) == (at, min(at + 6, 19)) and one.holding.offered == [audits.NEVER] * GROUPS
+        assert (work.start, work.end) == (at, min(at + room, 19)) and one.holding.offered == [audits.NEVER] * GROUPS
         pages = -(-work.end // PAGE)
         assert one.holding.owned == [pages] * GROUPS and judge._pages.available == 400 - pages * GROUPS
-        seen, at = [*seen, *work.spans], work.end
-        took(judge, work, [0.5] * sum(last - first for _, first, last in work.spans))
-    assert seen == [(1, 4, 6), (1, 6, 9), (2, 9, 12), (2, 12, 18), (2, 18, 19)] and one.groups == GROUPS
+        assert all(first < last for _, first, last in work.spans)
+        rows = [(layers, row) for layers, first, last in work.spans for row in range(first, last)]
+        seen, at = seen + rows, work.end
+        took(judge, work, [0.5] * len(rows))
+    assert seen == [(1 if row < 9 else 2, row) for row in range(4, 19)] and one.groups == GROUPS
     assert judge.idle and judge.holder == [] and judge.rows == 19 and judge.dropped == 0
     assert (judge._pages.available, judge._pages.cached) == (400, 0), "its pages are for nobody else"
     of = judge.evidence[0.05]
     assert (of.answers, of.allowed) == (1, 0.05) and of.lost == pytest.approx(0.5)
-    again = answer(20)
-    judge.told(again)
+
+
+def test_a_look_that_gave_no_number_says_nothing() -> None:
+    judge = judging(400, answer(20))
     work = judge.work(99, 0)
     assert work is not None and work.end == 19
     took(judge, work, [math.nan] + [0.0] * 14)
-    assert (of.answers, judge.dropped, judge.idle) == (1, 1, True), "no number says nothing"
+    assert (judge.evidence[0.05].answers, judge.dropped, judge.idle) == (0, 1, True)
+
+
+def test_a_correction_is_of_the_bound_that_a_tolerance_has() -> None:
+    judge = judging()
+    judge.evidence[0.05].shift, judge.evidence[1.0] = 0.5, Evidence(shift=0.75)
+    found = {tolerance: judge.shift(tolerance) for tolerance in (None, 0.0, 0.04, 0.05, 0.07, 0.1, 1.0, 9.0)}
+    assert found == {None: 0.0, 0.0: 0.0, 0.04: 0.0, 0.05: 0.5, 0.07: 0.5, 0.1: 0.0, 1.0: 0.75, 9.0: 0.75}
 
 
 def test_a_look_begins_where_the_prefix_cache_ends_and_no_later_than_the_answer() -> None:
@@ -576,7 +588,7 @@ def test_those_that_wait_are_few_and_the_first_makes_room_unless_it_is_looked_at
 def test_units_go_to_who_lacks_no_more_than_it_holds_and_after_three_times_it_is_dropped() -> None:
     one, other = answer(2 * PAGE), answer(9)
     judge = judging(400, one, other)
-    assert not judge.make_room(0), "nothing is held"
+    assert judge.make_room(0) is False, "nothing is held"
     for tries in (1, 2, 3):
         assert judge.work(2 * PAGE, 0) is not None and sum(one.holding.owned) == 2 * GROUPS
         judge._found.append(9.0)
@@ -616,6 +628,8 @@ def test_looks_pay_for_their_rows_and_heads_by_a_hundredth_of_all_others() -> No
 
 def test_answers_of_full_depth_are_learned_of_as_the_look_before_them() -> None:
     """None of them holds up one that is to be looked at."""
+    many = judging(400, *(answer(9, layers=4) for _ in range(20)))
+    assert (len(many._waiting), many.evidence[0.05].answers, many.dropped) == (1, 19, 0)
     judge, of = judging(), answer(9, layers=4)
     evidence = judge.evidence[0.05]
     judge.told(of)

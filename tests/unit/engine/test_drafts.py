@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -237,3 +238,87 @@ def test_drafts_that_the_host_has_not_read_go_on_as_if_none_ended_an_answer() ->
     assert [one.over for one in some] == [False, False, False, True, True] and not any(one.ahead.there for one in some)
     told = [one.drafted and (one.drafted.tokens, [float(law[0]) for law in one.drafted.exits]) for one in some]
     assert told == [None, ([60, 61, 62], [0, 10, 20]), None, ([80, LAST], [1, 11, 21]), ([], [2, 12])]
+
+
+class Stretching:
+    """In place of a network, group 1 of which says where it was asked to run and gives the number of time and row."""
+
+    def __init__(self, head: bool, there: bool = True) -> None:
+        self.config, self.dtype, self.there = SimpleNamespace(exits=(1, 2, 4)), torch.float32, there
+        self.groups, self.asked, self.ran = [self], list[Any](), list[Any]()
+        self.own = SimpleNamespace(logits=lambda states: states + 100) if head else None
+
+    def stretch(self, *given: Any) -> Any:
+        self.asked.append(given)
+        return self if self.there else None
+
+    def embed_few(self, tokens: list[int]) -> list[int]:
+        return [*tokens]
+
+    def after(self, tokens: list[int], time: int) -> Any:
+        self.ran.append((time, tokens))
+        return np.array([[10.0 * time + row] for row in range(len(tokens))])
+
+    def head_of(self, exit_: int, rows: int) -> Any:
+        assert (exit_, rows) == (1, 4)
+        return self.own
+
+    def head(self, states: Tensor, exit_: int) -> Tensor:
+        assert exit_ == 1 and self.own is None
+        return states + 100
+
+
+def standing(number: int, count: int, start: int, computed: int, kept: bool = False) -> Drafter:
+    """One that drafts from the position `start` on, in units of its own of four slots each."""
+    one = drafter(number, count, kept)
+    one.work.start = start
+    one.work.running.adapter = None
+    pages = -(-(start + 1 + count) // 4)
+    tables = np.array([[10 * number + page for page in range(1, pages + 1)]] * GROUPS)
+    one.ahead.holding.tables, one.ahead.holding.computed = tables, [computed] * GROUPS
+    return one
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_a_stretch_runs_over_the_rows_of_those_who_draft_on_and_each_keeps_its_own(head: bool) -> None:
+    """Four draft first; one of them ends with its first draft, one with its second, and one was to make one alone."""
+    some = [
+        standing(1, 1, 3, 0),
+        standing(2, 3, 2, 3, kept=True),
+        standing(3, 3, 6, 6, kept=True),
+        standing(4, 2, 13, 0),
+    ]
+    script: Any = Steps({1: [70], 2: [60, 61, 62], 3: [80, LAST], 4: [None]})
+    net: Any = Stretching(head)
+    cache: Any = SimpleNamespace(kv=torch.zeros(1, 2, 1, 4, 3))
+    assert drafts.draft(net, cache, script, some)
+    ((positions, slots, tables, memory, dtype),) = net.asked
+    order = [some[1], some[2], some[3], some[0]]  # those that draft most come first
+    assert positions.tolist() == [[one.work.start + time for one in order] for time in range(4)]
+    assert memory is cache and dtype == torch.float32 and tables.shape == (4, 4)
+    for r, one in enumerate(order):
+        own = one.ahead.holding.tables[0].tolist()
+        assert tables[r].tolist() == own + [0] * (4 - len(own))
+        for time in range(one.work.drafts + 1):
+            at = one.work.start + time
+            slot = own[at // 4] * 4 + at % 4 if at >= one.ahead.holding.computed[0] else -1
+            assert slots[time, r] == slot, (r, time)
+    assert net.ran == [(0, [2, 3, 4, 1]), (1, [60, 80, 7, 70]), (2, [61, LAST]), (3, [62])]
+    kept = [[float(row) for states_ in one.ahead.holding.states for row in states_] for one in some]
+    assert kept == [[3, 13], [0, 10, 20, 30], [1, 11], [2]] and all(len(one.ahead.holding.states) == 1 for one in some)
+    assert [one.ahead.tokens[3:] for one in some] == [[70], [60, 61, 62], [80], []]
+    assert [one.over for one in some] == [False, False, True, True]
+    told = [one.drafted and (one.drafted.tokens, [float(law[0]) for law in one.drafted.exits]) for one in some]
+    assert told == [None, ([60, 61, 62], [100, 110, 120]), ([80, LAST], [101, 111]), None]
+
+
+def test_where_there_is_no_stretch_nothing_is_done() -> None:
+    """Beside an adapter, on a device, or where the loops cannot be used."""
+    cpu: Any = SimpleNamespace(kv=torch.zeros(1, 2, 1, 4, 3))
+    there: Any = SimpleNamespace(kv=torch.zeros(1, 2, 1, 4, 3, device="meta"))
+    for adapter, cache, able in ((object(), cpu, True), (None, there, True), (None, cpu, False)):
+        some, net = [standing(1, 2, 2, 0), standing(2, 2, 2, 0)], Stretching(True, able)
+        some[1].work.running.adapter = adapter  # type: ignore[assignment]
+        assert drafts.draft(net, cache, Steps({}), some) is False  # type: ignore[arg-type]
+        assert net.ran == [] and [one.ahead.tokens[3:] for one in some] == [[], []]
+        assert not any(one.ahead.holding.states or one.over for one in some)

@@ -228,7 +228,7 @@ def test_the_first_exit_is_read_of_those_alone_who_draft_on() -> None:
     assert kept is not None
     first = kept.first
 
-    def seen(planned: Any, works: Any, requests: Any, going: int, newest: Tensor | None) -> Any:
+    def seen(planned: Any, works: Any, requests: Any, going: int, newest: Tensor | None = None) -> Any:
         given = first(planned, works, requests, going, newest)
         assert given is not None and len(given[0]) == len(works)
         found.append((going, None if given[1] is None else len(given[1])))
