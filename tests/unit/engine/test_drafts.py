@@ -240,6 +240,15 @@ def test_drafts_that_the_host_has_not_read_go_on_as_if_none_ended_an_answer() ->
     assert told == [None, ([60, 61, 62], [0, 10, 20]), None, ([80, LAST], [1, 11, 21]), ([], [2, 12])]
 
 
+def test_of_drafts_without_a_tolerance_nothing_is_kept_but_themselves() -> None:
+    one, rounds, unread = drafter(1, 2), Rounds(), Unread()
+    steps: Any = Steps({1: [60, 61]})
+    drafts.by_steps(steps, steps, [one], rounds)
+    rounds.wait_in(unread)
+    unread.read()
+    assert (one.ahead.tokens, one.drafted, states(one)) == ([50, 51, 1, 60, 61], None, [0, 10, 20])
+
+
 class Stretching:
     """In place of a network, group 1 of which says where it was asked to run and gives the number of time and row."""
 
