@@ -294,7 +294,7 @@ def test_a_stretch_runs_over_the_rows_of_those_who_draft_on_and_each_keeps_its_o
     some = [
         standing(1, 1, 3, 0),
         standing(2, 3, 2, 3, kept=True),
-        standing(3, 3, 6, 6, kept=True),
+        standing(3, 2, 6, 6, kept=True),
         standing(4, 2, 13, 0),
     ]
     script: Any = Steps({1: [70], 2: [60, 61, 62], 3: [80, LAST], 4: [None]})

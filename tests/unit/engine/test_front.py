@@ -7,13 +7,14 @@ import threading
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
 
 from shoal import Engine, Model, Request, Sampling
 from shoal.engine.events import LATER, Event, Finished, Token
-from shoal.engine.front import AsyncEngine, _Asked
+from shoal.engine.front import AsyncEngine, _Asked, _Reader, _there
 from shoal.errors import CheckpointError, EngineDeadError, GenerationError, QueueFullError, RequestError
 from shoal.model.adapters import Adapter, nothing
 from tests.clocks import tells
@@ -395,3 +396,109 @@ def test_an_adapter_is_read_from_its_directory_and_is_the_one_that_was_there_bef
             assert engine.knows_adapter("a") and not engine.knows_adapter("b")
 
     run(work())
+
+
+# --- what the engine thread does, by hand: none runs -----------------------------------------------------------------------
+
+
+class Loop:
+    """An event loop that keeps what it is to call."""
+
+    def __init__(self, closed: bool = False) -> None:
+        self.closed, self.calls = closed, list[Callable[[], None]]()
+
+    def is_closed(self) -> bool:
+        return self.closed
+
+    def call_soon_threadsafe(self, call: Callable[[], None]) -> None:
+        if self.closed:
+            raise RuntimeError("Event loop is closed")
+        self.calls.append(call)
+
+
+def still(**engine: Any) -> AsyncEngine:
+    """Without its threads, before an engine of which nothing else is asked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda self: None)
+        there: Any = SimpleNamespace(scheduler=SimpleNamespace(max_queue=3), ran=True, urgent=False, **engine)
+        return AsyncEngine(there, backlog=4)
+
+
+def reading(engine: AsyncEngine, name: str, loop: Any) -> _Reader:
+    engine._readers[name] = _Reader(loop)
+    return engine._readers[name]
+
+
+def test_a_reader_that_falls_behind_is_paused_once_and_each_loop_is_called_once_for_all_that_wait() -> None:
+    paused, one, two = list[str](), Loop(), Loop()
+    engine = still(pause=paused.append)
+    slow, quick, other = reading(engine, "slow", one), reading(engine, "quick", one), reading(engine, "other", two)
+    token = Token("slow", 60, "a")
+    engine._deliver([token] * 4)
+    assert (paused, slow.paused, slow.sent, one.calls) == ([], False, 4, []), "nobody waits, and four may be unread"
+    slow.taken = 1
+    engine._deliver([token])
+    assert paused == [], "one was read meanwhile"
+    engine._deliver([token])
+    assert (paused, slow.paused) == (["slow"], True)
+    engine._deliver([token])
+    assert paused == ["slow"] and slow.sent == 7 and len(slow._coming) == 7
+    slow._waits = quick._waits = True
+    ends = Finished("other", "stop")
+    engine._deliver([token, Token("quick", 61, "b"), Token("gone", 62, ""), Token("quick", 63, ""), ends])
+    assert {*engine._readers} == {"slow", "quick"} and (quick.sent, other.sent) == (2, 1)
+    assert (len(one.calls), len(two.calls)) == (1, 1)
+    for call in (*one.calls, *two.calls):
+        call()
+    woken = [(each._some.is_set(), each._last.is_set()) for each in (slow, quick, other)]
+    assert woken == [(True, False), (True, False), (True, True)], "the last event cuts a pause short"
+
+
+def test_requests_of_a_loop_that_was_closed_are_ended() -> None:
+    """Nobody reads them any more; one that has ended is none."""
+    cancelled, closed = list[str](), Loop(closed=True)
+    engine = still(cancel=cancelled.append, pause=lambda request: None)
+    for name in ("a", "b"):
+        reading(engine, name, closed)
+    engine._deliver([Token("a", 60, "x"), Token("a", 61, "y"), Finished("b", "stop")])
+    engine._inbox.get_nowait()()
+    assert cancelled == ["a"] and engine._inbox.empty()
+
+
+def test_of_embeddings_those_whose_callers_left_are_passed_over_and_those_that_may_wait_come_last() -> None:
+    engine, ran = still(), list[str]()
+    engine._pool()
+    assert ran == [] and not engine._may_pool(1e9), "nobody waits"
+    for name, pooling, left in (
+        ("later", engine._pooling_later, False), ("left", engine._pooling, True), ("first", engine._pooling, False),
+        ("second", engine._pooling, False),
+    ):  # fmt: skip
+        pooling.put(asked := _Asked(lambda name=name: ran.append(name)), "", "")  # type: ignore[misc]
+        assert not left or asked.answer.cancel()
+    for wanted in (["first"], ["first", "second"], ["first", "second", "later"]):
+        engine._engine.ran = False
+        assert engine._may_pool(-1e9), "whoever runs does not"
+        engine._pool()
+        assert ran == wanted
+    engine._pooling.put(asked := _Asked(lambda: ran.append("gone")), "", "")
+    asked.answer.cancel()
+    engine._pool()
+    assert len(ran) == 3 and not engine._embedding
+
+
+def test_a_place_is_given_by_the_first_whose_caller_is_there_and_who_left_hears_nothing() -> None:
+    left, there = _Asked(lambda: 1), _Asked(lambda: 2)
+    left.answer.cancel()
+    for given, found in (([left, left, there], there), ([left, None], None), ([None], None), ([there, left], there)):
+        assert _there(iter(given).__next__) is found
+    ran = list[int]()
+    late = _Asked(lambda: ran.append(1))
+    late.answer.cancel()
+    late()
+    left.fail(ValueError("no place"))
+    assert ran == [] and late.answer.cancelled() and left.answer.cancelled()
+    there.fail(error := ValueError("no place"))
+    assert there.answer.exception() is error
+    wrong = _Asked(lambda: 1 / 0)
+    wrong()
+    assert isinstance(wrong.answer.exception(), ZeroDivisionError)
