@@ -278,13 +278,14 @@ class Stretching:
 
 
 def standing(number: int, count: int, start: int, computed: int, kept: bool = False) -> Drafter:
-    """One that drafts from the position `start` on, in units of its own of four slots each."""
+    """One that drafts from the position `start` on, in units of its own of four slots each. Those of the first have room for no
+    more, those of others for a longer answer."""
     one = drafter(number, count, kept)
     one.work.start = start
     one.work.running.adapter = None
-    pages = -(-(start + 1 + count) // 4)
-    tables = np.array([[10 * number + page for page in range(1, pages + 1)]] * GROUPS)
-    one.ahead.holding.tables, one.ahead.holding.computed = tables, [computed] * GROUPS
+    pages = -(-(start + 1 + count) // 4) if number == 1 else 6
+    tables = np.array([[100 * group + 10 * number + page for page in range(1, pages + 1)] for group in range(GROUPS)])
+    one.ahead.holding.tables, one.ahead.holding.computed = tables, [computed, *[50] * (GROUPS - 1)]
     return one
 
 
@@ -304,9 +305,10 @@ def test_a_stretch_runs_over_the_rows_of_those_who_draft_on_and_each_keeps_its_o
     ((positions, slots, tables, memory, dtype),) = net.asked
     order = [some[1], some[2], some[3], some[0]]  # those that draft most come first
     assert positions.tolist() == [[one.work.start + time for one in order] for time in range(4)]
-    assert memory is cache and dtype == torch.float32 and tables.shape == (4, 4)
+    assert memory is cache and dtype == torch.float32 and tables.shape == (4, 4) and slots.shape == (4, 4)
+    assert tables.dtype == slots.dtype == positions.dtype == np.int64
     for r, one in enumerate(order):
-        own = one.ahead.holding.tables[0].tolist()
+        own = one.ahead.holding.tables[0, :4].tolist()
         assert tables[r].tolist() == own + [0] * (4 - len(own))
         for time in range(one.work.drafts + 1):
             at = one.work.start + time
