@@ -14,6 +14,7 @@ from shoal.model.attention import Layout, attend, block_scores, block_summaries,
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.net import Net
 from shoal.model.reach import Reach
+from tests.pretend_gpu import pretended
 
 F64 = torch.float64
 
@@ -113,6 +114,27 @@ def test_future_tokens_and_prefixes_do_not_matter(seed, block, heads, t):
     assert (hybrid_attention(q[:, :cut], k[:, :cut], v[:, :cut], **args) - whole[:, :cut]).abs().max() < 1e-12
     k[:, cut:], v[:, cut:] = 99.0, -99.0
     assert (hybrid_attention(q, k, v, **args)[:, :cut] - whole[:, :cut]).abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_all_of_it_lies_where_the_rows_do():
+    """On a GPU that is pretended: nothing mixes devices, and the gate may come from anywhere."""
+    rows, docs = qkv(4, 24, 4, 2, 8), torch.tensor([[0] * 9 + [1] * 15])
+    args = {"window": 4, "block": 2, "top_k": 2, "sinks": 1, "summary": "mean_var"}
+    gate = torch.tensor([0.1, 0.3, 0.6, 0.9])
+    at = torch.arange(20, 24)[None]
+
+    def causal(q, k, v):
+        layout = Layout.causal(at.to(q.device), 24, window=4, block=2, sinks=1)
+        reach = Reach(4, 2, 1, gate.to(q))
+        return attend(q[:, 20:], k, v, block_summaries(k, layout, "mean_var"), layout, reach)
+
+    here = hybrid_attention(*rows, local_weight=gate, docs=docs, **args), causal(*rows)
+    with pretended() as gpu:
+        moved = [each.to(gpu) for each in rows]
+        there = hybrid_attention(*moved, local_weight=gate, docs=docs.to(gpu), **args), causal(*moved)
+    for one, other in zip(there, here, strict=True):
+        torch.testing.assert_close(one.held, other, rtol=0, atol=1e-12)
 
 
 def test_short_context_makes_the_global_branch_full_attention():

@@ -230,6 +230,11 @@ def test_a_router_that_looks_twice_comes_back_with_the_tables_of_both(tmp_path):
         ({**first, "more": torch.ones(1)}, {}, "the router has an unknown tensor more: export the model again"),
         ({name: first[name] for name in first if name != "mean.bias"}, {}, r"the router lacks tensor mean\.bias"),
         ({**first, "mean.bias": torch.ones(7)}, {}, r"tensor mean\.bias of .*: got \[7\]; allowed: '?\[2\]"),
+        (
+            {**first, "mean.bias": torch.ones(2).int()},
+            {},
+            r"mean\.bias of .*: got torch\.int32; allowed: torch\.float32",
+        ),
     ):
         (tmp_path / "router.json").write_text(json.dumps(told))
         with pytest.raises(CheckpointError, match=says):

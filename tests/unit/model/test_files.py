@@ -210,6 +210,11 @@ def test_what_is_known_of_exits_is_told_where_anybody_measured_it(tmp_path: Path
     assert described.adapted(told(tmp_path, {"adapted": {"minutes": 3}})) == {"minutes": 3}
 
 
+def test_what_exits_were_worth_is_no_longer_said_of_weights_that_changed() -> None:
+    assert described.trained_further(None) is None
+    assert described.trained_further({"family": "x", "adapted": {"minutes": 3}}) == {"family": "x"}
+
+
 def test_known_weights_are_the_beginning_of_the_sha256_of_all(tmp_path: Path) -> None:
     assert described.known_weights(tmp_path) == ""
     files.save_weights(tmp_path, tensors(20, 20), 32)

@@ -406,6 +406,20 @@ def test_layers_that_are_rounded_as_in_training_do_not_run_in_one_call():
     assert found == [True, False, True]
 
 
+@torch.inference_mode()
+def test_layers_run_in_one_call_for_as_many_rows_of_a_request_as_drafts_may_have(monkeypatch):
+    """17 rows are a token and sixteen drafts. Gates that may change without a trace are looked at each time."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # of several threads 17 rows are oneDNN's
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            group = Net(presets.get("test").model).init_(0).requires_grad_(False).groups[1]
+        for rows in (17, 18):
+            at = torch.arange(rows)
+            step = PagedStep(at, at, torch.tensor([[0, 1, 2]]), [0, rows], 8, 2)
+            assert bool(group._in_one_call(torch.zeros(rows, 48), step)) == (rows == 17)
+        assert len(group._seen[1]) == (not inference)
+
+
 @pytest.mark.parametrize("quantization", ["none", "w8a8"])
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_layers_of_open_models_run_in_one_call(form, quantization, monkeypatch):

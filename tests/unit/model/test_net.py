@@ -17,6 +17,7 @@ from shoal.inputs.tokenizer import PATCH_ID, Tokenizer
 from shoal.model import block as layers
 from shoal.model import int8 as products
 from shoal.model.block import Attention, Group, known_rope
+from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.linears import Weight
 from shoal.model.net import Net
 from shoal.model.router import Router
@@ -36,6 +37,9 @@ def test_initial_weights_depend_on_the_seed_alone():
     a, b, other = Net(config).init_(3), Net(config).init_(3), Net(config).init_(4)
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     assert not torch.equal(a.embed.weight, other.embed.weight)
+    first, unsaid = Net(config).init_(0), Net(config).init_()
+    assert all(torch.equal(x, y) for x, y in zip(first.parameters(), unsaid.parameters(), strict=True))
+    assert all(torch.equal(values, first.get_parameter(name)) for name, values in first.drawn())
     gates = torch.sigmoid(a.groups[0].blocks[0].attention.gate.detach())
     assert torch.allclose(gates, torch.full((3,), 0.7), atol=1e-6)
 
@@ -160,6 +164,11 @@ def test_on_a_gpu_a_model_computes_in_what_it_is_told(int8, asked, got, monkeypa
     one = Model.from_preset("test")
     assert (one.quantized() if int8 else one).on_gpu(asked).net.dtype == got
     assert told == ["high"], "what is fp32 is multiplied in TF32"
+    if int8:
+        with pytest.raises(
+            ConfigError, match="dtype: got 'bfloat16'; allowed: auto or float32, where weights are INT8"
+        ):
+            one.quantized().on_gpu("bfloat16")
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["fp", "int8"])
@@ -169,6 +178,7 @@ def test_bad_input_is_named(model, int8):
     for tokens, message in (
         ([300], "prompt token id: got 300; allowed: 0 to 299"),
         ([-1], "prompt token id: got -1"),
+        ([0, 299, 300], "prompt token id: got 300"),
         ([], r"tokens: got 'float32 \[0\]'; allowed: whole numbers"),
         ([1.5], "tokens: got 'float32"),
         ([True], "tokens: got 'bool"),
@@ -312,6 +322,65 @@ def test_logits_of_a_head_of_its_own_are_summed_in_fp32_on_a_gpu(int8, monkeypat
     monkeypatch.setattr(Weight, "product_in_fp32", lambda self, x: "in fp32")
     assert net.logits(SimpleNamespace(is_cuda=True)) == ("as it is" if int8 else "in fp32")
     assert net.logits(SimpleNamespace(is_cuda=False)) == "as it is"
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("kernels", [True, False])
+@torch.no_grad()
+def test_on_a_gpu_a_norm_is_one_launch_with_the_sum_before_it(place, kernels, monkeypatch):
+    """And a layer gives what it gives without kernels; attention itself is twice what it reads and one here."""
+    config = dataclasses.replace(presets.get("test").model, norm_place=place)
+    group, did = Net(config).init_(1).double().groups[0], []
+    block, eps = group.blocks[0], config.norm_eps
+    draw = torch.Generator().manual_seed(0)
+    for norm in (block.attention_norm, block.mlp_norm):
+        norm.weight.normal_(generator=draw)
+    x, more = torch.randn(2, 3, 48, generator=draw, dtype=torch.float64)
+
+    def normed(x, weight, eps):
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+    def mlp(x):
+        gate, up = (x @ block.mlp.up.weight.T).chunk(2, dim=-1)
+        return (gate / (1 + (-gate).exp()) * up) @ block.mlp.down.weight.T
+
+    def layer(x):
+        first, second = block.attention_norm.weight, block.mlp_norm.weight
+        if place == "after":
+            x = x + normed(2 * x + 1, first, eps)
+            return x + normed(mlp(x), second, eps)
+        x = x + 2 * normed(x, first, eps) + 1
+        return x + mlp(normed(x, second, eps))
+
+    def launched(name, give):
+        return lambda *given: (did.append(name), give(*given))[1]
+
+    def swiglu(both):
+        gate, up = both.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
+    monkeypatch.setattr(Attention, "paged", lambda self, y, *_: 2 * y + 1)
+    monkeypatch.setattr(Attention, "forward", lambda self, y, *_: 2 * y + 1)
+    monkeypatch.setattr(layers.launch, "usable", lambda x: kernels)
+    monkeypatch.setattr(layers.launch, "rms_norm", launched("norm", normed))
+    monkeypatch.setattr(layers.launch, "swiglu", launched("swiglu", swiglu))
+    monkeypatch.setattr(
+        layers.launch, "add_norm", launched("sum and norm", lambda x, y, *how: (x + y, normed(x + y, *how)))
+    )
+    step = PagedStep(torch.tensor([0, 1, 2]), torch.tensor([8, 9, 10]), torch.tensor([[1]]), [0, 3], 8, 2)
+    own = ["sum and norm", "swiglu"] if place == "before" else ["norm", "swiglu", "norm"]
+    for begins, given in ((None, x), (more, x + more)):
+        found, rest = block.opened(x, begins, step, None, None, None)
+        assert (rest is not None) == (kernels and place == "before")
+        torch.testing.assert_close(found if rest is None else found + rest, layer(given), rtol=0, atol=1e-12)
+        first = [] if place == "after" else ["sum and norm" if begins is not None else "norm"]
+        assert did == ([*first, *own] if kernels else [])
+        did.clear()
+    torch.testing.assert_close(block.paged(x, step, None, None, None), layer(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(block(x, None, None), layer(x), rtol=0, atol=1e-12)
+    assert did == (2 * (["norm", *own] if place == "before" else own) if kernels else [])
+    cache = GroupCache.zeros(config, 2, torch.float64)
+    torch.testing.assert_close(group.stepped(x, step, cache), layer(x), rtol=0, atol=1e-12)
 
 
 def test_rotations_are_looked_up_where_they_are_known_and_made_anywhere_else(monkeypatch):

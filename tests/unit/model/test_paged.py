@@ -4,6 +4,7 @@ test_reference.py."""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from shoal.model import paged, slots
 from shoal.model.cache import PagedStep, Rows, read_rows
 from shoal.model.reach import Reach
+from tests.pretend_gpu import pretended
 
 F64 = torch.float64
 
@@ -127,3 +129,37 @@ def test_tokens_of_the_chosen_blocks_come_in_order_and_the_tail_behind_them(spar
         assert got[: len(picked)] == [[b * block, b * block + 1] for b in picked]
         assert got[-1] == [among * block, among * block + 1]
         assert all(first > position for first, _ in got[len(picked) : top_k])
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "sparse", "local", "dense"])
+@pytest.mark.parametrize("chunk", [False, True])
+@torch.no_grad()
+def test_pages_are_written_and_read_where_they_lie(kind: str, chunk: bool) -> None:
+    """A long request, and a short one of one row or of three, on a GPU that is pretended: nothing mixes devices."""
+    heads, page, block, dim = 2, 4, 2, 4
+    gate = drawn(1, 2 * heads).sigmoid()
+    reach = {
+        "hybrid": Reach(3, 2, 1, gate), "sparse": Reach(3, 2, 1, None, gate, 8), "local": Reach(3, 2, 1, None),
+        "dense": Reach(3, 2, 1, None, None, 1 << 40),
+    }[kind]  # fmt: skip
+    tables = torch.tensor([[*range(1, 9)], [9, 10, *[0] * 6]])
+    at = torch.tensor([30, *([4, 5, 6] if chunk else [6])])
+    owner = torch.tensor([0, *[1] * (len(at) - 1)])
+    places = tables[owner, at // page] * page + at % page
+    q, k, v = drawn(2, len(at), 2 * heads, dim), drawn(3, len(at), heads, dim), drawn(4, len(at), heads, dim)
+    kv, summaries = drawn(5, 11, heads, page, 2 * dim), drawn(6, 11, heads, page // block, 2 * dim)
+
+    def run(device: torch.device) -> list[Tensor]:
+        rows, memory = [each.to(device) for each in (q, k, v)], [each.to(device, copy=True) for each in (kv, summaries)]
+        where = [each.to(device) for each in (at, places, tables)]
+        step = PagedStep(*where, [0, 1, len(at)], page, block)
+        looks = [None if each is None else each.to(device) for each in (reach.gamma, reach.bias)]
+        own = Reach(reach.window, reach.top_k, reach.sinks, *looks, reach.dense)
+        paged.write_kv(*rows[1:], *memory, step)
+        return [paged.paged_attention(rows[0], *memory, step, own), *memory]
+
+    here = run(torch.device("cpu"))
+    with pretended() as gpu:
+        there: list[Any] = run(gpu)
+    for one, other in zip(there, here, strict=True):
+        torch.testing.assert_close(one.held, other, rtol=0, atol=1e-12)

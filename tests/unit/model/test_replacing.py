@@ -153,3 +153,19 @@ def test_one_that_is_between_its_renames_now_is_left_alone(tmp_path: Path) -> No
         assert (tmp_path / "m/model.safetensors").exists()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert (tmp_path / "m/model.safetensors").exists(), "and stays where the next fails as well"
+
+
+def test_what_was_written_to_meanwhile_is_nobody_s_to_remove_and_no_descriptor_stays_open(tmp_path: Path) -> None:
+    """Whatever in it was written; a server that replaces models for weeks would run out of descriptors. What an earlier one
+    left of the model before goes as well."""
+    folder = Path("/proc/self/fd")
+    before = len(list(folder.iterdir())) if folder.exists() else 0
+    left(tmp_path, ".m.4710.0123abcd.old")
+    assert put_back(tmp_path / "m")
+    gone = [left(tmp_path, f".m.4711.0123abcd{end}") for end in (".tmp", ".old")]
+    file, around = (left(tmp_path, f".m.471{number}.0123abcd.tmp") for number in (2, 3))
+    os.utime(file / "model.safetensors")
+    os.utime(around)
+    written(tmp_path, "new")
+    assert not any(path.exists() for path in gone) and file.exists() and around.exists()
+    assert not folder.exists() or len(list(folder.iterdir())) == before
