@@ -42,7 +42,7 @@ class Ways:
 
     def add_thin(self, x: Tensor, a: Tensor, b: Tensor, bounds: Tensor, most: int, of: Tensor, out: Tensor) -> None:
         assert bounds.dtype == torch.int32 and most == int((bounds[1] - bounds[0]).max())
-        self._add("kernels", x, a, b, *bounds, of, out)
+        self._add("kernels", x, a, b, bounds[0], bounds[1], of, out)
 
     def _add(self, way: str, x: Tensor, a: Tensor, b: Tensor, first: Any, last: Any, of: Any, out: Tensor) -> None:
         self.did.append(way)

@@ -240,6 +240,11 @@ def test_a_router_that_looks_twice_comes_back_with_the_tables_of_both(tmp_path):
         with pytest.raises(CheckpointError, match=says):
             checkpoint._router(tmp_path, model.config, given)
     assert checkpoint._router(tmp_path, model.config, {}) is None, "whatever tables lie there"
+    (tmp_path / "router.json").write_text("{}")
+    short = {name: tensor.bfloat16() for name, tensor in first.items()}
+    again = checkpoint._router(tmp_path, model.config, short)
+    assert {each.dtype for each in again.state_dict().values()} == {torch.float32}, "of any float"
+    assert all(torch.equal(tensor.bfloat16(), short[name]) for name, tensor in again.state_dict().items())
 
 
 def test_what_a_model_was_imported_from_travels_with_its_licences(model, tmp_path):
@@ -378,15 +383,20 @@ def test_weights_have_one_sha256_with_a_manifest_or_without(cut):
     assert files.weights_sha256(cut) != listed
 
 
-def test_a_router_is_given_to_weights_as_they_are_read_from_many_files(model, cut):
+def test_a_router_is_given_to_weights_as_they_are_read_from_many_files(model, cut, monkeypatch):
     """In the order of the index, and the router of before is gone; all else stays."""
+    write = files.save_weights
+    monkeypatch.setattr(files, "save_weights", lambda directory, tensors, _: write(directory, tensors, 100_000))
+    checkpoint.save(
+        cut, config=model.config, state=model.net.state_dict(), tokenizer=model.tokenizer, name="cut", base="0123",
+        chat_template=model.chat_template + " ", source={"family": "x", checkpoint.LICENCES: {"NOTICE": "free"}},
+    )  # fmt: skip
     before = checkpoint.read(cut)
     (cut / "README.md").write_text("my own card")
     for seed in (1, 2):
-        index = cut / "model.safetensors.index.json"
-        places = json.loads(index.read_text())["weight_map"] if index.exists() else None
+        places = json.loads((cut / "model.safetensors.index.json").read_text())["weight_map"]
         streamed = dict(files.stream_weights(cut))
-        assert places is None or list(streamed) == list(places)
+        assert list(streamed) == list(places) and len(set(places.values())) > 3
         assert all(torch.equal(tensor, streamed[name]) for name, tensor in before.net.state_dict().items())
         torch.manual_seed(seed)
         router = Router(model.config)
@@ -400,8 +410,8 @@ def test_a_router_is_given_to_weights_as_they_are_read_from_many_files(model, cu
         parts = ("name", "config", "chat_template", "source", "base")
         assert [getattr(found, part) for part in parts] == [getattr(before, part) for part in parts]
         assert (cut / "README.md").read_text() == "my own card" and found.tokenizer.sha256 == before.tokenizer.sha256
-    (cut / "model.safetensors").write_bytes(b"{")
-    with pytest.raises(CheckpointError, match=r"cannot read .*model\.safetensors"):
+    sorted(cut.glob("model-00002-of-*.safetensors"))[0].write_bytes(b"{")
+    with pytest.raises(CheckpointError, match=r"cannot read .*model-00002"):
         list(files.stream_weights(cut))
 
 

@@ -260,6 +260,7 @@ def test_what_belongs_to_a_model_goes_with_it(tmp_path, monkeypatch):
     """To its directory and back, to its INT8 twin, which has no router, and to a device."""
     one = Model.from_preset("test", seed=1)
     assert not one.smoothed and not one.quantized().smoothed
+    assert not Model(one.config, one.net, one.tokenizer, source={"family": "x"}).smoothed, "in fp32 nothing was rounded"
     one.name, one.chat_template, one.source, one.base = "fish", one.chat_template + " ", {"family": "x"}, "b" * 64
     one.router = Router(one.config)
     one.save(tmp_path / "m", card="mine")

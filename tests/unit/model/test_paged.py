@@ -150,13 +150,14 @@ def test_pages_are_written_and_read_where_they_lie(kind: str, chunk: bool) -> No
     kv, summaries = drawn(5, 11, heads, page, 2 * dim), drawn(6, 11, heads, page // block, 2 * dim)
 
     def run(device: torch.device) -> list[Tensor]:
-        rows, memory = [each.to(device) for each in (q, k, v)], [each.to(device, copy=True) for each in (kv, summaries)]
-        where = [each.to(device) for each in (at, places, tables)]
-        step = PagedStep(*where, [0, 1, len(at)], page, block)
-        looks = [None if each is None else each.to(device) for each in (reach.gamma, reach.bias)]
-        own = Reach(reach.window, reach.top_k, reach.sinks, *looks, reach.dense)
-        paged.write_kv(*rows[1:], *memory, step)
-        return [paged.paged_attention(rows[0], *memory, step, own), *memory]
+        queries, keys, values = (each.to(device) for each in (q, k, v))
+        memory, means = (each.to(device, copy=True) for each in (kv, summaries))
+        positions, slots_, pages = (each.to(device) for each in (at, places, tables))
+        step = PagedStep(positions, slots_, pages, [0, 1, len(at)], page, block)
+        gamma, bias = (None if each is None else each.to(device) for each in (reach.gamma, reach.bias))
+        own = Reach(reach.window, reach.top_k, reach.sinks, gamma, bias, reach.dense)
+        paged.write_kv(keys, values, memory, means, step)
+        return [paged.paged_attention(queries, memory, means, step, own), memory, means]
 
     here = run(torch.device("cpu"))
     with pretended() as gpu:
