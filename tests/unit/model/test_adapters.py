@@ -127,6 +127,14 @@ def test_matrices_are_kept_in_the_float_of_a_linear_and_in_bfloat16_beside_whole
     assert nothing_beside(stack)[0].dtype == np.uint16
 
 
+def test_matrices_of_another_kind_than_the_rows_are_not_read_by_the_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways, linear = Ways(monkeypatch, "cpu"), Int8Linear(2, 2)
+    one = Adapter("one", {"0": kept(linear, torch.ones(1, 2), torch.ones(1, 2))})
+    beside = Bank(nn.Sequential(linear), [one]).beside([one], [1])
+    x = torch.ones(1, 2, dtype=torch.float64)
+    assert beside.add(linear, x, x + 1).tolist() == [[4.0, 4.0]] and ways.did == []
+
+
 def test_an_adapter_of_nothing_stands_beside_all_linears_of_the_first_layer() -> None:
     config = presets.get("test").model
     net = Net(config).init_(0)

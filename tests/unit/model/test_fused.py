@@ -1,6 +1,7 @@
 """The fused operators of a decoding step against the torch operators that they stand in for."""
 
 import dataclasses
+import itertools
 import math
 import threading
 import time
@@ -410,9 +411,11 @@ def test_layers_that_are_rounded_as_in_training_do_not_run_in_one_call():
 def test_layers_run_in_one_call_for_as_many_rows_of_a_request_as_drafts_may_have(monkeypatch):
     """17 rows are a token and sixteen drafts. Gates that may change without a trace are looked at each time."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # of several threads 17 rows are oneDNN's
-    for inference in (False, True):
+    one = presets.get("test").model
+    some = dataclasses.replace(one, layers=8, attn_pattern="HD")  # beside a layer that has no gate, too
+    for inference, config in itertools.product((False, True), (one, some)):
         with torch.inference_mode(inference):
-            group = Net(presets.get("test").model).init_(0).requires_grad_(False).groups[1]
+            group = Net(config).init_(0).requires_grad_(False).groups[1]
         for rows in (17, 18):
             at = torch.arange(rows)
             step = PagedStep(at, at, torch.tensor([[0, 1, 2]]), [0, rows], 8, 2)
