@@ -300,17 +300,17 @@ def test_a_stretch_runs_over_the_rows_of_those_who_draft_on_and_each_keeps_its_o
     """Five draft first. One ends with its first draft, and its rows go on unread before one that drafts on, which then has no
     second; two were to make one alone."""
     some = [
-        standing(1, 1, 3, 0), standing(2, 3, 2, 3, kept=True), standing(3, 3, 6, 6, kept=True), standing(4, 3, 13, 0),
+        standing(1, 1, 3, 0), standing(2, 4, 2, 3, kept=True), standing(3, 3, 6, 6, kept=True), standing(4, 3, 13, 0),
         standing(5, 1, 18, 0),
     ]  # fmt: skip
-    script: Any = Steps({1: [70], 2: [60, 61, 62], 3: [LAST, 55], 4: [80, None], 5: [90]})
+    script: Any = Steps({1: [70], 2: [60, 61, 62, 63], 3: [LAST, 55], 4: [80, None], 5: [90]})
     net: Any = Stretching(head)
     cache: Any = SimpleNamespace(kv=torch.zeros(1, 2, 1, 4, 3))
     assert drafts.draft(net, cache, script, some)
     ((positions, slots, tables, memory, dtype),) = net.asked
     order = [some[1], some[2], some[3], some[0], some[4]]  # those that draft most come first
-    assert positions.tolist() == [[one.work.start + time for one in order] for time in range(4)]
-    assert memory is cache and dtype == torch.float32 and tables.shape == (5, 5) and slots.shape == (4, 5)
+    assert positions.tolist() == [[one.work.start + time for one in order] for time in range(5)]
+    assert memory is cache and dtype == torch.float32 and tables.shape == (5, 5) and slots.shape == (5, 5)
     assert tables.dtype == slots.dtype == positions.dtype == np.int64
     for r, one in enumerate(order):
         own = one.ahead.holding.tables[0, :5].tolist()
@@ -319,15 +319,15 @@ def test_a_stretch_runs_over_the_rows_of_those_who_draft_on_and_each_keeps_its_o
             at = one.work.start + time
             slot = own[at // 4] * 4 + at % 4 if at >= one.ahead.holding.computed[0] else -1
             assert slots[time, r] == slot, (r, time)
-    assert net.ran == [(0, [2, 3, 4, 1, 5]), (1, [60, LAST, 80, 70, 90]), (2, [61, LAST, 7]), (3, [62])]
-    assert net.read == [5, 3, 1], "of those who draft on alone"
+    assert net.ran == [(0, [2, 3, 4, 1, 5]), (1, [60, LAST, 80, 70, 90]), (2, [61, LAST, 7]), (3, [62]), (4, [63])]
+    assert net.read == [5, 3, 1, 1], "of those who draft on alone"
     kept = [[float(row) for states_ in one.ahead.holding.states for row in states_] for one in some]
-    assert kept == [[3, 13], [0, 10, 20, 30], [1], [2, 12], [4, 14]]
+    assert kept == [[3, 13], [0, 10, 20, 30, 40], [1], [2, 12], [4, 14]]
     assert all(len(one.ahead.holding.states) == 1 for one in some)
-    assert [one.ahead.tokens[3:] for one in some] == [[70], [60, 61, 62], [], [80], [90]]
+    assert [one.ahead.tokens[3:] for one in some] == [[70], [60, 61, 62, 63], [], [80], [90]]
     assert [one.over for one in some] == [False, False, True, True, False]
     told = [one.drafted and (one.drafted.tokens, [float(law[0]) for law in one.drafted.exits]) for one in some]
-    assert told == [None, ([60, 61, 62], [100, 110, 120]), ([LAST], [101]), None, None]
+    assert told == [None, ([60, 61, 62, 63], [100, 110, 120, 130]), ([LAST], [101]), None, None]
 
 
 def test_where_there_is_no_stretch_nothing_is_done() -> None:

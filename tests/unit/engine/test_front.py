@@ -498,7 +498,7 @@ def test_a_place_is_given_by_the_first_whose_caller_is_there_and_who_left_hears_
     left.fail(ValueError("no place"))
     assert ran == [] and late.answer.cancelled() and left.answer.cancelled()
     there.fail(error := ValueError("no place"))
-    assert there.answer.exception() is error
+    assert there.answer.exception(0) is error
     wrong = _Asked(lambda: 1 / 0)
     wrong()
-    assert isinstance(wrong.answer.exception(), ZeroDivisionError)
+    assert isinstance(wrong.answer.exception(0), ZeroDivisionError)
