@@ -106,6 +106,14 @@ def test_what_gamblers_have_and_what_is_corrected_are_by_their_definitions() -> 
     assert 9 < len(told) - len(corrected) < 20 and 0.0 in corrected and corrected[-1] > 0
 
 
+@pytest.mark.parametrize(("together", "proven"), [(19.95, False), (20.05, True)])
+def test_who_is_still_to_begin_counts_with_what_it_has(together: float, proven: bool) -> None:
+    """After one answer half of all is left to those who begin later; the others bet 7/32 of theirs in the mean."""
+    evidence, ratio = Evidence(), (2 * (together - 0.5) - 1) * 32 / 7
+    evidence.learn(1.0, 1 / (1 + ratio))
+    assert sum(evidence.wealth) / 3 + 0.5 == pytest.approx(together) and evidence.proven is proven
+
+
 @pytest.mark.parametrize("kind", ["even", "few", "exponential"])
 @pytest.mark.parametrize("share", [1.0, 0.8])
 def test_a_router_that_is_right_is_hardly_ever_corrected(kind: str, share: float) -> None:
