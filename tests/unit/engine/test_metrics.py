@@ -41,6 +41,17 @@ def test_nothing_is_counted_before_something_was_done_and_sums_are_of_all_but_sh
     }
 
 
+def test_ends_and_depths_are_told_by_their_names_and_those_that_never_were_as_none() -> None:
+    metrics = Metrics(finished={"stop": 2, "cancelled": 3, "deadline": 4, "error": 5}, depths={2: 6, 7: 1})
+    told = {str(key): value for key, value in metrics.samples((1, 2)).items() if "request" in key and value}
+    assert told == {
+        'request_success_total{finished_reason="stop"}': 2, "requests_cancelled_total": 3, "requests_deadline_total": 4,
+        "requests_error_total": 5, "requests_depth_2_total": 6,
+    }  # fmt: skip
+    names = {'request_success_total{finished_reason="length"}', "requests_depth_1_total"}
+    assert names <= {str(key) for key in metrics.samples((1, 2))}
+
+
 def test_replicas_that_are_told_apart_are_not_added_up_and_their_shares_stay_what_they_are() -> None:
     use, steps = sample("kv_cache_usage_perc"), sample("steps")
     told = [{key.beside(replica=name): value for key in (use, steps)} for name, value in (("a", 0.25), ("b", 0.75))]
