@@ -250,10 +250,9 @@ class Audits:
         return running.holding.pages_for(len(running.tokens)) * GROUPS
 
     def _leave(self) -> None:
-        running, begun = self._waiting.popleft(), self._begun
+        running = self._waiting.popleft()
         self._begun, self._tries, self._found = False, 0, []
-        if begun:
-            running.holding.release(self._pages)
+        running.holding.release(self._pages)
 
     def _learn(self, running: Running, lost: float) -> None:
         """`running` lost so many nats a token. It might lose what its bound promises, not the larger tolerance that it may

@@ -463,6 +463,9 @@ def test_requests_of_a_loop_that_was_closed_are_ended() -> None:
     engine._deliver([Token("a", 60, "x"), Token("a", 61, "y"), Finished("b", "stop")])
     engine._inbox.get_nowait()()
     assert cancelled == ["a"] and engine._inbox.empty()
+    engine._deliver([Token("a", 62, "z")])  # which nobody waits for
+    engine._inbox.get_nowait()()
+    assert cancelled == ["a", "a"]
 
 
 def test_of_embeddings_those_whose_callers_left_are_passed_over_and_those_that_may_wait_come_last() -> None:
