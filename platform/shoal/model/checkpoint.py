@@ -354,9 +354,8 @@ def _router(directory: Path, config: ModelConfig, state: dict[str, Tensor]) -> R
     router = Router(config)
     if any(key.startswith(f"{LATER}.") for key in state):
         router.later = Router(config)
-    _need_alike(
-        directory, "router", router.state_dict(), state
-    )  # torch's own error names the tensor behind its first line
+    # torch's own error names the tensor behind its first line
+    _need_alike(directory, "router", router.state_dict(), state)
     router.load_state_dict(state)
     path = directory / ROUTER_FILE
     tables = described.read_json(path)

@@ -13,7 +13,6 @@ import torch
 
 from shoal import presets
 from shoal.config import GROUPS
-from shoal.engine import told as telling
 from shoal.engine.compared import Audited, Compared, divergences
 from shoal.engine.device import Unread, fetched, picked, viewed
 from shoal.engine.holding import Holding
@@ -121,7 +120,7 @@ def test_tables_are_told_where_they_are_others_and_not_again_where_some_requests
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sent_ = list[tuple[int, ...]]()
-    monkeypatch.setattr(telling, "send", lambda array, there: (sent_.append(array.shape), send(array, there)))
+    monkeypatch.setattr("shoal.engine.told.send", lambda array, there: (sent_.append(array.shape), send(array, there)))
     told, works = Told(CONFIG, 4, 9, CPU), [work(2 * PAGE, 1, seed=0), work(PAGE, 1, seed=1), work(3, 1, seed=2)]
 
     def fill(*some: Work) -> tuple[int, list[tuple[int, ...]]]:

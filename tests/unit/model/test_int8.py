@@ -10,6 +10,7 @@ from hypothesis import given, settings
 
 from shoal.errors import ResourceError
 from shoal.model import int8, linears, quant
+from tests.clocks import tells
 from tests.pretend_gpu import pretended
 from tests.unit.model.rounding import SHAPES, case
 
@@ -140,8 +141,12 @@ def test_choice_measures_and_prefers_what_needs_no_second_copy():
 def test_a_gpu_has_ended_what_it_is_timed_for(monkeypatch):
     """Launched is not done: each run of each kernel is waited for, and measured by the clock."""
     did = []
-    monkeypatch.setattr(int8.time, "perf_counter", lambda: float(len(did)))
-    monkeypatch.setattr(int8.time, "thread_time", lambda: pytest.fail("of another's work"))
+    tells(
+        monkeypatch,
+        "shoal.model.int8",
+        perf_counter=lambda: float(len(did)),
+        thread_time=lambda: pytest.fail("of another's work"),
+    )
     with pretended() as gpu:
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: did.append("waits"))
         x = torch.zeros(1, 4, device=gpu)

@@ -14,10 +14,9 @@ from shoal.errors import ConfigError, ContextLengthError, RequestError, Resource
 from shoal.inputs import media
 from shoal.inputs.chat import Encoded
 from shoal.inputs.tokenizer import PATCH_ID, Tokenizer
-from shoal.model import block as layers
-from shoal.model import int8 as products
-from shoal.model.block import Attention, Group, known_rope
+from shoal.model.block import Attention, Group, known_rope, rope_tables
 from shoal.model.cache import GroupCache, PagedStep
+from shoal.model.gpu import launch
 from shoal.model.linears import Weight
 from shoal.model.net import Net
 from shoal.model.router import Router
@@ -277,7 +276,7 @@ def test_what_belongs_to_a_model_goes_with_it(tmp_path, monkeypatch):
     )
     assert twin.smoothed and twin.router is None
     twin.save(tmp_path / "int8")
-    monkeypatch.setattr(products, "trusted", lambda device: (_ for _ in ()).throw(ResourceError("no kernel")))
+    monkeypatch.setattr("shoal.model.int8.trusted", lambda device: (_ for _ in ()).throw(ResourceError("no kernel")))
     with pytest.raises(ResourceError, match="no kernel"):
         Model.load(tmp_path / "int8")
     told = []
@@ -362,12 +361,10 @@ def test_on_a_gpu_a_norm_is_one_launch_with_the_sum_before_it(place, kernels, mo
 
     monkeypatch.setattr(Attention, "paged", lambda self, y, *_: 2 * y + 1)
     monkeypatch.setattr(Attention, "forward", lambda self, y, *_: 2 * y + 1)
-    monkeypatch.setattr(layers.launch, "usable", lambda x: kernels)
-    monkeypatch.setattr(layers.launch, "rms_norm", launched("norm", normed))
-    monkeypatch.setattr(layers.launch, "swiglu", launched("swiglu", swiglu))
-    monkeypatch.setattr(
-        layers.launch, "add_norm", launched("sum and norm", lambda x, y, *how: (x + y, normed(x + y, *how)))
-    )
+    monkeypatch.setattr(launch, "usable", lambda x: kernels)
+    monkeypatch.setattr(launch, "rms_norm", launched("norm", normed))
+    monkeypatch.setattr(launch, "swiglu", launched("swiglu", swiglu))
+    monkeypatch.setattr(launch, "add_norm", launched("sum and norm", lambda x, y, *how: (x + y, normed(x + y, *how))))
     step = PagedStep(torch.tensor([0, 1, 2]), torch.tensor([8, 9, 10]), torch.tensor([[1]]), [0, 3], 8, 2)
     own = ["sum and norm", "swiglu"] if place == "before" else ["norm", "swiglu", "norm"]
     for begins, given in ((None, x), (more, x + more)):
@@ -389,16 +386,14 @@ def test_rotations_are_looked_up_where_they_are_known_and_made_anywhere_else(mon
     with torch.inference_mode():
         for at in ([0, 4095], [3, 4096], [7], []):
             places = torch.tensor(at, dtype=torch.long)
-            for one, other in zip(
-                known_rope(places, config, exact), layers.rope_tables(places, config, exact), strict=True
-            ):
+            for one, other in zip(known_rope(places, config, exact), rope_tables(places, config, exact), strict=True):
                 torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
         far = known_rope(torch.zeros(2, dtype=torch.long, device="meta"), config, exact)
         assert {each.device.type for each in far} == {"meta"}
     assert not any(each.is_inference() for each in known_rope(torch.tensor([7]), config, exact)), (
         "gradients go through it"
     )
-    monkeypatch.setattr(layers, "rope_tables", lambda *_: pytest.fail("it takes as long as two layers"))
+    monkeypatch.setattr("shoal.model.block.rope_tables", lambda *_: pytest.fail("it takes as long as two layers"))
     with torch.inference_mode():
         assert known_rope(torch.tensor([4095]), config, exact)[0].shape == (1, 1, 16)
 
