@@ -20,6 +20,7 @@ COMPILING = (
     "tests/unit/engine/test_runner.py", "tests/unit/engine/test_naive.py", "tests/unit/engine/test_kv_int8.py",
 )  # fmt: skip
 BESIDE = ("tests/unit/data/", "tests/unit/sandbox/", "tests/unit/inputs/", "tests/contracts/", "tests/mutate/")
+EXAMPLES = "tests/contracts/test_examples_in_docstrings.py"  # of them one makes an engine, which would compile as well
 _LENT = pytest.StashKey[dict[str, tuple[AbstractContextManager[object], object]]]()
 
 
@@ -47,8 +48,8 @@ def end_what_is_not_asked_for(item: pytest.Item, nextitem: pytest.Item | None) -
 
 def in_turn(items: list[pytest.Item], *, together: bool) -> list[pytest.Item]:
     """`items` in the order in which two processes that run them `together` wait for each other least."""
-    turns = {file: turn for turn, file in enumerate((*COMPILING, *BESIDE))}
-    last = len(turns)
+    last = len(COMPILING) + len(BESIDE)
+    turns = {EXAMPLES: last} | {file: turn for turn, file in enumerate((*COMPILING, *BESIDE))}
 
     def turn(item: pytest.Item) -> int:
         return next((at for file, at in turns.items() if item.nodeid.startswith(file)), last)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tests.budget import turned
-from tests.neighbours import BESIDE, COMPILING, in_turn
+from tests.neighbours import BESIDE, COMPILING, EXAMPLES, in_turn
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,6 +29,7 @@ def test_what_compiles_comes_first_and_beside_it_what_needs_nothing_compiled() -
     files = [
         *COMPILING,
         *(f"{folder}test_x.py" for folder in BESIDE),
+        EXAMPLES,
         "tests/flows/test_a.py",
         "tests/unit/model/test_b.py",
     ]
@@ -36,7 +37,7 @@ def test_what_compiles_comes_first_and_beside_it_what_needs_nothing_compiled() -
     found = [item.nodeid for item in in_turn(items, together=True)]
     assert found == [f"{file}::test_{number}" for file in files for number in (1, 2)], "neighbours stay neighbours"
     assert in_turn(items, together=False) == items
-    assert all((ROOT / path).exists() for path in (*COMPILING, *BESIDE))
+    assert all((ROOT / path).exists() for path in (*COMPILING, *BESIDE, EXAMPLES))
 
 
 def run(minutes: str) -> str:

@@ -222,7 +222,9 @@ def test_group_ends_of_any_number_of_layers() -> None:
     )
 
 
-def test_int8_keeps_a_bias_and_a_head_of_its_own() -> None:
+@pytest.mark.parametrize("kv", ["auto", pytest.param("int8", marks=pytest.mark.drill)])
+def test_int8_keeps_a_bias_and_a_head_of_its_own(kv: str) -> None:
+    """With keys and values in int8 a second set of loops is compiled for it."""
     model = model_of(SHAPES["Qwen2"] | {"tied": False}, torch.bfloat16)
     rounded = model.quantized()
     ids = model.tokenizer.encode("The depth of a fish is its own.")
@@ -231,7 +233,7 @@ def test_int8_keeps_a_bias_and_a_head_of_its_own() -> None:
     near = torch.nn.functional.cosine_similarity(rounded.logits(ids), exact.logits(ids), dim=-1)
     assert near.mean() > 0.98
     sampling = Sampling(max_tokens=4, ignore_eos=True)
-    answer = Engine(rounded, units=200, kv_cache_dtype="int8").generate([Request(ids, sampling)])[0]
+    answer = Engine(rounded, units=200, kv_cache_dtype=kv).generate([Request(ids, sampling)])[0]
     assert len(answer.tokens) == 4
 
 
