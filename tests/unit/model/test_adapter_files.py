@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from shoal.errors import CheckpointError
 from shoal.model.adapter_files import CONFIG, MOST_RANK, WEIGHTS, AdapterFiles, read
+from shoal.model.described import BASE
 
 
 def written(folder: Path, data: bytes = b"weights", **told: Any) -> Path:
@@ -29,6 +32,12 @@ def test_the_scale_is_alpha_by_the_rank_or_its_root(tmp_path: Path) -> None:
     for rank in (1, MOST_RANK):
         assert read(written(tmp_path, r=rank, lora_alpha=-3)).scale == -3 / rank
     assert read(written(tmp_path, lora_alpha=0.5)).scale == 0.125
+
+
+def test_whose_weights_it_was_trained_beside_stands_before_its_tensors(tmp_path: Path) -> None:
+    data = save({"a": torch.arange(3.0)}, metadata={BASE: "0123"})
+    assert read(written(tmp_path, data)) == AdapterFiles(None, 4, 2.0, data, "0123")
+    assert read(written(tmp_path, save({"a": torch.arange(3.0)}))).base_sha256 == ""
 
 
 @pytest.mark.parametrize("rank", [0, -1, MOST_RANK + 1, True, 4.0, "4"])
