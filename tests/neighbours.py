@@ -15,7 +15,7 @@ T = TypeVar("T")
 SHARING = ("tests/browser/", "tests/on_ray/")
 # A fresh checkout compiles the loops of a CPU once, and whoever makes an engine meanwhile waits for it: these files, whose
 # engines compile all of them (fp32 and INT8, fp64, then this with keys and values in int8), come first and in one process,
-# beside what needs none, or nearly none.
+# beside what needs none.
 COMPILING = (
     "tests/unit/engine/test_runner.py", "tests/unit/engine/test_naive.py", "tests/unit/engine/test_kv_int8.py",
 )  # fmt: skip

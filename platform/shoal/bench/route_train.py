@@ -36,7 +36,7 @@ SHAPES: dict[str, tuple[str, dict[str, int]]] = {
     "tiny": ("tiny", {}),
     "mini": ("mini", {}),
 }
-# At 4e-3 `mini` learns no parity beyond level 2: full depth has 0.34 nats after 500 updates, and 0.31 after 1,500.
+# At 4e-3 `mini` learns no parity beyond level 1: full depth has 0.34 nats after 500 updates, and 0.31 after 1,500.
 RATES = {"mini": 2e-3}
 TRAIN = TrainConfig(
     learning_rate=4e-3,  # of shapes that RATES does not name
@@ -89,7 +89,7 @@ def trained(
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
         of = "-".join((shape, *families, str(length).replace(" ", "-"), f"{rate:g}", str(seed), str(VOCAB)))
-        kept = keep / f"{of}.safetensors"  # with the vocabulary: a model of other words is another
+        kept = keep / f"{of}.safetensors"  # with rate and vocabulary: another of these is another model
         if kept.exists():
             net.load_state_dict(load_file(kept))
             with safe_open(kept, "pt") as file:
