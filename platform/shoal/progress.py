@@ -1,4 +1,4 @@
-"""Progress for people: a bar with an ETA in a terminal, and a plain line now and then in a file."""
+"""What people read of a run: a bar with an ETA in a terminal and a plain line now and then in a file, and where results go."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 PLAIN_EVERY = 15.0  # seconds between plain lines of one stage
+WIDE = 110  # columns of a table in a file
+
+
+def results() -> Console:
+    """Where results are printed: standard output, in a file or a pipe as wide as tables are, where rich would cut them to 80
+    columns. What is printed may be somebody's words, such as the name of a slice: "[/x]" is no markup, nor ":x:" a picture."""
+    return Console(width=None if sys.stdout.isatty() else WIDE, markup=False, emoji=False)
 
 
 class Tell(Protocol):

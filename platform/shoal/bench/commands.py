@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
-from rich.console import Console
 
 from shoal.errors import UsageError
 from shoal.options import Commands
+from shoal.progress import results
 
 bench = Commands(help="Benchmarks; the last line is JSON.", no_args_is_help=True)
-out = Console()
+out = results()
 N = TypeVar("N", int, float)
 
 

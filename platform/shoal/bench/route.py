@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -180,43 +181,39 @@ def _share(hits: Tensor) -> dict[str, Any]:
 
 def _matches(runs: Sequence[Mapping[str, Any]], title: str) -> Table:
     """Exact match by family, exit and level, mean over seeds."""
-    table = Table(
-        "family", "exit", *(f"level {level}" for level in range(1, LEVELS + 1)), title=f"exact match; {title}"
-    )
-    for family, levels in runs[0]["exact_match"].items():
-        for name in levels["1"]:
-            shares = [
-                mean(run["exact_match"][family][str(level)][name]["share"] for run in runs)
-                for level in range(1, LEVELS + 1)
-            ]
+    levels = range(1, LEVELS + 1)
+    table = Table("family", "exit", *map(str, levels), title=f"exact match by level; {title}", box=SIMPLE_HEAD)
+    for family, found in runs[0]["exact_match"].items():
+        for name in found["1"]:
+            shares = [mean(run["exact_match"][family][str(level)][name]["share"] for run in runs) for level in levels]
             table.add_row(family, name, *(f"{share:.2f}" for share in shares))
     return table
 
 
 def _beside(runs: Sequence[Mapping[str, Any]]) -> Table:
-    """Loss by policy, mean over seeds, and how far domain lies behind the router in each seed."""
-    title = f"nats a token above full depth, mean over {BUDGETS[0]:.0%} to {BUDGETS[-1]:.0%} of the FLOPs"
-    apart = [f"{name} behind, by seed (95 %)" for name in ("domain", TWICE)]
-    table = Table("family", *_NAMES, *apart, "missed: router", "domain", TWICE, title=title)
-    for family in runs[0]["families"]:
-        of = [run["families"][family] for run in runs]
-        behind = [[some["nats"]["behind"][name] for some in of] for name in ("domain", TWICE)]
-        table.add_row(
-            family,
-            *(f"{mean(some['nats']['mean'][name] for some in of):.3f}" for name in _NAMES),
-            *(
-                ", ".join(f"{row['gap']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for row in rows)
-                for rows in behind
-            ),
-            *(f"{mean(some['missed']['mean'][name] for some in of):.3f}" for name in ("router", "domain", TWICE)),
-        )
+    """By family and policy: what is lost, mean over seeds, and how much more than the router loses, in each seed."""
+    title = f"lost beside full depth, mean over {BUDGETS[0]:.0%} to {BUDGETS[-1]:.0%} of the FLOPs"
+    behind = "beyond the router, by seed (95 %)"
+    table = Table("family", "policy", "nats", behind, "exact match", behind, title=title, box=SIMPLE_HEAD)
+    for family in [*runs[0]["exact_match"], *["all"] * (len(runs[0]["exact_match"]) > 1)]:
+        for name in _NAMES:
+            cells = []
+            for what in ("nats", "missed"):
+                of = [run["families"][family][what] for run in runs]
+                apart = [some["behind"][name] for some in of if name in some["behind"]]  # the router has none
+                cells += [
+                    f"{mean(some['mean'][name] for some in of):.3f}",
+                    "\n".join(f"{row['gap']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for row in apart),
+                ]
+            table.add_row(family, name, *cells)
+        table.add_section()
     return table
 
 
 def _calibration(runs: Sequence[Mapping[str, Any]]) -> Table:
     """What the router promised at the default tolerance, and what came of it on new prompts."""
     title = f"tolerance {runs[0]['tolerance']:g}: what is promised is the mean loss, in 95 % of calibrations"
-    table = Table("seed", "prompts", "share of the layers", "loss (95 %)", "above (95 %)", title=title)
+    table = Table("seed", "prompts", "share of the layers", "loss (95 %)", "above (95 %)", title=title, box=SIMPLE_HEAD)
     for run in runs:
         row = run["calibration"]["all together"]
         (low, high), (least, most) = row["loss_interval"], row["above_interval"]

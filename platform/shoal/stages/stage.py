@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand
 
 from shoal.options import Command
+from shoal.progress import results
 
-# what is printed may be somebody's words, such as the name of a slice: "[/x]" is no markup, nor ":x:" a picture
-out = Console(width=None if sys.stdout.isatty() else 110, markup=False, emoji=False)
+out = results()
 
 ModelDir = Annotated[Path, typer.Option("--model", help="Model directory.")]
 ModelOut = Annotated[

@@ -1,6 +1,9 @@
 """Tasks whose levels are known and hidden, and what `shoal bench route` makes of a model that is trained on them."""
 
+import io
 import json
+import re
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,13 @@ from typer.testing import CliRunner
 
 from shoal.bench import route_train
 from shoal.bench.commands import bench
-from shoal.bench.route import measured, route
+from shoal.bench.route import _NAMES, _beside, measured, route
 from shoal.bench.route_tasks import FAMILIES, LEVELS, NAMES, VOCAB, WORDS, Asked, prompts, rows
 from shoal.config import TrainConfig
 from shoal.errors import ConfigError, UsageError
 from shoal.evaluate.frontier import BUDGETS
 from shoal.model.router import NLL
+from shoal.progress import results
 from shoal.train.optim import make_optimizer
 
 NAMED = {number: word for word, number in WORDS.items()}
@@ -145,6 +149,31 @@ def test_a_padded_batch_has_no_targets_and_no_documents_in_its_padding() -> None
 def test_an_unknown_shape_is_refused() -> None:
     with pytest.raises(ConfigError, match="shape"):
         route_train.config_of("huge")
+
+
+@pytest.mark.parametrize("families", [["lookup"], ["lookup", "arithmetic"]])
+def test_tables_in_a_file_show_each_policy_of_each_family_and_seed_in_full(
+    families: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def apart(name: str, seed: int) -> dict[str, float]:
+        return {"gap": _NAMES.index(name) / 100 + seed, "low": -0.125, "high": 0.125}
+
+    losses = {name: _NAMES.index(name) / 1000 for name in _NAMES}
+    runs = []
+    for seed in range(3):
+        lost = {"mean": losses, "behind": {name: apart(name, seed) for name in _NAMES if name != "router"}}
+        of = {family: {"nats": lost, "missed": lost} for family in [*families, "all"]}
+        runs.append({"exact_match": dict.fromkeys(families), "families": of})
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    results().print(_beside(runs))
+    printed = sys.stdout.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in printed
+    found = re.findall(r"^ *(\w+) +(\w+(?: look)?) +(0\.\d+)", printed, re.MULTILINE)
+    shown = [*families, *["all"] * (len(families) > 1)]
+    assert found == [(family, name, f"{losses[name]:.3f}") for family in shown for name in _NAMES]
+    for name in set(_NAMES) - {"router"}:
+        for seed in range(3):
+            assert printed.count(f" {apart(name, seed)['gap']:.3f} (-0.125 to 0.125)") == 2 * len(shown)
 
 
 @pytest.mark.drill
