@@ -12,8 +12,8 @@ class PromptTokens(TypedDict):
 
 
 class Quality(TypedDict):
-    # nats a token that the answer lost against full depth, or the depth asked for; null: it ran less deep than full, by the
-    # router's choice, and full depth did not look at it
+    # nats a token that the answer lost against full depth, or the depth asked for, in the mean of all choices' tokens; null:
+    # one ran less deep than full, by the router's choice, and full depth did not look at it
     spent: float | None
     allowed: float  # nats a token: quality_tolerance
 
