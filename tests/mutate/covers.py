@@ -132,7 +132,10 @@ GROUPS = {
     ),
     "launch": Group(
         _in("model/gpu", "launch sparse"),
-        [*_tests("model", "launch paged_launches sparse gpu_page"), "flows/test_devices"],
+        [
+            *_tests("model", "launch paged_launches stored_launches whole_launches sparse gpu_page"),
+            "flows/test_devices",
+        ],
     ),
     "files": Group(
         _in("model", "checkpoint described digests files"), _tests("model", "checkpoint digests files replacing")

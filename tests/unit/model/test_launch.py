@@ -1,30 +1,31 @@
-"""What stands between torch and the kernels of a GPU, and needs none: how work is cut, and where each query's blocks lie. By
-counting, document by document. What the kernels make of it is of tests/triton, and needs Triton."""
+"""What stands between torch and the kernels of a GPU, and needs none: where they are used, how work is cut, and the smaller
+launches. What the kernels make of it is of tests/triton, and needs Triton."""
 
 from __future__ import annotations
 
 import itertools
-import sys
+import logging
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoal.model.cache import PagedStep
 from shoal.model.gpu import launch, sparse
-from shoal.model.gpu.sparse import Spans
 from shoal.model.reach import ALL, Reach
-from shoal.model.reference import reference_attention, reference_sparse
+from tests.pretend_gpu import CPU, GPU, pretended
+from tests.unit.model.launched import stand_in, written_down
 
-CPU = torch.device("cpu")
-DOCS = torch.tensor([[0] * 7 + [1] * 23, [0] + [1] * 14 + [2] * 15])
+META = torch.device("meta")
 
 
 def test_a_power_of_two_is_the_least_that_holds_a_size() -> None:
     sizes = (1, 15, 16, 17, 64, 65, 1000)
     assert [launch._power(size) for size in sizes] == [16, 16, 16, 32, 64, 128, 1024]
-    assert [launch._power(size, 1) for size in sizes] == [1, 16, 16, 32, 64, 128, 1024]
+    assert [launch._fit(size) for size in sizes] == [1, 16, 16, 32, 64, 128, 1024]
     assert [launch._warps(size) for size in (1, 512, 513, 1025, 8192, 8193, 10**6)] == [1, 1, 2, 4, 16, 16, 16]
 
 
@@ -68,12 +69,20 @@ def test_keys_are_cut_into_enough_pieces_to_fill_a_device_and_none_is_short() ->
         assert programs * sum(found) <= launch.PROGRAMS + 2 * programs
 
 
-def test_a_row_is_of_the_request_that_owns_it() -> None:
+def test_a_row_is_of_the_request_that_owns_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each request has one, nothing is copied to the device."""
+    copies, send = list[list[int]](), launch.sent
+    monkeypatch.setattr(
+        launch, "sent", lambda values, device: (copies.append(values.tolist()), send(values, device))[1]
+    )
+    assert [launch._requests(starts, META).device for starts in ([0, 1, 2], [0, 2])] == [META] * 2
+    copies.clear()
     for counts in ([1, 1, 1], [3, 1, 2], [4], [2, 1]):
         starts = [0, *itertools.accumulate(counts)]
         found = launch._requests(starts, CPU)
         assert found.tolist() == [r for r, count in enumerate(counts) for _ in range(count)]
         assert found.dtype == torch.int32
+    assert copies == [[0, 0, 0, 1, 2, 2], [0, 0, 0, 0], [0, 0, 1]]
 
 
 def step_of(counts: list[int], pages: int, page: int = 8, block: int = 4) -> PagedStep:
@@ -118,23 +127,148 @@ def test_what_kernels_of_attention_have_in_common() -> None:
     ]
 
 
-# ---- launches, by kernels that do in torch what their programs would, and where they stand
+# ---- where they are used
 
 
-class Kernel:
-    """`run` is called with the grid, as `kernel[grid](...)`."""
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
 
-    def __init__(self, run: Any) -> None:
-        self.run = run
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *given, **shape: self.run(grid, *given, **shape)
+def test_what_no_kernel_takes_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch compiles, watches or wants gradients, on other devices, and of other types."""
+    monkeypatch.setattr(launch, "able", lambda device: True)
+    x = torch.zeros(2)
+    with torch.no_grad():
+        assert launch.usable(x) is False, "on a CPU"
+        monkeypatch.setattr(launch, "ON", {"cpu"})
+        assert [launch.usable(x.to(kind)) for kind in launch.TYPES] == [True] * 4
+        assert not launch.usable(x.to(torch.int8))
+        with Watching():
+            assert not launch.usable(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            assert launch.usable(x) is False
+        with torch.enable_grad():
+            assert not launch.usable(x)
+        monkeypatch.setattr(launch, "able", lambda device: False)
+        assert not launch.usable(x)
+
+
+def test_triton_is_there_if_it_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found in (None, object()):
+        monkeypatch.setattr(launch, "find_spec", {"triton": found}.get)
+        assert launch.installed.__wrapped__() is bool(found)
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[list[dict[str, Any]]]:
+    """What is launched on a GPU of the least capability with Triton, of which nothing is known yet."""
+    caplog.set_level(logging.WARNING)
+    monkeypatch.setattr(launch, "installed", lambda: True)
+    monkeypatch.setattr(launch, "GIVEN_UP", set())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    launch._tried.cache_clear()
+    with pretended():
+        yield written_down(monkeypatch, "pointwise")
+    launch._tried.cache_clear()
+
+
+def test_a_gpu_that_runs_a_small_kernel_runs_them_all(tried: list[dict[str, Any]]) -> None:
+    """Asked for once; until one is refused there."""
+    assert [launch.able(GPU) for _ in range(2)] == [True, True]
+    assert [(each["name"], each["grid"], each["x"].device, each["eps"]) for each in tried] == [
+        ("_norm", (1,), GPU, 0.0)
+    ]
+    assert tried[0]["x"].shape == (1, 16) == (1, *tried[0]["weight"].shape)
+    launch.GIVEN_UP.add(GPU)
+    assert launch.able(GPU) is False
+
+
+def test_an_interpreter_is_not_tried_nor_what_has_no_triton(
+    tried: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert launch.able(CPU) is True, "it is for tests alone, where Triton's interpreter runs"
+    launch._tried.cache_clear()
+    monkeypatch.setattr(launch, "installed", lambda: False)
+    assert launch.able(CPU) is launch.able(GPU) is False
+    assert tried == [] == caplog.records
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "fault", "said"),
+    [
+        ((7, 5), None, None, "they are for NVIDIA's devices from sm_80 on"),
+        ((9, 0), "6.4", None, "they are for NVIDIA's devices from sm_80 on"),
+        ((9, 0), None, RuntimeError("Failed to find C compiler.\nPlease specify one"), "Failed to find C compiler."),
+    ],
+)
+def test_a_gpu_that_runs_none_is_told_once(
+    capability: tuple[int, int],
+    hip: str | None,
+    fault: Exception | None,
+    said: str,
+    tried: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def norm(*_: Any, **__: Any) -> None:
+        if fault is not None:
+            raise fault
+
+    stand_in(monkeypatch, "pointwise", _norm=norm)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert [launch.able(GPU) for _ in range(2)] == [False, False] and launch._tried(GPU) is False
+    wanted = f"decoding and training on cuda:0 go on without Triton's kernels: {said}"
+    assert [record.getMessage() for record in caplog.records] == [wanted]
+
+
+def of_triton(module: str) -> Exception:
+    return type("CompilationError", (Exception,), {"__module__": module})("out of resource: shared memory")
+
+
+def test_kernels_are_given_up_where_one_is_refused_and_for_nothing_else(
+    tried: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """By Triton, or by the compiler below it; told once a device."""
+    others = [of_triton("tritonish.errors"), of_triton("other.triton"), RuntimeError("CUDA error: an illegal address")]
+    for error in others:
+        assert launch.refused(error) is False
+        with pytest.raises(type(error)):
+            launch.give_up(GPU, error)
+    assert not launch.GIVEN_UP and not caplog.records
+    for error in (of_triton("triton.compiler.errors"), RuntimeError("PassManager::run failed"), of_triton("triton")):
+        assert launch.refused(error)
+        launch.give_up(GPU, error)
+    assert {GPU} == launch.GIVEN_UP and len(caplog.records) == 1
+    assert caplog.records[0].getMessage().endswith("without Triton's kernels: out of resource: shared memory")
+    launch.give_up(torch.device("cuda:1"), of_triton("triton"))
+    assert len(launch.GIVEN_UP) == 2 == len(caplog.records)
+
+
+def test_what_is_computed_in_is_fp32_or_better_and_products_are_what_torch_s_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those of fp32 in TF32 where torch's are; scores of blocks in what is near fp32. An interpreter has no product in bf16."""
+    assert [launch.fp(kind) for kind in launch.TYPES] == [*[torch.float32] * 3, torch.float64]
+    with pretended() as gpu:
+        x = torch.zeros(1, device=gpu)
+        for allowed in (True, False):
+            monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=allowed))
+            assert [launch._precision(each) for each in (x, x.bfloat16())] == ["tf32" if allowed else "ieee", "ieee"]
+        assert sparse._nearly_fp32(x) == "tf32x3"
+    assert launch._precision(torch.zeros(1)) == sparse._nearly_fp32(torch.zeros(1)) == "wide"
+
+
+# ---- launches, by kernels that do in torch what their programs would
 
 
 def norm(grid: Any, x: Any, added: Any, weight: Any, total: Any, out: Any, eps: float, **shape: Any) -> None:
     (rows,), width = grid, shape["D"]
     assert shape["WIDE"] == launch._power(width) and shape["num_warps"] == launch._warps(width)
-    assert shape["EXACT"] == (x.dtype == torch.float64) and all(each.is_contiguous() for each in (x, added, total, out))
+    assert all(each.is_contiguous() for each in (x, added, total, out))
     for row in range(rows):
         at = slice(row * width, row * width + width)
         whole = x.view(-1)[at] + (added.view(-1)[at] if shape["ADDS"] else 0)
@@ -145,7 +279,7 @@ def norm(grid: Any, x: Any, added: Any, weight: Any, total: Any, out: Any, eps: 
 
 def gate(grid: Any, both: Any, out: Any, **shape: Any) -> None:
     inner, tile = shape["F"], shape["TILE"]
-    assert both.is_contiguous() and tile <= 1024 and tile & tile - 1 == 0
+    assert both.is_contiguous() and tile <= 1024 and (grid[1] - 1) * tile < inner
     for row, piece in itertools.product(*map(range, grid)):
         some = range(piece * tile, min(inner, piece * tile + tile))
         for at in some:
@@ -159,9 +293,7 @@ def gate(grid: Any, both: Any, out: Any, **shape: Any) -> None:
 def test_norms_are_launched_for_each_row(
     shape: tuple[int, ...], kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels = SimpleNamespace(_norm=Kernel(norm), _swiglu=Kernel(gate))
-    monkeypatch.setitem(sys.modules, "shoal.model.gpu.pointwise", kernels)
-    monkeypatch.setattr("shoal.model.gpu.pointwise", kernels, raising=False)
+    stand_in(monkeypatch, "pointwise", _norm=norm)
     g = torch.Generator().manual_seed(1)
     x, added = (torch.randn(*shape[:-1], 2 * shape[-1], generator=g, dtype=kind)[..., ::2] for _ in range(2))
     weight = torch.rand(shape[-1], generator=g, dtype=kind)
@@ -176,216 +308,8 @@ def test_norms_are_launched_for_each_row(
 
 @pytest.mark.parametrize("inner", [1, 20, 1024, 1500])
 def test_a_gate_is_launched_for_each_number(inner: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = SimpleNamespace(_swiglu=Kernel(gate))
-    monkeypatch.setitem(sys.modules, "shoal.model.gpu.pointwise", kernels)
-    monkeypatch.setattr("shoal.model.gpu.pointwise", kernels, raising=False)
+    stand_in(monkeypatch, "pointwise", _swiglu=gate)
     both = torch.randn(2, 1, 2 * inner, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     left, right = both.chunk(2, -1)
     torch.testing.assert_close(launch.swiglu(both), torch.nn.functional.silu(left) * right)
     assert launch.swiglu(both[:0]).shape == (0, 1, inner)
-
-
-# ---- whole rows
-
-
-@pytest.mark.parametrize("block", [1, 3, 4, 8])
-@pytest.mark.parametrize(("window", "dense"), [(1, 0), (4, 0), (6, 5), (9, 12)])
-def test_spans_are_what_counting_document_by_document_gives(block: int, window: int, dense: int) -> None:
-    window = max(window, block)
-    spans = Spans.packed(DOCS, block, window, dense)
-    for row, docs in enumerate(DOCS.tolist()):
-        blocks = list[int]()  # where each complete one begins
-        for t, doc in enumerate(docs):
-            start = docs.index(doc)
-            place, length = t - start, docs.count(doc)
-            if place % block == block - 1:
-                blocks.append(t - block + 1)
-            own = [each for each in blocks if each >= start]
-            assert (spans.positions[row, t], spans.starts[row, t]) == (place, start)
-            assert (spans.ends[row, t], spans.many[row, t]) == (len(blocks), len(own))
-            assert spans.tails[row, t] == start + len(own) * block
-            of = start + place // block * block  # its block's first token
-            whole = of + block <= start + length
-            number = len(blocks) - (place % block == block - 1) if whole else -1
-            assert spans.block_of[row, t] == number
-            low = start if place < dense else max(start, t - window + 1)
-            assert spans.low[row, t] == low
-            few = 0 if place < dense else sum(each < low for each in own)
-            assert (spans.few[row, t], spans.few_ends[row, t]) == (few, len(blocks) - len(own) + few)
-        assert spans.first[row, : len(blocks)].tolist() == blocks
-    for name, tensor in vars(spans).items():
-        assert name in ("block", "positions") or (tensor.dtype == torch.int32 and tensor.is_contiguous()), name
-
-
-@pytest.mark.parametrize("piece", [1, 3, 512])
-def test_who_chose_each_block_is_listed(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse, "PIECE", piece)
-    rows, heads, length, top_k, blocks = 2, 3, 20, 4, 5
-    g = torch.Generator().manual_seed(1)
-    numbers = torch.full((rows, heads, length, top_k), -1, dtype=torch.int32)
-    for at in itertools.product(range(rows), range(heads), range(length)):
-        many = int(torch.randint(0, top_k + 1, (), generator=g))
-        some = torch.tensor([0, 1, 3, 4])[torch.randperm(4, generator=g)[:many]]  # the third is chosen by nobody
-        numbers[at][:many] = some.sort().values
-    order, offsets, of, begins = (each.tolist() for each in sparse.lists(numbers, blocks))
-    pieces = 0
-    for whose, (row, head, block) in enumerate(itertools.product(range(rows), range(heads), range(blocks))):
-        wanted = [t for t in range(length) if block in numbers[row, head, t]]
-        assert order[offsets[whose] : offsets[whose + 1]] == wanted
-        assert begins[whose] == pieces
-        assert of[pieces : pieces + -(-len(wanted) // piece)] == [whose] * -(-len(wanted) // piece)
-        pieces += -(-len(wanted) // piece)
-    assert begins[-1] == pieces <= len(of) and set(of[pieces:]) <= {-1}
-    assert len(offsets) == len(begins) == rows * heads * blocks + 1
-    first = torch.tensor([[0, 4, 8, 12, 16], [1, 5, 10, 14, 18]])
-    runs = sparse._runs(numbers, first)
-    for at in itertools.product(range(rows), range(heads), range(length), range(top_k)):
-        assert runs[at] == (-1 if numbers[at] < 0 else first[at[0], numbers[at]])
-
-
-def test_what_is_made_has_its_shape_and_type_before_any_kernel_runs() -> None:
-    """By which torch compiles what calls them."""
-    q, k = torch.zeros(2, 5, 6, 8, dtype=torch.bfloat16), torch.zeros(2, 5, 3, 8, dtype=torch.bfloat16)
-    for out, lse in (sparse._like_near(q, k, k, k, 4), sparse._like_chosen(q, k, k)):
-        assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (2, 5, 6), torch.float32)
-    chosen = sparse._like_choose(q, torch.zeros(2, 4, 3, 8), k, k, 7, 1)
-    assert (chosen.shape, chosen.dtype) == ((2, 3, 5, 7), torch.int32)
-    for like in (sparse._like_near_back, sparse._like_chosen_back):
-        assert [each.shape for each in like(q, k, k)] == [q.shape, k.shape, k.shape]
-
-
-def test_what_is_taken_from_the_gradient_of_a_weight() -> None:
-    out, gradient = torch.tensor([[[[1.0, 2.0]]]]), torch.tensor([[[[3.0, -1.0]]]])
-    assert sparse._delta(out, gradient, torch.tensor([[[0.25]]])).tolist() == [[[0.75]]]
-    assert sparse._delta(out, gradient, torch.zeros(1, 1, 1, dtype=torch.float64)).dtype == torch.float64
-
-
-def test_rows_of_more_blocks_than_a_program_chooses_among_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "able", lambda _: True)
-    x = torch.zeros(1, launch.MOST_BLOCKS * 2 + 1, 1)
-    assert not sparse.usable(x, 2), "on a CPU"
-    monkeypatch.setattr(launch, "ON", {"cpu"})
-    assert sparse.usable(x, 2) and not sparse.usable(torch.cat([x, x[:, :1]], 1), 2)
-    assert not sparse.usable(x.to(torch.int8), 2)
-    monkeypatch.setattr(launch, "able", lambda _: False)
-    assert not sparse.usable(x, 2)
-
-
-# ---- attention of whole rows, by programs that do in torch what the kernels say
-
-
-def near(
-    grid: Any, q: Any, k: Any, v: Any, starts: Any, out: Any, lse: Any, length: int, window: int, **shape: Any
-) -> None:
-    assert all(each.is_contiguous() for each in (q, k, v, starts, out, lse))
-    for tile, head, row in itertools.product(*map(range, grid)):
-        for t in range(tile * shape["TALL"], min(length, (tile + 1) * shape["TALL"])):
-            keys = range(max(int(starts[row, t]), t - window + 1), t + 1)
-            read(q, k, v, (row, t, head), [*keys], out, lse, shape)
-
-
-def read(q: Any, k: Any, v: Any, at: tuple[int, int, int], keys: list[int], out: Any, lse: Any, shape: Any) -> None:
-    row, _, head = at
-    own = head // shape["G"]
-    z = (k[row, keys, own] @ q[at]) * shape["SCALE"]
-    lse[at] = z.logsumexp(0) if keys else -1e30
-    out[at] = z.softmax(0) @ v[row, keys, own] if keys else 0.0
-
-
-def rate(
-    grid: Any, q: Any, summaries: Any, ends: Any, many: Any, scores: Any, length: int, blocks: int, first: int, count: int,
-    **shape: Any,
-) -> None:  # fmt: skip
-    """Scores of a strip of queries, EACH a program."""
-    group, dim = shape["G"], shape["D"]
-    assert shape["GROUP"] >= group and q.shape[1] == length and summaries.shape[1] == blocks
-    for tile, kv_head, row in itertools.product(*map(range, grid)):
-        for i in range(tile * shape["EACH"], min(count, (tile + 1) * shape["EACH"])):
-            t, of = first + i, range(int(ends[row, first + i] - many[row, first + i]), int(ends[row, first + i]))
-            mine = q[row, t, kv_head * group : (kv_head + 1) * group]
-            found = summaries[row, of, kv_head]
-            z = mine @ found[:, :dim].T * shape["SCALE"]
-            if shape["VARIANCE"]:
-                z += mine.square() @ found[:, dim:].T * shape["SCALE"] ** 2 / 2
-            scores[row, kv_head, i, of] = z[0] if group == 1 else z.softmax(-1).sum(0)
-
-
-def pick(
-    grid: Any,
-    scores: Any,
-    ends: Any,
-    many: Any,
-    chosen: Any,
-    length: int,
-    blocks: int,
-    first: int,
-    count: int,
-    **shape: Any,
-) -> None:
-    assert shape["TILE"] >= blocks and shape["WIDE"] >= shape["K"] and grid[0] == count and chosen.shape[2] == length
-    for i, kv_head, row in itertools.product(*map(range, grid)):
-        end, own = int(ends[row, first + i]), int(many[row, first + i])
-        of = [*range(end - own, end)]
-        rated = sorted(of[shape["SINKS"] :], key=lambda n: -float(scores[row, kv_head, i, n]))
-        best = sorted((of[: shape["SINKS"]] + rated)[: shape["K"]])
-        chosen[row, kv_head, first + i] = torch.tensor(best + [-1] * (shape["K"] - len(best)))
-
-
-def forward(
-    grid: Any, q: Any, k: Any, v: Any, runs: Any, tails: Any, out: Any, lse: Any, length: int, before: int, **shape: Any
-) -> None:
-    """Of what each query chose, and its tail; or of what of that lies before a window."""
-    for at, kv_head in itertools.product(*map(range, grid)):
-        row, t = divmod(at, length)
-        keys = [place + i for place in runs[row, kv_head, t].tolist() if place >= 0 for i in range(shape["S"])]
-        keys = [key for key in keys if key <= t - before] if before else [*keys, *range(int(tails[row, t]), t + 1)]
-        for head in range(kv_head * shape["G"], (kv_head + 1) * shape["G"]):
-            read(q, k, v, (row, t, head), keys, out, lse, shape)
-
-
-@pytest.fixture
-def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, kernels in (
-        ("window", SimpleNamespace(_near=Kernel(near))),
-        ("choice", SimpleNamespace(_rate=Kernel(rate), _pick=Kernel(pick))),
-        ("training", SimpleNamespace(_forward=Kernel(forward))),
-    ):
-        monkeypatch.setitem(sys.modules, f"shoal.model.gpu.{name}", kernels)
-        monkeypatch.setattr(f"shoal.model.gpu.{name}", kernels, raising=False)
-
-
-def drawn(heads: int, kv_heads: int) -> list[torch.Tensor]:
-    g = torch.Generator().manual_seed(heads)
-    return [torch.randn(2, 30, h, 8, generator=g, dtype=torch.float64) for h in (heads, kv_heads, kv_heads)]
-
-
-@pytest.mark.parametrize("variance", [False, True])
-@pytest.mark.parametrize(("block", "heads", "window"), [(4, (2, 1), 5), (3, (4, 2), 3), (1, (2, 2), 4)])
-def test_a_row_reads_its_window_and_what_it_chose(
-    block: int, heads: tuple[int, int], window: int, variance: bool, in_torch: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both branches under their shares; scores in strips, and wherever all blocks are read without any."""
-    monkeypatch.setattr(sparse, "SCORED", 2 * heads[1] * (30 // block) * 16)
-    given, share = drawn(*heads), torch.linspace(0.2, 0.8, heads[0], dtype=torch.float64)
-    for top_k in (2, 40):
-        how = {"window": window, "block": block, "top_k": top_k, "sinks": 1, "docs": DOCS}
-        want = reference_attention(*given, **how, local_weight=share, summary="mean_var" if variance else "mean")  # type: ignore[arg-type]
-        spans = Spans.packed(DOCS, block)
-        got = sparse.attend(*given, spans, Reach(window, top_k, 1, share), variance)
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-    whole = sparse.attend(*given, spans, Reach(30, 40, 1, share), variance)
-    torch.testing.assert_close(whole, sparse.attend(*given, spans, Reach(30, 0, 0, None)), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("variance", [False, True])
-@pytest.mark.parametrize(
-    ("block", "window", "dense", "heads"), [(4, 5, 0, (2, 1)), (3, 4, 9, (3, 1)), (2, 2, 14, (2, 2)), (1, 1, 6, (1, 1))]
-)
-def test_a_row_of_a_sparse_layer_has_one_softmax_over_both(
-    block: int, window: int, dense: int, heads: tuple[int, int], variance: bool, in_torch: None
-) -> None:
-    given, bias = drawn(*heads), torch.linspace(-1, 2, heads[0], dtype=torch.float64)
-    how = {"window": window, "block": block, "top_k": 2, "sinks": 1, "dense_length": dense, "docs": DOCS}
-    want = reference_sparse(*given, **how, bias=bias, summary="mean_var" if variance else "mean")  # type: ignore[arg-type]
-    spans, reach = Spans.packed(DOCS, block, window, dense), Reach(window, 2, 1, None, bias, dense)
-    torch.testing.assert_close(sparse.attend(*given, spans, reach, variance), want, rtol=0, atol=1e-12)

@@ -4,8 +4,6 @@ order of arguments, and who reads what another wrote. Against torch over pages; 
 from __future__ import annotations
 
 import itertools
-import sys
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +16,8 @@ from shoal.model.gpu import launch
 from shoal.model.reach import ALL, Reach
 from tests.triton import mixed
 from tests.triton.stored import Stored, store
-from tests.unit.model.test_launch import Kernel, step_of
+from tests.unit.model.launched import stand_in, written_down
+from tests.unit.model.test_launch import step_of
 
 STRIDES = 3  # of a memory: unit, head, slot or block
 
@@ -93,11 +92,11 @@ def attend(
     gamma: Any, part: Any, stats: Any, arrived: Any, out: Any, *sizes: int, **shape: Any,
 ) -> None:  # fmt: skip
     *strides, window, dense, count, nears, pieces, crew = sizes
-    assert strides == [tables.stride(0), *kv.stride()[:STRIDES], *summaries.stride()[:STRIDES]] and not shape["INT8"]
+    assert strides == [tables.stride(0), *kv.stride()[:STRIDES], *summaries.stride()[:STRIDES]]
     fars, group, kv_heads = pieces - nears, shape["G"], shape["KV_HEADS"]
     assert chosen.shape == (len(q), kv_heads, max(1, fars), max(1, shape["K"])) and shape["FULL"] >= shape["K"]
     assert not shape["K"] or shape["BLOCKS"] >= count
-    assert shape["GROUP"] >= group and all(size & size - 1 == 0 for size in (shape["GROUP"], shape["EACH"]))
+    assert shape["GROUP"] >= group and shape["PAGED"] == summaries.shape[2] and shape["P"] == kv.shape[2]
     if shape["ALONE"]:
         assert pieces <= 2 and nears == 1 and grid[2] == 1 and not shape["SHARED"]
     else:
@@ -131,9 +130,7 @@ def attend(
 
 @pytest.fixture(autouse=True)
 def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = SimpleNamespace(_attend=Kernel(attend))
-    monkeypatch.setitem(sys.modules, "shoal.model.gpu.attention", made)
-    monkeypatch.setattr("shoal.model.gpu.attention", made, raising=False)
+    stand_in(monkeypatch, "attention", _attend=attend)
     monkeypatch.setattr(fused, "usable", lambda x: False)
 
 
@@ -216,9 +213,9 @@ def test_beside_prompts_all_others_are_attended_by_themselves(
     ("reach", "pages"),
     [
         (Reach(ALL, 0, 0, None, dense=ALL), 1024),
-        (Reach(512, 64, 1, None, torch.zeros(32), dense=32256), 1008),
-        (Reach(512, 64, 1, None, torch.zeros(32), dense=4096), None),
-        (Reach(512, 64, 1, torch.zeros(32)), None),
+        (Reach(512, 64, 1, None, torch.zeros(32, device="meta"), dense=32256), 1008),
+        (Reach(512, 64, 1, None, torch.zeros(32, device="meta"), dense=4096), None),
+        (Reach(512, 64, 1, torch.zeros(32, device="meta")), None),
     ],
 )
 @torch.inference_mode()
@@ -226,7 +223,7 @@ def test_beside_a_prompt_of_32k_nothing_is_gathered_for_who_decodes(
     reach: Reach, pages: int | None, on: None, gathered: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """63 rows of 1 to 2k tokens, sizes of a model of 8 billion. Tensors on meta have no values, so no place is waited for."""
-    monkeypatch.setattr(sys.modules["shoal.model.gpu.attention"], "_attend", Kernel(lambda *given, **shape: None))
+    assert not written_down(monkeypatch, "attention"), "nothing is computed"
     ends, starts = [*range(1000, 1063), 32767], [*range(64), 63 + 1024]
     rows = Rows(torch.zeros(starts[-1], dtype=torch.long, device="meta"), starts, 32, 32, ends=ends)
     tables = torch.zeros(64, 1024, dtype=torch.long, device="meta")
@@ -262,23 +259,15 @@ def test_programs_of_two_forwards_count_apart_and_those_of_a_forward_in_one_plac
 ) -> None:
     """Two engines of a process, or a forward after one that ended in the middle, share no count; layers and strips of rows do,
     as each launch ends before the next begins. Where keys are not cut there is none."""
-    places = list[tuple[int, int]]()
-    monkeypatch.setattr(
-        "shoal.model.gpu.attention._attend",
-        Kernel(
-            lambda grid, *given, **shape: places.append(
-                (given[12].data_ptr(), 0 if shape["ALONE"] else given[12].numel())
-            )
-        ),
-    )
+    told = written_down(monkeypatch, "attention")
     one, other = (store(1, [70, 38], [3, 1]) for _ in range(2))
     with torch.no_grad():
         for case, most in ((one, 2**24), (one, 4 * 20 * 2), (other, 2**24)):
             monkeypatch.setattr(launch, "SCORED", most)
             launch.attend(case.q, case.kv, case.summaries, case.step, Reach(10, 3, 1, GAMMA))
-    counts = [place for place in places if place[1]]
+    counts = [(each["arrived"].data_ptr(), each["arrived"].numel()) for each in told if not each["ALONE"]]
     if counts:
-        assert len(places) == 4 == len(counts) and {size for _, size in counts} == {2 * 4 * 2 + launch.PROGRAMS}
+        assert len(told) == 4 == len(counts) and {size for _, size in counts} == {2 * 4 * 2 + launch.PROGRAMS}
         assert len({at for at, _ in counts[:3]}) == 1 and counts[3][0] != counts[0][0]
         assert "arrived" in one.step.rows._made and one.step.rows is not other.step.rows
     else:
@@ -303,15 +292,104 @@ def test_teams_score_where_blocks_are_many(
 ) -> None:
     """In one launch whatever the way. A row and KV head's only program scores more, and is none where these are too many. Where
     all blocks are read none is scored."""
-    told = list[tuple[Any, dict[str, Any]]]()
-    made = SimpleNamespace(_attend=Kernel(lambda grid, *given, **shape: told.append((grid, shape))))
-    monkeypatch.setitem(sys.modules, "shoal.model.gpu.attention", made)
-    monkeypatch.setattr("shoal.model.gpu.attention", made, raising=False)
+    told = written_down(monkeypatch, "attention")
     step = step_of([1] * rows, blocks, page=4)
     q, kv = torch.zeros(rows, 4, 64), torch.zeros(2, 2, 4, 128)
     launch.attend(q, kv, torch.zeros(2, 2, 1, values), step, Reach(300, top_k, 1, torch.zeros(4)))
-    assert [("alone" if shape["ALONE"] else "shared" if shape["SHARED"] else "apart") for _, shape in told] == [way]
-    assert (told[0][0][2] == 1) == (way == "alone")
+    assert [("alone" if each["ALONE"] else "shared" if each["SHARED"] else "apart") for each in told] == [way]
+    assert (told[0]["grid"][2] == 1) == (way == "alone")
+
+
+def empty(
+    rows: int, pages: int, *, group: int = 2, dim: int = 16, kind: torch.dtype = torch.float32, values: int = 16
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, PagedStep]:
+    """Rows of a request each, two KV heads, pages and blocks of 4."""
+    q, kv = torch.zeros(rows, 2 * group, dim, dtype=kind), torch.zeros(2, 2, 4, 2 * dim, dtype=kind)
+    return q, kv, torch.zeros(2, 2, 1, values), step_of([1] * rows, pages, page=4)
+
+
+@pytest.mark.parametrize(
+    ("reach", "wanted"),
+    [
+        (Reach(10, 3, 1, GAMMA), (10, 16)),
+        (Reach(10, 3, 1, None, GAMMA, 40), (40, 16)),
+        (Reach(100, 3, 1, GAMMA), (80, 16)),
+        (Reach(10, 3, 1, None), (10, 0)),
+        (Reach(ALL, 0, 0, None, dense=ALL), (80, 0)),
+    ],
+)
+def test_what_is_cut_are_the_keys_of_the_window_and_of_the_blocks_with_a_tail(
+    reach: Reach, wanted: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For programs of each row and KV head, of tables of 80 keys; where blocks are read, each piece has room for their list."""
+    told, cut = written_down(monkeypatch, "attention"), list[tuple[int, ...]]()
+    monkeypatch.setattr(launch, "_pieces", lambda *given: (cut.append(given), (2, 3 if given[2] else 0))[1])
+    q, kv, summaries, step = empty(3, 20, kind=torch.bfloat16)
+    launch.attend(q, kv, summaries, step, reach)
+    assert cut == [(6, *wanted)]
+    pieces = 5 if wanted[1] else 2
+    assert (told[0]["grid"], told[0]["nears"], told[0]["pieces"]) == ((3, 2, pieces), 2, pieces)
+    assert [told[0][name].dtype for name in ("z", "part", "stats", "chosen")] == [*[torch.float32] * 3, torch.int32]
+
+
+def test_a_team_scores_by_what_its_blocks_and_their_summaries_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bytes: 16 tokens of 64 numbers in bf16, for 300 summaries of 128 numbers in fp32, which are five tiles. Each piece has
+    as many programs as a team has members."""
+    told, teams = written_down(monkeypatch, "attention"), list[tuple[Any, ...]]()
+    monkeypatch.setattr(launch, "_pieces", lambda *given: (2, 7))
+    monkeypatch.setattr(launch, "_teams", lambda *given: (teams.append(given), (3, 5))[1])
+    q, kv, summaries, step = empty(3, 300, dim=32, kind=torch.bfloat16, values=128)
+    launch.attend(q, kv, summaries, step, Reach(10, 3, 1, torch.zeros(4)))
+    assert teams == [(6, 2, 7, pytest.approx(16 * 64 * 2 / (300 * 128 * 4)), 5)]
+    (one,) = told
+    assert (one["grid"], one["nears"], one["pieces"], one["crew"]) == ((3, 2, 2 + 3 * 5), 2, 2 + 3, 5)
+    assert one["z"].shape == (3, 4, 3, 300) and one["chosen"].shape == (3, 2, 3, 3) and one["SHARED"]
+
+
+@pytest.mark.parametrize(
+    ("group", "dim", "pages", "wanted"),
+    [
+        (1, 16, 256, (1, 64, 256, 4)),
+        (2, 16, 1024, (2, 64, 1024, 4)),
+        (3, 128, 1025, (4, 16, 4096, 8)),
+        (8, 128, 4097, (8, 8, 2**14, 16)),
+        (64, 256, 4, (64, 1, 256, 4)),
+    ],
+)
+def test_what_is_joined_or_chosen_at_once_fits_the_registers_of_its_warps(
+    group: int, dim: int, pages: int, wanted: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8,192 numbers of pieces at a time, of 64 pieces at most, and one at least; room for blocks in one of four sizes, of which
+    a warp holds 512 scores, but in four warps at least."""
+    told = written_down(monkeypatch, "attention")
+    q, kv, summaries, step = empty(1, pages, group=group, dim=dim, values=dim)
+    launch.attend(q, kv, summaries, step, Reach(10, 3, 1, torch.zeros(2 * group)))
+    launch.attend(q, kv, summaries, step, Reach(10, 0, 0, None))
+    one, alone = told
+    assert tuple(one[name] for name in ("GROUP", "EACH", "BLOCKS", "num_warps")) == wanted
+    assert (alone["BLOCKS"], alone["num_warps"]) == (16, 4), "nothing is chosen"
+
+
+@pytest.mark.parametrize(("pages", "rows"), [(1, [10, 10, 3]), (2, [5, 5, 5, 5, 3]), (100, [1] * 23)])
+def test_rows_are_attended_in_strips_of_as_many_scores_as_may_exist(
+    pages: int, rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 of 4 heads; where nothing is scored, all at once."""
+    told = written_down(monkeypatch, "attention")
+    monkeypatch.setattr(launch, "SCORED", 40)
+    q, kv, summaries, step = empty(23, pages)
+    launch.attend(q, kv, summaries, step, Reach(10, 3, 1, GAMMA))
+    assert [each["grid"][0] for each in told] == rows == [len(each["q"]) for each in told]
+    told.clear()
+    launch.attend(q, kv, summaries, step, Reach(10, 0, 0, None))
+    assert [each["grid"][0] for each in told] == [23]
+
+
+def test_keys_in_int8_are_told_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = written_down(monkeypatch, "attention")
+    q, _, summaries, step = empty(1, 2)
+    launch.attend(q, torch.zeros(2, 2, 4, 36, dtype=torch.int8), summaries, step, Reach(10, 3, 1, GAMMA))
+    assert told[0]["INT8"] and told[0]["slot_step"] == 36
 
 
 @pytest.mark.parametrize(
@@ -340,6 +418,7 @@ def test_teams_fill_a_device_and_no_more(
 
 def levels(grid: Any, x: Any, levels: Any, scales: Any, **shape: Any) -> None:
     assert shape["I"] == x.shape[1] <= shape["WIDE"] and (shape["TOP"], shape["ZERO"]) == (63, 64) and x.is_contiguous()
+    assert shape["num_warps"] == launch._warps(x.shape[1])
     for row in range(*grid):
         scales[row] = quant.token_scale(x[row])
         levels[row] = quant.token_levels(x[row], scales[row])
@@ -357,22 +436,29 @@ def product(
     **shape: Any,
 ) -> None:
     assert levels.shape == (rows, shape["I"]) and weight.shape == (outputs, shape["I"]) and weight.is_contiguous()
-    assert all(size & size - 1 == 0 for size in (shape["ROWS"], shape["COLUMNS"], shape["DEEP"])), (
-        "tiles are powers of two"
-    )
     for column, row in itertools.product(*map(range, grid)):
         m, o = (slice(at * size, (at + 1) * size) for at, size in ((row, shape["ROWS"]), (column, shape["COLUMNS"])))
         total = levels[m].long() @ weight[o].long().T
         out[m, o] = total.float() * weight_scales[o] * scales[m, None]
 
 
-@pytest.mark.parametrize("rows", [1, 16, 17, 70])
-def test_a_linear_in_int8_covers_all_rows_and_outputs(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = SimpleNamespace(_levels=Kernel(levels), _product=Kernel(product))
-    monkeypatch.setitem(sys.modules, "shoal.model.gpu.integers", made)
-    monkeypatch.setattr("shoal.model.gpu.integers", made, raising=False)
+@pytest.mark.parametrize(
+    ("rows", "tiles"), [(1, (3, 1)), (16, (3, 1)), (17, (2, 1)), (64, (2, 1)), (65, (2, 2)), (129, (2, 3))]
+)
+def test_a_linear_in_int8_covers_all_rows_and_outputs(
+    rows: int, tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """70 outputs: of 16 rows at most in tiles of 32, so that more programs share them; of others in tiles of 64 by 64."""
+    grids = list[tuple[int, int]]()
+    stand_in(
+        monkeypatch,
+        "integers",
+        _levels=levels,
+        _product=lambda grid, *given, **shape: (grids.append(grid), product(grid, *given, **shape)),
+    )
     g = torch.Generator().manual_seed(rows)
     weight, scale = quant.quantize_rows(torch.randn(70, 40, generator=g))
     x = torch.randn(rows, 80, generator=g)[:, ::2]
     got = launch.int8_product(weight, scale)(x)
     torch.testing.assert_close(got, quant.int8_linear_reference(x, weight, scale), rtol=1e-6, atol=1e-6)
+    assert grids == [tiles]

@@ -274,13 +274,13 @@ def _attend(
         part, stats = (q.new_empty(rows, heads, pieces, each, dtype=kind) for each in (dim, 2))
         count = 2 * len(step.positions) * kv_heads + PROGRAMS  # of each row and KV head, and of each of their teams
         arrived = step.rows.once("arrived", lambda: torch.zeros(count, dtype=torch.int32, device=q.device))
-    group, most = _power(shape["G"], 1), _blocks(blocks) if top_k else 16
+    group, most = _fit(shape["G"]), _blocks(blocks) if top_k else 16
     attention._attend[(rows, kv_heads, 1 if alone else near + far * crew)](
         q, kv, summaries, step.tables, positions, requests, z, chosen, reach.bias if shape["BEYOND"] else q,
         reach.gamma if gated else q, part, stats, arrived, out,
         step.tables.stride(0), *kv.stride()[:3], *summaries.stride()[:3], window, dense, blocks, near, pieces, crew,
         **shape, P=kv.shape[2], SINKS=reach.sinks, GATED=gated, INT8=kv.dtype == torch.int8, SHARED=shared, ALONE=alone,
-        BLOCKS=most, FULL=_power(max(1, top_k), 1), GROUP=group, EACH=max(1, min(64, JOINED // (group * shape["WIDE"]))),
+        BLOCKS=most, FULL=_fit(top_k), GROUP=group, EACH=max(1, min(64, JOINED // (group * shape["WIDE"]))),
         PRECISION=_precision(q), num_warps=max(4, _warps(most)),
     )  # fmt: skip
 
@@ -291,7 +291,7 @@ def _shape(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Rea
     return {
         "G": group, "HEADS": q.shape[1], "KV_HEADS": kv.shape[1], "D": dim, "WIDE": _power(dim), "PAGED": summaries.shape[2],
         "S": step.block, "K": reach.top_k if reach.chooses else 0, "BEYOND": reach.bias is not None,
-        "VARIANCE": summaries.shape[-1] > dim, "ROWS": _power(group, 1 if exact else 16), "TILE": _tile(q),
+        "VARIANCE": summaries.shape[-1] > dim, "ROWS": _fit(group) if exact else _power(group), "TILE": _tile(q),
         "SCALE": 1 / math.sqrt(dim), "EXACT": exact,
     }  # fmt: skip
 
@@ -311,13 +311,9 @@ def add_thin(x: Tensor, a: Tensor, b: Tensor, bounds: Tensor, room: int, of: Ten
         return
     x, (few, some, wide, tile) = x.contiguous(), THIN
     between = torch.empty(rows, room, dtype=fp(x.dtype), device=x.device)
-    given, outputs, exact = (bounds, of), out.shape[-1], _exact(x)
-    thin._thin[(rows, -(-room // few))](
-        x, a, *given, between, inputs, room, bounds.shape[1], RANKS=few, TILE=wide, EXACT=exact
-    )
-    thin._wide[(rows, -(-outputs // tile))](
-        between, b, *given, out, outputs, room, bounds.shape[1], RANKS=some, TILE=tile, EXACT=exact
-    )
+    given, more, outputs, exact = (bounds, of), (room, bounds.shape[1]), out.shape[-1], _exact(x)
+    thin._thin[(rows, -(-room // few))](x, a, *given, between, inputs, *more, RANKS=few, TILE=wide, EXACT=exact)
+    thin._wide[(rows, -(-outputs // tile))](between, b, *given, out, outputs, *more, RANKS=some, TILE=tile, EXACT=exact)
 
 
 def int8_product(weight: Tensor, scale: Tensor) -> Any:
@@ -388,9 +384,14 @@ def _exact(x: Tensor) -> bool:
     return x.dtype == torch.float64
 
 
-def _power(size: int, least: int = 16) -> int:
+def _power(size: int) -> int:
+    """As `_fit`, and 16 at least: no side of a product is shorter."""
+    return max(16, _fit(size))
+
+
+def _fit(size: int) -> int:
     """The power of two that is not below `size`."""
-    return max(least, 1 << (size - 1).bit_length())
+    return 1 << (size - 1).bit_length()
 
 
 def _warps(size: int) -> int:

@@ -193,7 +193,7 @@ def _choose(q: Tensor, summaries: Tensor, ends: Tensor, many: Tensor, top_k: int
     blocks, kv_heads = summaries.shape[1:3]
     chosen = _like_choose(q, summaries, ends, many, top_k, sinks)
     group, exact = heads // kv_heads, launch._exact(q)
-    padded = launch._power(group, 1)
+    padded = launch._fit(group)
     # summaries are fp32 where q is bf16
     tile, (each, strip) = _tiles(summaries.shape[-1], summaries)[1], _strip(q, summaries)
     scores = q.new_empty(rows, kv_heads, strip, blocks, dtype=summaries.dtype)
@@ -206,7 +206,7 @@ def _choose(q: Tensor, summaries: Tensor, ends: Tensor, many: Tensor, top_k: int
         )  # fmt: skip
         choice._pick[(count, kv_heads, rows)](
             scores, ends, many, chosen, length, blocks, first, count,
-            KV_HEADS=kv_heads, K=top_k, SINKS=sinks, TILE=launch._power(blocks), WIDE=launch._power(top_k, 1), EXACT=exact,
+            KV_HEADS=kv_heads, K=top_k, SINKS=sinks, TILE=launch._power(blocks), WIDE=launch._fit(top_k), EXACT=exact,
             num_warps=launch._warps(blocks),
         )  # fmt: skip
     return chosen
@@ -353,7 +353,7 @@ def _strip(q: Tensor, summaries: Tensor) -> tuple[int, int]:
     SCORED scores, of all rows."""
     (rows, length, heads, _), (blocks, kv_heads) = q.shape, summaries.shape[1:3]
     tall, _ = _tiles(summaries.shape[-1], summaries)
-    each = max(1, tall // launch._power(heads // kv_heads, 1))
+    each = max(1, tall // launch._fit(heads // kv_heads))
     return each, min(length, max(each, SCORED // (rows * kv_heads * blocks) // each * each))
 
 
