@@ -15,7 +15,7 @@ from shoal.model.gpu import launch, sparse
 from shoal.model.gpu.sparse import Spans
 from shoal.model.reach import Reach
 from shoal.model.reference import reference_attention, reference_sparse
-from tests.pretend_gpu import OnGpu, pretended
+from tests.pretend_gpu import OnGpu, pretended, waited
 from tests.unit.model.launched import stand_in, written_down
 
 DOCS = torch.tensor([[0] * 7 + [1] * 23, [0] + [1] * 14 + [2] * 15])
@@ -431,8 +431,12 @@ def test_all_of_a_launch_lies_where_its_rows_do(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_choice_on_a_gpu_is_made_there(in_torch: None) -> None:
+    """Nothing of it comes from the host, which waits for nothing."""
     (q, k, _), reach = drawn(2, 1), GRADED["one softmax"]
     want = sparse.choose(q, k, Spans.packed(DOCS, 4, 5, 6), reach, True)
     with pretended() as gpu:
-        got = sparse.choose(q.to(gpu), k.to(gpu), Spans.packed(DOCS.to(gpu), 4, 5, 6), reach, True)
+        q, k, docs = (each.to(gpu) for each in (q, k, DOCS))
+        waited.clear()
+        got = sparse.choose(q, k, Spans.packed(docs, 4, 5, 6), reach, True)
+        assert not waited
     assert isinstance(got, OnGpu) and torch.equal(got.held, want) and bool((want >= 0).any())
