@@ -8,14 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from shoal import Engine, Model, Request, Sampling
 from shoal.config import GROUPS
 from shoal.engine import naive
 from shoal.engine.events import LATER
-from shoal.errors import ContextLengthError, RequestError
+from shoal.errors import AdapterGoneError, ContextLengthError, RequestError
 from shoal.inputs.chat import Encoded
 from shoal.inputs.media import Patches
+from shoal.model.adapters import Adapter, nothing
+from shoal.model.gpu import launch
+from shoal.model.net import Net
 from shoal.model.router import Router
 from tests.unit.engine.lively import lively
 
@@ -166,3 +170,62 @@ def test_an_idle_engine_whose_books_are_wrong_is_dead() -> None:
     assert engine.step() == [] and engine.dead is None
     engine.scheduler.pages.allocate(1)  # and nobody has it
     assert engine.step() == [] and engine.dead is not None
+
+
+@pytest.mark.parametrize(("room", "rows"), [(60, 60), (1, 4 + CONFIG.page), (1000, 100)])
+def test_steps_are_as_small_as_torch_has_room_for_once_kernels_are_given_up(
+    room: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No smaller than an engine may be asked for, and no larger than before; what somebody asked for stays, and so does what
+    was chosen where they had been given up before."""
+    given_up, asked, found = set[torch.device](), list[int](), [100]
+    monkeypatch.setattr(launch, "GIVEN_UP", given_up)
+    monkeypatch.setattr("shoal.engine.engine.default_rows", lambda *_: asked.append(found[0]) or found[0])
+    ours, theirs = (Engine(MODEL, units=41, max_batch=4, max_batch_tokens=most) for most in (None, 100))
+
+    def step(*engines: Engine) -> list[int]:
+        for engine in engines:
+            assert engine.step() == [] and engine.dead is None
+        return [engine.scheduler.max_batch_tokens for engine in engines]
+
+    found[0] = room
+    assert step(ours, theirs) == [100, 100], "its kernels run"
+    given_up.add(MODEL.device)
+    assert step(ours, theirs) == [rows, 100]
+    found[0] = 60
+    later = Engine(MODEL, units=41, max_batch=4)
+    asked.clear()
+    assert step(ours, theirs, later) == [rows, 100, 60] and not asked, (
+        "the memory is looked at once, and not in each step"
+    )
+
+
+@pytest.mark.parametrize("more", [{}, {"page": 1, "block": 1}])
+def test_the_memory_that_it_tells_is_what_its_units_lie_in(more: dict[str, Any]) -> None:
+    config = dataclasses.replace(CONFIG, **more)
+    engine = Engine(Model(config, Net(config).init_(0).double(), MODEL.tokenizer), units=41)
+    cache = engine.runner.cache
+    whole = cache.kv.nbytes + cache.summaries.nbytes
+    assert engine.stats()["kv_cache_bytes"] * 41 == 40 * whole, "all but the null unit"
+
+
+@pytest.mark.parametrize(("most", "drafts"), [(1, False), (2, True)])
+def test_so_many_requests_of_a_step_draft_as_it_is_told(most: int, drafts: bool) -> None:
+    engine = Engine(MODEL, units=41, speculative=2, speculative_max_batch=most)
+    sampling = Sampling(temperature=0, max_tokens=5, ignore_eos=True)
+    engine.generate([Request([token], sampling, depth="full") for token in (50, 60)])
+    assert bool(engine.stats()["spec_decode_num_draft_tokens_total"]) == drafts
+
+
+def test_an_adapter_is_named_by_its_identity_while_it_is_loaded() -> None:
+    engine, pairs = Engine(MODEL, units=41), nothing(MODEL.net).pairs
+    one, two = Adapter("one", pairs), Adapter("two", pairs)
+    assert [engine.load_adapter(each) for each in (one, two)] == ["one", "two"]
+    request = Request([50], Sampling(max_tokens=2), adapter="two")
+    prepared = engine.prepare(request)
+    assert (prepared.adapter, engine.prepare(dataclasses.replace(request, adapter="")).adapter) == (two, None)
+    engine.keep_adapters(["one", "none"])
+    assert dict(engine.adapters) == {"one": one}
+    with pytest.raises(AdapterGoneError, match="not loaded") as caught:
+        engine.prepare(request)
+    assert caught.value.param == "model"
