@@ -13,7 +13,7 @@ from shoal import Engine, Model
 from shoal.engine import runner
 from shoal.engine.events import Completion, Event, Finished, Guide, Request, Sampling, Signals, Token
 from shoal.engine.plan import Outcome, Plan
-from shoal.engine.signals import Logits
+from shoal.engine.signals import Heard, Logits, looked_at
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model.cpu import fused
 from shoal.model.router import features, fit_router, page_sums
@@ -77,6 +77,8 @@ def test_the_log_sum_of_a_row_is_its_definition_whatever_stands_in_it(
     dtype: torch.dtype, loops: bool, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tokens that are forbidden stand at minus infinity. A row without any number, or with one that is none, tells nothing."""
+    compiled, log_sums = list[Any](), fused.log_sums
+    monkeypatch.setattr(fused, "log_sums", lambda *given: compiled.append(given) or log_sums(*given))
     monkeypatch.setattr(fused, "usable", lambda _: loops)
     monkeypatch.setattr(fused, "FEW_NUMBERS", few)
     logits = 40 * torch.randn(7, 1000, generator=torch.Generator().manual_seed(2)).to(dtype)
@@ -85,7 +87,7 @@ def test_the_log_sum_of_a_row_is_its_definition_whatever_stands_in_it(
     whole = torch.log_softmax(logits.double(), -1)
     with torch.inference_mode():
         watched = Logits.of(logits, [Row(watched=row != 6) for row in range(7)])
-    assert watched is not None
+    assert watched is not None and bool(compiled) == loops, "loops read no memory but this machine's"
     logits.zero_()  # what follows changes them in place
     found = watched.nll([1, 2, 3, 5, 6, -1, 4])
     assert set(found) == {0, 1}, "of the others none has a number, was drawn from, or is watched"
@@ -102,6 +104,31 @@ class Row:
     watched: bool
     tokens: list[int] = field(default_factory=list)
     prompt_len: int = 0
+
+
+def test_of_16_tokens_of_an_answer_the_first_is_looked_at_where_that_is_asked_for() -> None:
+    rows = [Row(watched, [60] * (3 + answered), 3) for answered in range(50) for watched in (True, False)]
+    assert [len(row.tokens) - 3 for row in rows if looked_at(row)] == [0, 16, 32, 48]
+    assert all(row.watched for row in rows if looked_at(row))
+
+
+def test_what_is_heard_of_an_answer_is_the_mean_and_the_most_of_what_was_looked_at() -> None:
+    heard = Heard()
+    assert heard.all() == Signals()
+    heard.token(None)
+    heard.compared(())
+    assert heard.all() == Signals()
+    heard.token(0.25)
+    assert heard.all() == Signals(answer_nll=0.25, answer_nll_max=0.25)
+    for nats in (0.75, None, 0.5):
+        heard.token(nats)
+    for gaps in ((1.0, 2.0), (), (0.5, 4.0)):
+        heard.compared(gaps)
+    heard.drafts_accepted += 3
+    wanted = Signals(answer_nll=0.5, answer_nll_max=0.75, drafts_accepted=3, gaps=(0.75, 3.0))
+    assert heard.all() == wanted
+    heard.decided = Signals(prompt_nll=2.0, predicted_gaps=(0.5,), tolerance=0.05)
+    assert heard.all() == replace(wanted, prompt_nll=2.0, predicted_gaps=(0.5,), tolerance=0.05)
 
 
 def test_signals_do_not_depend_on_the_batch(routed: Model) -> None:
