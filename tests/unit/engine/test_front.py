@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import threading
 import traceback
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -14,7 +18,7 @@ import pytest
 
 from shoal import Engine, Model, Request, Sampling
 from shoal.engine.events import LATER, Event, Finished, Token
-from shoal.engine.front import AsyncEngine, _Asked, _Reader, _there
+from shoal.engine.front import IDLE_SECONDS, AsyncEngine, _Asked, _Reader, _there, settle
 from shoal.errors import CheckpointError, EngineDeadError, GenerationError, QueueFullError, RequestError
 from shoal.model.adapters import Adapter, nothing
 from tests.clocks import tells
@@ -82,6 +86,7 @@ def test_leaving_early_cancels(model: Model) -> None:
         async with front(model) as engine:
             async with aclosing(engine.generate(ask(300))) as events:
                 await anext(events)
+            assert not engine._readers, "another may have its id at once"
             stats = await until(lambda s: s["requests_cancelled_total"] == 1, engine)
             assert stats["kv_cache_usage_perc"] == 0
 
@@ -127,6 +132,8 @@ def test_the_death_of_the_engine_reaches_everybody(model: Model, monkeypatch: py
             for call in (engine.check_health(), engine.stats(), read(engine, ask(1))):
                 with pytest.raises(EngineDeadError):
                     await call
+            await asyncio.to_thread(engine._thread.join, SECONDS)
+            assert not engine._thread.is_alive(), "nobody steps it any more"
 
     run(work())
 
@@ -159,6 +166,8 @@ def test_draining_refuses_the_new_and_lets_the_old_end(model: Model) -> None:
             await asyncio.sleep(0)
             with pytest.raises(EngineDeadError, match="shutting down"):
                 await read(engine, ask(1, "late"))
+            with pytest.raises(EngineDeadError, match="shutting down"):  # whatever it asks for
+                await read(engine, ask(1, "late", depth="abyss"))
             assert await drained
             assert len(await reader) == 101
 
@@ -200,17 +209,30 @@ def test_a_panic_that_is_no_exception_is_told_to_who_waits(model: Model, monkeyp
     run(work())
 
 
-def test_a_request_that_cannot_be_taken_harms_no_other(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_cannot_be_taken_harms_no_other(
+    model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged where the fault is ours, and not where the request is refused."""
+    caplog.set_level("ERROR", logger="shoal.engine.front")
+
+    def refuse(running: Any) -> NoReturn:
+        raise RequestError("no room")
+
     async def work() -> None:
         async with front(model) as engine:
             other = asyncio.create_task(read(engine, ask(40, "other")))
             await until(lambda s: s["num_requests_running"] == 1, engine)
             submit = engine._engine.submit
+            monkeypatch.setattr(engine._engine, "submit", refuse)
+            with pytest.raises(RequestError, match="no room"):
+                await read(engine, ask(3, "refused"))
+            assert "a request was not taken" not in caplog.text
             monkeypatch.setattr(engine._engine, "submit", lambda running: 1 / 0)
             with pytest.raises(GenerationError, match="ZeroDivisionError"):
                 await read(engine, ask(3, "bad"))
             monkeypatch.setattr(engine._engine, "submit", submit)
             assert len(await other) == 41 and len(await read(engine, ask(3, "bad"))) == 4
+            assert "a request was not taken" in caplog.text and "ZeroDivisionError" in caplog.text
 
     run(work())
 
@@ -399,6 +421,97 @@ def test_an_adapter_is_read_from_its_directory_and_is_the_one_that_was_there_bef
 
 
 # --- what the engine thread does, by hand: none runs -----------------------------------------------------------------------
+
+
+class Knot:
+    """What only the garbage collector finds."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_what_is_loaded_is_hidden_from_the_garbage_collector_and_garbage_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("shoal.engine.front.gc", gc)  # and not as tests are run (tests/at_import.py)
+    gc.disable()  # by itself it would look for garbage as well
+    try:
+        kept = Knot()
+        left, hidden = weakref.ref(Knot()), weakref.ref(kept)
+        settle()
+        assert left() is None and gc.get_freeze_count()
+        del kept
+        gc.collect()
+        assert hidden() is not None, "nobody looks through what was loaded"
+        settle()
+        assert hidden() is None, "but who loads anew"
+    finally:
+        gc.enable()
+
+
+def test_a_gap_lies_between_two_lists_unless_the_last_event_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    gaps = list[float]()
+    monkeypatch.setattr(asyncio, "timeout", lambda gap: gaps.append(gap) or contextlib.nullcontext())
+
+    async def work() -> None:
+        reader, token, end = _Reader(asyncio.get_running_loop()), Token("r", 60, "a"), Finished("r", "stop")
+        reader.put(token)
+        assert await reader.get(0.0) == [token] and gaps == []
+        reader.put(token)
+        later = asyncio.create_task(reader.get(0.25))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert not later.done() and gaps == [0.25], "a token is there, and waits for more"
+        assert reader.put(end)
+        reader.wake(ends=True)
+        assert await later == [token, end]
+
+    asyncio.run(work())
+
+
+def test_commands_are_done_at_once_or_waited_for_as_long_as_is_said() -> None:
+    engine, done = still(), list[int]()
+    engine._commands(wait=0)
+    for number in (1, 2):
+        engine._inbox.put(partial(done.append, number))
+    engine._commands(wait=0)
+    assert done == [1, 2]
+    for number, wait in ((3, None), (4, SECONDS)):
+        threading.Timer(0.05, engine._inbox.put, [partial(done.append, number)]).start()
+        engine._commands(wait=wait)
+        assert done[-1] == number
+
+
+@pytest.mark.parametrize(
+    ("idle", "embeds", "ran", "events", "waits"),
+    [
+        (True, False, False, 0, [None, IDLE_SECONDS, None]),
+        (True, True, False, 0, [0, 0, 0]),
+        (False, False, True, 0, [0, 0, 0]),
+        (False, False, False, 1, [0, 0, 0]),
+        (False, False, False, 0, [0, IDLE_SECONDS, 0]),
+        (False, True, False, 0, [0, 0, 0]),
+    ],
+)
+def test_the_engine_s_thread_waits_only_where_there_is_nothing_to_do(
+    idle: bool, embeds: bool, ran: bool, events: int, waits: list[float | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without end where no request is live, and for a moment where all are paused. Who is told to stop steps once more, for the
+    ends of what is cancelled."""
+    waited, steps = list[float | None](), list[int]()
+    engine = still(idle=idle, dead=None, step=lambda: steps.append(1) or [Token("gone", 60, "a")] * events)
+    engine._engine.ran = ran
+    monkeypatch.setattr(AsyncEngine, "_embedding", embeds)
+    monkeypatch.setattr(engine, "_may_pool", lambda now: False)
+
+    def commands(wait: float | None) -> None:
+        waited.append(wait)
+        if len(waited) == len(waits):
+            engine._stopped.set()
+
+    monkeypatch.setattr(engine, "_commands", commands)
+    engine._run()
+    assert waited == waits and len(steps) == waits.count(waits[0])
 
 
 class Loop:
