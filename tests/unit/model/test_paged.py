@@ -12,7 +12,9 @@ from torch import Tensor
 
 from shoal.model import paged, slots
 from shoal.model.cache import PagedStep, Rows, read_rows
+from shoal.model.gpu import launch
 from shoal.model.reach import Reach
+from tests import pretend_gpu
 from tests.pretend_gpu import pretended
 
 F64 = torch.float64
@@ -89,7 +91,7 @@ def test_summaries_come_in_the_order_of_blocks() -> None:
             assert torch.equal(found[r, b], summaries[tables[r, b // 3], :, b % 3])
 
 
-@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("queries", [1, 2, 3])
 @pytest.mark.parametrize("group", [1, 2])
 def test_a_query_reads_all_up_to_itself_and_the_heads_of_a_group_the_same_keys(queries: int, group: int) -> None:
     requests, heads, dim, keys = 2, 2, 4, 6
@@ -131,17 +133,97 @@ def test_tokens_of_the_chosen_blocks_come_in_order_and_the_tail_behind_them(spar
         assert all(first > position for first, _ in got[len(picked) : top_k])
 
 
+def reach_of(kind: str, heads: int) -> Reach:
+    gate = drawn(1, heads).sigmoid()
+    return {
+        "hybrid": Reach(3, 2, 1, gate), "sparse": Reach(3, 2, 1, None, gate, 8), "local": Reach(3, 2, 1, None),
+        "dense": Reach(3, 2, 1, None, None, 1 << 40),
+    }[kind]  # fmt: skip
+
+
+class Stored:
+    """Pages with the keys and values of a request of 31 tokens, and of one of 7."""
+
+    PAGE, BLOCK, HEADS, DIM = 4, 2, 3, 4
+    LENGTHS = (31, 7)
+    TABLES = torch.tensor([[*range(1, 9)], [9, 10, *[0] * 6]])
+
+    def __init__(self) -> None:
+        self.kv = drawn(5, 11, self.HEADS, self.PAGE, 2 * self.DIM)
+        self.summaries = drawn(6, 11, self.HEADS, self.PAGE // self.BLOCK, self.DIM)
+        self.queries = [drawn(length, length, 2 * self.HEADS, self.DIM) for length in self.LENGTHS]
+
+    def read(self, reach: Reach, *chunks: tuple[int, int, int]) -> Tensor:
+        """What rows read in one step; of each request of it which one it is, its first row, and the end."""
+        at = torch.cat([torch.arange(first, end) for _, first, end in chunks])
+        starts = [0, *torch.tensor([end - first for _, first, end in chunks]).cumsum(0).tolist()]
+        tables = self.TABLES[[r for r, _, _ in chunks]]
+        step = PagedStep(at, torch.zeros_like(at), tables, starts, self.PAGE, self.BLOCK)
+        q = torch.cat([self.queries[r][first:end] for r, first, end in chunks])
+        return paged.paged_attention(q, self.kv, self.summaries, step, reach)
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "sparse", "local", "dense"])
+@torch.no_grad()
+def test_a_row_reads_the_same_alone_beside_others_and_in_a_chunk_of_any_length(kind: str) -> None:
+    """A short request beside a long one, as well, and what decodes beside a chunk."""
+    stored, reach = Stored(), reach_of(kind, 6)
+    alone = [torch.cat([stored.read(reach, (r, at, at + 1)) for at in range(end)]) for r, end in enumerate((31, 7))]
+    assert all(each.isfinite().all() for each in alone)
+    for chunks in (
+        [(0, 30, 31), (1, 6, 7)],
+        [(1, 3, 4), (0, 12, 13)],
+        [(0, 0, 31)],
+        [(1, 5, 7)],
+        [(1, 0, 2), (0, 27, 31)],
+        [(0, 9, 12), (1, 6, 7)],
+        [(1, 2, 3), (0, 29, 31)],
+    ):
+        want = torch.cat([alone[r][first:end] for r, first, end in chunks])
+        torch.testing.assert_close(stored.read(reach, *chunks), want, rtol=0, atol=1e-12)
+
+
+def test_a_chunk_reads_the_pages_that_its_request_fills_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a prompt each page that is read costs all its rows."""
+    pages, attend = list[int](), paged._attend
+    monkeypatch.setattr(paged, "_attend", lambda *given: pages.append(given[3].shape[-1]) or attend(*given))
+    stored, reach = Stored(), reach_of("dense", 6)
+    for end, wanted in ((2, 1), (4, 1), (5, 2), (8, 2), (9, 3), (31, 8)):
+        stored.read(reach, (0, end - 2, end))
+        assert pages.pop() == wanted and not pages
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "sparse", "local"])
+def test_a_row_that_decodes_far_from_its_beginning_does_not_read_all(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paged, "_all", lambda *_: pytest.fail("all of it"))
+    Stored().read(reach_of(kind, 6), (0, 30, 31))
+
+
+@pytest.mark.parametrize("attends", [True, False])
+def test_what_a_device_has_kernels_for_they_read_and_torch_what_they_leave(
+    attends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, reach = Stored(), reach_of("hybrid", 6)
+    chunks = (0, 28, 31), (1, 6, 7)
+    want = stored.read(reach, *chunks)
+    monkeypatch.setattr(launch, "usable", lambda q: True)
+    monkeypatch.setattr(launch, "attends", lambda step, reach: attends)
+    monkeypatch.setattr(launch, "attend", lambda q, *_: torch.full_like(q, 7.0))
+    monkeypatch.setattr(launch, "shared", lambda step, reach: [(0, 2)])
+    if attends:
+        want[2:] = 7.0
+    torch.testing.assert_close(stored.read(reach, *chunks), want, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["hybrid", "sparse", "local", "dense"])
 @pytest.mark.parametrize("chunk", [False, True])
 @torch.no_grad()
 def test_pages_are_written_and_read_where_they_lie(kind: str, chunk: bool) -> None:
     """A long request, and a short one of one row or of three, on a GPU that is pretended: nothing mixes devices."""
     heads, page, block, dim = 2, 4, 2, 4
-    gate = drawn(1, 2 * heads).sigmoid()
-    reach = {
-        "hybrid": Reach(3, 2, 1, gate), "sparse": Reach(3, 2, 1, None, gate, 8), "local": Reach(3, 2, 1, None),
-        "dense": Reach(3, 2, 1, None, None, 1 << 40),
-    }[kind]  # fmt: skip
+    reach = reach_of(kind, 2 * heads)
     tables = torch.tensor([[*range(1, 9)], [9, 10, *[0] * 6]])
     at = torch.tensor([30, *([4, 5, 6] if chunk else [6])])
     owner = torch.tensor([0, *[1] * (len(at) - 1)])
@@ -157,10 +239,14 @@ def test_pages_are_written_and_read_where_they_lie(kind: str, chunk: bool) -> No
         gamma, bias = (None if each is None else each.to(device) for each in (reach.gamma, reach.bias))
         own = Reach(reach.window, reach.top_k, reach.sinks, gamma, bias, reach.dense)
         paged.write_kv(keys, values, memory, means, step)
+        pretend_gpu.waited.clear()
         return [paged.paged_attention(queries, memory, means, step, own), memory, means]
 
     here = run(torch.device("cpu"))
     with pretended() as gpu:
         there: list[Any] = run(gpu)
+        assert kind != "dense" or not any("nonzero" in what for what in pretend_gpu.waited), (
+            "nobody counts what is stale"
+        )
     for one, other in zip(there, here, strict=True):
         torch.testing.assert_close(one.held, other, rtol=0, atol=1e-12)
