@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from safetensors.torch import save
 from shoal.errors import CheckpointError
 from shoal.model.adapter_files import CONFIG, MOST_RANK, WEIGHTS, AdapterFiles, read
 from shoal.model.described import BASE
+
+ROOT = Path(__file__).parents[3]
 
 
 def written(folder: Path, data: bytes = b"weights", **told: Any) -> Path:
@@ -32,6 +36,13 @@ def test_the_scale_is_alpha_by_the_rank_or_its_root(tmp_path: Path) -> None:
     for rank in (1, MOST_RANK):
         assert read(written(tmp_path, r=rank, lora_alpha=-3)).scale == -3 / rank
     assert read(written(tmp_path, lora_alpha=0.5)).scale == 0.125
+    most = sys.float_info.max
+    assert read(written(tmp_path, lora_alpha=most)).scale == most / 4, "any number that is one"
+
+
+def test_the_rank_that_users_are_told_of_is_the_most(tmp_path: Path) -> None:
+    (told,) = re.findall(r"adapters, of rank (\d+) at most", (ROOT / "docs" / "api.md").read_text("utf-8"))
+    assert int(told) == MOST_RANK
 
 
 def test_whose_weights_it_was_trained_beside_stands_before_its_tensors(tmp_path: Path) -> None:

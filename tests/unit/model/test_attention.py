@@ -85,7 +85,7 @@ def test_packed_and_causal_layouts_agree(data):
     window, sinks = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 2))
     a = Layout.packed(torch.zeros(1, t, dtype=torch.long), window=window, block=block, sinks=sinks)
     b = Layout.causal(torch.arange(t)[None], t, window=window, block=block, sinks=sinks)
-    for name in ("local", "tail", "eligible", "block_of", "positions"):
+    for name in ("local", "tail", "past", "eligible", "beyond", "block_of", "positions"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
     assert torch.equal(a.sink[0, 0], b.sink[0, 0])
 
@@ -259,3 +259,37 @@ def test_in_training_a_strip_of_queries_reads_no_key_after_it_and_in_pages_all_t
     last = Layout.causal(torch.arange(9, 12)[None], 12, window=8, block=2, sinks=0)
     assert (attend(q[:, 9:], k, v, block_summaries(k, last, "mean"), last, reach) - whole[:, 9:]).abs().max() < 1e-12
     assert read[4:] == [(3, 12), (3, 12)]
+
+
+@pytest.mark.parametrize(("window", "size"), [(4, 2), (3, 3)])
+def test_of_a_long_row_a_few_queries_together_read_the_window_before_them(window, size):
+    """So that the local branch costs as much as its window, and not as the row: half a window of them, or where that is odd a
+    whole one. A row that does not divide so has none, nor one of two windows, where nothing would be saved."""
+    for length in range(1, 8 * window):
+        docs = (torch.arange(length) >= length // 3)[None].long()
+        layout = Layout.packed(docs, window=window, block=2, sinks=0)
+        if length % size or length <= 2 * window:
+            assert layout.band is None
+            continue
+        assert layout.band.shape == (1, length // size, size, window + size)
+        for t in range(length):
+            first = t // size * size - window
+            read = {first + at for at in layout.band[0, t // size, t % size].nonzero().flatten().tolist()}
+            assert read == set(layout.local[0, t].nonzero().flatten().tolist())
+
+
+def test_what_is_masked_has_a_score_of_minus_infinity_and_nothing_is_added_to_the_rest():
+    assert attention._bias(torch.tensor([True, False]), F64).tolist() == [0.0, -math.inf]
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "sparse"])
+def test_strips_of_queries_read_what_all_of_them_do_at_once(kind, monkeypatch):
+    q, k, v = qkv(6, 22, 4, 2, 8)
+    gate = torch.tensor([0.1, 0.3, 0.6, 0.9], dtype=F64)
+    reach = Reach(4, 2, 1, gate) if kind == "hybrid" else Reach(4, 2, 1, None, gate, 6)
+    layout = Layout.packed(torch.tensor([[0] * 7 + [1] * 15]), window=4, block=2, sinks=1)
+    found = []
+    for strip in (64, 5):
+        monkeypatch.setattr(attention, "STRIP", strip)
+        found.append(attend(q, k, v, block_summaries(k, layout, "mean"), layout, reach))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)

@@ -101,6 +101,41 @@ def test_gate_can_be_set_at_run_time(model):
                 block.attention.mix_local = None
 
 
+@pytest.mark.parametrize("scale", [0.0, 3.0])
+def test_tokens_come_in_by_a_scale_that_is_the_root_of_the_width_where_none_is_said(scale):
+    """A few of them by numpy, as all."""
+    config = dataclasses.replace(presets.get("test").model, embed_scale=scale)
+    net, ids = Net(config).init_(2).double(), [60, 0, 61, 60]
+    with torch.inference_mode():
+        want = net.embed.weight[ids] * (scale or math.sqrt(config.width))
+        torch.testing.assert_close(net.embed_inputs(torch.tensor([ids]))[0], want, rtol=1e-12, atol=0)
+        torch.testing.assert_close(torch.from_numpy(net.embed_few(ids)), want, rtol=1e-12, atol=0)
+
+
+def test_a_forward_whose_kernels_are_given_up_is_run_again_without_them(model, monkeypatch):
+    """`launch.give_up` raises where that was not the reason."""
+    want, told = model.net(torch.tensor([[60, 61]])), []
+    monkeypatch.setattr(launch, "give_up", lambda device, error: told.append((device, str(error))))
+    forward = Net._forward
+
+    def once(self, *given):
+        if not told:
+            raise RuntimeError("no kernel")
+        return forward(self, *given)
+
+    monkeypatch.setattr(Net, "_forward", once)
+    found = model.net(torch.tensor([[60, 61]]))
+    assert torch.equal(found[4], want[4]) and told == [(torch.device("cpu"), "no kernel")]
+
+
+def test_the_head_runs_in_loops_for_few_rows_unless_its_exit_has_a_width_of_its_own(monkeypatch):
+    monkeypatch.setattr("shoal.model.cpu.fused.few", lambda rows: rows < 4)
+    for change, there in (({}, {1, 2, 4}), ({"exit_ffn": 16}, {4}), ({"tied": False}, {1, 2, 4})):
+        net = Net(dataclasses.replace(presets.get("test").model, **change)).init_(0)
+        for exit_ in (1, 2, 4):
+            assert (net.head_of(exit_, 3) is not None) == (exit_ in there) and net.head_of(exit_, 4) is None
+
+
 def test_images_count_and_where_they_stand_counts(model):
     image, other = picture(model), picture(model, (30, 200, 30))
     ids = [50, *image.tokens(), 60, 61]
@@ -276,6 +311,8 @@ def test_what_belongs_to_a_model_goes_with_it(tmp_path, monkeypatch):
     )
     assert twin.smoothed and twin.router is None
     twin.save(tmp_path / "int8")
+    Model.from_preset("test").quantized().save(tmp_path / "own")
+    assert not Model.load(tmp_path / "own").smoothed, "nobody imported it"
     monkeypatch.setattr("shoal.model.int8.trusted", lambda device: (_ for _ in ()).throw(ResourceError("no kernel")))
     with pytest.raises(ResourceError, match="no kernel"):
         Model.load(tmp_path / "int8")

@@ -50,6 +50,11 @@ def test_the_window_by_eye():
     ]
 
 
+def test_documents_of_a_row_by_eye():
+    assert list(reference.documents([7, 3, 3, 7])) == [(0, 1), (1, 3), (3, 4)]
+    assert list(reference.documents([5, 5, 5])) == [(0, 3)]
+
+
 def test_the_tail_by_eye():
     """Three tokens a block: the last token of a block completes it, so that its tail is empty."""
     assert matrix(reference.tail_mask(8, block=3)) == [
