@@ -301,9 +301,9 @@ def test_a_model_has_a_card_of_its_own_or_one_with_its_name(tmp_path: Path, card
     assert (tmp_path / "m" / "README.md").read_text("utf-8") == told
 
 
-def test_int8_weights_are_told_to_other_tools_in_the_form_of_compressed_tensors(saved: Path) -> None:
+def test_int8_weights_are_told_to_other_tools_in_the_form_of_compressed_tensors(saved: Path, tmp_path: Path) -> None:
     """Eight bits of a symmetric whole number, of weights by output row and of activations by token, as they come; the patches'
-    products stay as they are."""
+    products stay as they are. Of weights in fp32 nothing is told."""
     told = json.loads((saved / "config.json").read_text())
     number = {"num_bits": 8, "type": "int", "symmetric": True}
     assert told["quantization_config"] == {
@@ -318,3 +318,6 @@ def test_int8_weights_are_told_to_other_tools_in_the_form_of_compressed_tensors(
         },
     }  # fmt: skip
     assert (told["model_type"], told["architectures"]) == ("shoal", ["ShoalForCausalLM"])
+    Model.from_preset("test").save(tmp_path / "m")
+    plain = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert told.keys() - plain.keys() == {"quantization_config", "int8_scheme"}
