@@ -252,6 +252,10 @@ def test_bad_images_are_named(model):
         model.logits(turned.tokens(), images=[good])
     with pytest.raises(RequestError, match="prompt images: got '6 patches'"):
         model.logits([10], images=[good])
+    span = good.tokens()
+    for at in range(1, len(span)):
+        with pytest.raises(RequestError, match="in one piece"):
+            model.logits([*span[:at], 60, *span[at:]], images=[good])
 
 
 def test_an_image_has_one_patch_to_a_whole_side_of_them_each_way(model):
@@ -288,6 +292,36 @@ def test_greedy_tokens_are_sixteen_where_nobody_says_how_many(model):
     assert len(found) == 16 and found[0] == int(first.argmax())
     sayable = set(model.tokenizer.sayable)
     assert model.forbidden().tolist() == [token not in sayable for token in range(300)]
+
+
+def test_greedy_tokens_end_where_the_model_ends_unless_that_is_ignored(model, monkeypatch):
+    end = model.tokenizer.ends[0]
+    after = {1: 60, 2: end, 3: 61}
+
+    def logits(self, ids, *_):
+        scores = torch.zeros(len(ids), 300)
+        scores[-1, after[len(ids)]] = 1.0
+        return scores
+
+    monkeypatch.setattr(Model, "logits", logits)
+    assert model.generate_naive([50], 3) == [60]
+    assert model.generate_naive([50], 3, ignore_eos=True) == [60, end, 61]
+
+
+def test_a_twin_that_is_smoothed_has_other_levels_and_a_head_of_its_own():
+    """What is moved between channels of the head must not be moved in the table as well."""
+    one = Model.from_preset("test", seed=1)
+    plain, smoothed = one.quantized(), one.quantized([[60, 61, 62], [70]])
+    assert plain.config.tied and not smoothed.config.tied and smoothed.net.output is not None
+    name = "groups.0.blocks.0.mlp.up.weight"
+    assert not torch.equal(plain.net.state_dict()[name], smoothed.net.state_dict()[name])
+
+
+def test_ids_come_to_where_the_weights_are():
+    one = Model.from_preset("test")
+    one.net.to("meta")
+    for given in ([60, 61], torch.tensor([[60], [61]])):
+        assert one._tokens(given).device.type == "meta"
 
 
 def test_what_belongs_to_a_model_goes_with_it(tmp_path, monkeypatch):
