@@ -3,17 +3,20 @@ numba makes of them is compared as a whole in `test_fused`."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("numba")
 
 import numba as nb
 
+from shoal.model import slots
 from shoal.model.cpu import attention, compiled, decode, draw, integers
 from shoal.model.cpu.parts import Form, Layer, Matrix, Rows, Sight
 
@@ -49,6 +52,34 @@ def test_an_inverse_rms_and_a_largest() -> None:
     x = np.array([3.0, -4.0])
     assert compiled.inverse_rms(x, 0.5) == pytest.approx(1 / math.sqrt(12.5 + 0.5), rel=1e-15)
     assert compiled.largest(np.array([-3.0, -1.0, -2.0])) == -1.0 and compiled.largest(np.array([-3.0])) == -3.0
+
+
+def test_loops_are_compiled_with_rounding_as_they_say_and_kept_in_a_folder_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only what searches for a largest takes numbers to be finite, and what is brief holds the lock of the interpreter."""
+    asked, before = list[tuple[str, dict[str, Any]]](), compiled.config.CACHE_DIR
+
+    def njit(**options: Any) -> Any:
+        asked.append((compiled.config.CACHE_DIR, options))
+        return lambda function: ("compiled", function)
+
+    monkeypatch.setattr(compiled.nb, "njit", njit)
+    monkeypatch.setattr(compiled.config, "DISABLE_JIT", True)
+    for make in (compiled.fast, compiled.finite, compiled.exact, compiled.brief):
+        assert make(math.exp) == ("compiled", math.exp)
+        assert before == compiled.config.CACHE_DIR, "other compiled code lies where numba has it"
+    same, quick = {"error_model": "numpy", "cache": True}, {"reassoc", "contract", "nsz"}
+    assert [options for _, options in asked] == [
+        {**same, "nogil": True, "fastmath": quick},
+        {**same, "nogil": True, "fastmath": True},
+        {**same, "nogil": True},
+        {**same, "nogil": False},
+    ]
+    sources = b"".join((compiled._HERE / name).read_bytes() for name in compiled._SOURCES)
+    assert {kept for kept, _ in asked} == {compiled._KEPT}
+    assert compiled._KEPT.endswith(f"numba-{compiled._digest()}") and len(compiled._digest()) == 16
+    assert hashlib.sha256(sources).hexdigest().startswith(compiled._digest())
 
 
 # ---- what tokens race with
@@ -204,6 +235,124 @@ def test_equal_scores_go_to_the_earlier_block() -> None:
     summaries[2, 0, 1] = 1.0  # block 5
     found = attention._choose(q, summaries, table, 0, 8, 2, 3, 1, 1.0)
     assert found.tolist() == [0, 1, 5]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_a_slot_of_int8_is_written_and_read_as_slots_say(kind: Any) -> None:
+    """As torch does it; the key and the value of a slot leave each other's numbers alone."""
+    rows = (RNG(15).normal(size=(6, 2, 5)) * [[[1e-30]], [[3.0]], [[1e20]], [[0.0]], [[1.0]], [[1.0]]]).astype(kind)
+    rows[4, 0, 2], rows[5, 1, 3] = np.nan, np.inf
+    wanted = slots.encode(*torch.from_numpy(rows).unbind(1), torch.int8)
+    kv, room = np.full((1, 1, 7, slots.width(5, torch.int8)), 77, np.int8), np.full((7, 10), 9.0, kind)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for n, (key, value) in enumerate(rows):
+            attention._store_levels(value, kv[0, 0, n + 1], attention.VALUE)
+            assert (kv[0, 0, n + 1, :5] == 77).all() and (kv[0, 0, n + 1, 10:12] == 77).all()
+            attention._store_levels(key, kv[0, 0, n + 1], attention.KEY)
+    assert (kv[0, 0, 1:] == wanted.numpy()).all() and (kv[0, 0, 0] == 77).all()
+    for which, numbers in enumerate(slots.decode(wanted, torch.from_numpy(rows).dtype)):
+        with np.errstate(invalid="ignore"):
+            read = attention._levels(kv, 0, 0, 1, 6, which, room)[:, which * 5 : (which + 1) * 5]
+        assert read.shape == (6, 5)
+        np.testing.assert_array_equal(read, numbers.numpy())
+
+
+def test_what_lies_in_int8_is_read_as_levels_and_other_numbers_where_they_lie() -> None:
+    low, high = SimpleNamespace(dtype=nb.int8), SimpleNamespace(dtype=nb.float32)
+    assert attention._store_as(None, low, 0) is attention._store_levels
+    assert attention._store_as(None, high, 0) is attention._store_numbers
+    assert attention._stored_as(low, 0, 0, 0, 0, 0, None) is attention._levels
+    kv = RNG(16).normal(size=(3, 2, 8, 6))
+    read = attention._stored_as(high, 0, 0, 0, 0, 0, None)(kv, 2, 1, 3, 4, attention.KEY, None)
+    assert np.shares_memory(read, kv) and (read == kv[2, 1, 3:7]).all()
+    for which in (attention.KEY, attention.VALUE):
+        attention._store_numbers(np.array([1.0, 2, 3]), kv[0, 0, 0], which)
+        assert kv[0, 0, 0, which * 3 : (which + 1) * 3].tolist() == [1.0, 2, 3]
+
+
+def stored_in_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What numba chooses by the type of a slot, and what only fetches ahead."""
+    read = attention._stored_as(SimpleNamespace(dtype=nb.float64), 0, 0, 0, 0, 0, None)
+    monkeypatch.setattr(attention, "_store", attention._store_numbers)
+    monkeypatch.setattr(attention, "_stored", read)
+    monkeypatch.setattr(attention, "fetch", lambda _: None)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_scores_and_sums_of_values_are_those_of_runs_in_their_order(
+    whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`whole`: by the products that are made of registers, for which `fits` has the say; else by plain loops."""
+    stored_in_floats(monkeypatch)
+    dim, kv = 4, RNG(17).normal(size=(5, 2, 8, 8))
+    q, runs = RNG(18).normal(size=(3, dim)), np.array([[4, 2, 3], [0, 0, 8], [2, 7, 1]])
+    rows = np.concatenate([kv[unit, 1, slot : slot + size] for unit, slot, size in runs])
+
+    def dots(q: np.ndarray, keys: np.ndarray, weight: np.ndarray, at: int, first: int) -> None:
+        assert whole and first == 0
+        weight[:, at : at + len(keys)] = q @ keys[:, :dim].T
+
+    def weigh(weight: np.ndarray, values: np.ndarray, start: int, result: np.ndarray) -> None:
+        assert whole
+        result += weight @ values[:, start : start + dim]
+
+    asked = list[tuple[int, int]]()
+    monkeypatch.setattr(attention, "fits", lambda *given: asked.append(given) or whole)
+    monkeypatch.setattr(attention, "dots", dots)
+    monkeypatch.setattr(attention, "weigh", weigh)
+    weight = np.full((3, 14), 9.0)
+    attention._score(q, kv, 1, runs, 0.5, weight, None)
+    assert weight[:, :12] == pytest.approx(q @ rows[:, :dim].T * 0.5, rel=1e-13) and (weight[:, 12:] == 9).all()
+    result = np.full((3, dim), 9.0)
+    attention._gather(weight, kv, 1, runs, result, None)
+    assert result == pytest.approx(weight[:, :12] @ rows[:, dim:], rel=1e-13)
+    assert asked == [(dim, 8), (dim // 2, 8)], "a value is weighed two registers at a time"
+
+
+def test_queries_are_turned_and_keys_and_values_stored_with_the_summary_of_a_block_that_is_complete(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Row 1 is stored already, and only its query is made; row 2 ends a block of two tokens, row 0 begins one."""
+    stored_in_floats(monkeypatch)
+    heads, dim, eps, half = 4, 6, 0.1, 2
+    given, bias = RNG(19).normal(size=(3, 8 * dim)), RNG(20).normal(size=8 * dim)
+    q_weight, k_weight = RNG(21).normal(size=(2, dim))
+    keep, cross = RNG(22).normal(size=(2, 3, dim))
+    kv, summaries = np.full((3, 2, 4, 2 * dim), 7.0), np.full((3, 2, 2, 2 * dim), 7.0)
+    positions, places = np.array([2, 9, 3]), np.array([2 * 4 + 2, -1, 2 * 4 + 3])
+    qkv, q = given.copy(), np.zeros((3, heads, dim))
+    attention.project_and_store(
+        qkv, bias, q_weight, k_weight, eps, half, keep, cross, positions, places, 2, kv, summaries, q
+    )
+    assert qkv == pytest.approx(given + bias, rel=1e-14)
+
+    def turned(n: int, number: int, weight: np.ndarray) -> np.ndarray:
+        out = np.zeros(dim)
+        attention._norm_and_turn(given[n] + bias, number, weight, eps, half, keep[n], cross[n], out)
+        return out
+
+    for n in range(3):
+        assert q[n] == pytest.approx(np.stack([turned(n, h, q_weight) for h in range(heads)]), rel=1e-13)
+    changed = kv != 7
+    for g in range(2):
+        keys = np.stack([turned(n, heads + g, k_weight) for n in (0, 2)])
+        values = np.stack([(given[n] + bias)[(6 + g) * dim : (7 + g) * dim] for n in (0, 2)])
+        assert kv[2, g, 2:] == pytest.approx(np.concatenate([keys, values], axis=1), rel=1e-13)
+        assert summaries[2, g, 1] == pytest.approx(np.concatenate([keys.mean(0), keys.var(0)]), rel=1e-12)
+    assert changed.sum() == 2 * 2 * 2 * dim and (summaries != 7).sum() == 2 * 2 * dim
+    positions[2], summaries[:] = 4, 7.0
+    attention.project_and_store(
+        given.copy(), bias, q_weight, k_weight, eps, half, keep, cross, positions, places, 2, kv, summaries, q
+    )
+    assert (summaries == 7).all(), "no block ends with a token at position 4"
+
+
+def test_scores_of_one_head_are_compared_as_they_are() -> None:
+    """Two that lie 800 nats below the best are no equals, as they would be among probabilities; of several heads they are."""
+    summaries = np.array([[[[-801.0], [0.0], [-800.0], [-802.0]]]])
+    for group, wanted in ((1, [1, 2]), (2, [0, 1])):
+        q = np.ones((group, 1))
+        assert attention._choose(q, summaries, np.zeros(1, int), 0, 4, 4, 2, 0, 1.0).tolist() == wanted
 
 
 def test_tokens_are_placed_page_by_page() -> None:
