@@ -203,13 +203,16 @@ def reaching(
     noticed: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, float]:
     """The tests that reach the change with the seconds of each, as many as take `most` together: the quickest first, and what
-    has `noticed` other changes of the module sooner."""
-    wanted = change.lines or change.body
+    has `noticed` other changes of the module sooner. What is read at import is reached by all tests that run a line of the
+    module, and by those of the file that is named for it: they may read no more than a constant."""
+    wanted, own = change.lines or change.body, f"/test_{module.rpartition('/')[2]}.py::"
     found = sorted(
         ((file["together"] + taken) / (1 + noticed.get(name, 0)), index, name, taken)
         for index, file in enumerate(files)
         for name, taken in file["seconds"].items()
-        if group.compiled or any(of == module and (wanted is None or at in wanted) for of, at in file["lines"][name])
+        if group.compiled
+        or (wanted is None and own in name)
+        or any(of == module and (wanted is None or at in wanted) for of, at in file["lines"][name])
     )
     chosen: dict[str, float] = {}
     slow: dict[str, bool] = {}

@@ -125,6 +125,20 @@ def test_the_quickest_tests_that_reach_the_lines_are_run_and_what_a_file_sets_up
     assert len(chosen(60, compiled=True)) == 6
 
 
+def test_a_constant_is_reached_by_the_tests_that_are_named_for_its_module_though_they_run_no_line_of_it() -> None:
+    own, far, runs = (f"tests/unit/api/test_{name}.py::test_a" for name in ("limits", "rate_limits", "other"))
+    file = {
+        "together": 0.0,
+        "seconds": {own: 0.1, far: 0.1, runs: 0.2},
+        "lines": {own: [], far: [], runs: [["api/limits", 9]]},
+    }
+    constant, *_ = changes(ast.parse("X = 1 + 2"))
+    inside, *_ = changes(ast.parse("def f(a):\n    return a"))
+    group = Group(["api/limits"], [])
+    assert list(reaching(group, "api/limits", constant, [file], 60)) == [own, runs]
+    assert list(reaching(group, "api/limits", inside, [file], 60)) == []
+
+
 def test_what_noticed_other_changes_comes_sooner_and_a_slow_test_after_the_quick_ones_of_all_files() -> None:
     one, other = (
         {"together": 0.0, "seconds": taken, "lines": {name: [["m", 3]] for name in taken}}

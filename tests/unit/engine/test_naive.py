@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -76,6 +77,20 @@ def agree(got: Completion, wanted: Completion) -> None:
         (got.finished.prompt_logprobs, wanted.finished.prompt_logprobs),
     ):
         assert len(ours) == len(theirs) and all(map(close, ours, theirs))
+
+
+def test_log_probabilities_of_the_oracle_are_those_of_what_may_be_said() -> None:
+    prompt = [30, 40, 50]
+    found = naive.generate(
+        MODEL, Request(prompt, Sampling(temperature=0, max_tokens=2, ignore_eos=True, logprobs=1), depth="full")
+    )
+    assert len(found.logprobs) == len(found.tokens) == 2
+    for at, told in enumerate(found.logprobs):
+        logits = MODEL.logits([*prompt, *found.tokens[:at]])[-1].clone()
+        logits[MODEL.forbidden()] = -torch.inf
+        scores = torch.log_softmax(logits, -1)
+        assert told.token == found.tokens[at] == int(scores.argmax())
+        assert told.logprob == pytest.approx(float(scores.max()), abs=1e-12)
 
 
 @settings(max_examples=25)

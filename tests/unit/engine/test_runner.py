@@ -175,3 +175,23 @@ def test_no_request_waits_for_a_compiler() -> None:
     lines = [line.split(" ", 2) for line in done.stdout.splitlines()]
     assert [(precision, later) for precision, _, later in lines] == [("fp32", "[]"), ("int8", "[]")]
     assert all(int(count) > 0 for _, count, _ in lines)
+
+
+def test_a_router_is_asked_once_whether_it_reads_a_prompts_loss_and_another_one_again() -> None:
+    asked = list[str]()
+
+    class Reads:
+        def __init__(self, name: str, reads: bool) -> None:
+            self.name, self.reads = name, reads
+
+        @property
+        def reads_nll(self) -> bool:
+            asked.append(self.name)
+            return self.reads
+
+    ours: Any = SimpleNamespace(model=SimpleNamespace(router=None), _asked=(None, False))
+    told = []
+    for router in (None, one := Reads("one", True), one, other := Reads("other", False), other, None, one):
+        ours.model.router = router
+        told.append(Runner._reads_nll(ours))
+    assert told == [False, True, True, False, False, False, True] and asked == ["one", "other", "one"]
