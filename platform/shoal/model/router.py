@@ -4,10 +4,10 @@
            -> `choose`: the smallest exit within the tolerance, or the cheapest under the server's budget
 
 The gap of an exit is its loss minus full depth's, in nats a token, on the *answer*. Its predictions are calibrated on held-out
-prompts, and what is promised is a mean: prompts like those lose at most the tolerance in the mean, in 95 % of calibrations. Of
-one prompt, or of the share of prompts that lose more, nothing is promised. The calibration travels with the model
-(``router.json``). Features are sums over pages, written when a page is complete, so a prompt served from the prefix cache is
-routed exactly as a fresh one (docs/architecture.md, "Depth").
+prompts, and what is promised is a mean: prompts like those lose at most the tolerance in the mean, in 95 % of calibrations by
+240 prompts; fewer are less sure (docs/figures.md). Of one prompt, or of the share of prompts that lose more, nothing is
+promised. The calibration travels with the model (``router.json``). Features are sums over pages, written when a page is
+complete, so a prompt served from the prefix cache is routed exactly as a fresh one (docs/architecture.md, "Depth").
 
 Letters: n prompt tokens, D width, P page, A early exits (all but full depth), M calibration prompts.
 """
