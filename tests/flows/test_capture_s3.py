@@ -112,6 +112,7 @@ def test_machines_write_beside_each_other_and_anybody_reads_and_forgets(
     assert [name for name in names(s3, uri) if name.startswith("rows/")] == left, "what is gone stays gone"
 
 
+@pytest.mark.drill
 def test_rows_go_to_the_bucket_by_themselves_and_wait_where_it_does_not_answer(
     s3: Service, uri: str, on: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

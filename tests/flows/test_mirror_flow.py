@@ -93,6 +93,7 @@ def test_a_run_whose_folder_is_lost_goes_on_from_s3_to_the_bit(data: Path, place
     assert history(tmp_path / "hit", "copied", "path")[-1] == f"{place}/step-00000006"
 
 
+@pytest.mark.drill
 def test_s3_that_is_down_for_a_while_costs_no_step(
     s3: Service, data: Path, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -172,6 +172,7 @@ def test_run_local_serves_a_directory_until_interrupted(tmp_path: Path) -> None:
             process.kill()
 
 
+@pytest.mark.drill
 def test_the_command_s_switches_reach_the_service(tmp_path: Path) -> None:
     Model.from_preset("test", seed=1).save(tmp_path / "model")
     (tmp_path / "keys").write_text("k name=kate requests=3\n")

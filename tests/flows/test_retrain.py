@@ -106,6 +106,7 @@ def test_where_only_regret_moved_the_router_is_fitted_alone(
     assert not any((release.directory / WORK).iterdir()) and release.check() == 2
 
 
+@pytest.mark.drill
 def test_a_fine_tuning_starts_from_the_parent_and_is_rounded_as_what_serves(
     release: Release,
     capsys: pytest.CaptureFixture[str],

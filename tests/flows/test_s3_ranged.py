@@ -154,6 +154,7 @@ def test_a_block_that_is_cut_short_on_this_disk_is_fetched_anew(corpus: Path, ca
     assert [there[number][0].tolist() for number in range(3)] == wanted
 
 
+@pytest.mark.drill
 def test_copies_are_within_the_bound_together_and_one_that_is_in_use_stays(
     s3: Service, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

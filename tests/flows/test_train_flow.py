@@ -52,6 +52,7 @@ def test_pretraining_learns_all_three_modalities(pretrained: Path) -> None:
     assert model.tokenizer.decode(model.generate_naive(prompt, max_tokens=12)).strip()
 
 
+@pytest.mark.drill
 def test_fine_tuning_then_int8(data: Path, pretrained: Path) -> None:
     chats = str(data.parent / "chats.jsonl")
     small = {"steps": 30, "batch_tokens": 768, "learning_rate": 5e-3}

@@ -236,6 +236,7 @@ def test_days_that_no_calendar_has_are_refused(folder: Path, days: dict[str, int
         CaptureArgs(str(folder), **days)  # type: ignore[arg-type]
 
 
+@pytest.mark.drill
 def test_adapters_that_come_and_go_leave_nothing_of_their_vocabulary(folder: Path, served: ServedModel) -> None:
     """Each has that of its base: to count a large one's bytes takes tenths of a second, and to keep them megabytes."""
     recorder = Recorder(CaptureArgs(str(folder)))

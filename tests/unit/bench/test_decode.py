@@ -35,6 +35,7 @@ def bench(**changed: Any) -> Bench:
     return Bench(Model(config, Net(config).init_(0), Tokenizer.bytes_only()), (1,), tokens=6, prompt=24, rounds=1)
 
 
+@pytest.mark.drill
 def test_prompts_are_computed_anew_in_each_round() -> None:
     of = bench()
     _, rows = prefill(of)

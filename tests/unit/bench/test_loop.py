@@ -59,6 +59,7 @@ def test_what_is_asked_in_new_words_is_noticed_though_no_signal_of_the_model_mov
     assert found["no drift"]["alarms"] == found["German"]["alarms"] == 0
 
 
+@pytest.mark.drill
 def test_the_command_answers_keeps_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,6 +69,7 @@ def test_operations_of_ours_are_those_that_torch_counts(pattern: str, monkeypatc
     assert counter.get_total_flops() == length * training_flops(c, heads=1)
 
 
+@pytest.mark.drill
 def test_a_tiny_one_runs_on_this_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     said = io.StringIO()
     how: dict[str, Any] = {"tokens": 0, "steps": 1, "rounds": 1, "parts": ("mfu",), "lengths": (64,)}

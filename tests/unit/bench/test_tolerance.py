@@ -78,6 +78,7 @@ def test_each_way_answers_every_batch_size(
     assert "1 at once, greedy" in said.getvalue() and " of 12" in said.getvalue()
 
 
+@pytest.mark.drill
 def test_answers_of_one_token_have_no_speed_and_all_else_is_told(
     heldout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,6 +186,7 @@ def test_who_has_no_tolerance_is_answered_as_before(monkeypatch: pytest.MonkeyPa
     assert depths == {EXITS[-1]}, "a correction that is large leaves full depth alone"
 
 
+@pytest.mark.drill
 def test_a_few_are_chosen_and_cost_what_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a seed; and though all should be chosen, by their cost."""
     rows: list[tuple[float, float]] = []

@@ -123,6 +123,7 @@ class Twice:
         return outcome, given, [cache.kv[:, 1:].clone(), cache.summaries[:, 1:].clone()]
 
 
+@pytest.mark.drill
 @settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 5), recorded=st.booleans())
 def test_a_step_gives_what_it_gives_where_the_host_reads_each_draft(seed: int, count: int, recorded: bool) -> None:

@@ -40,6 +40,7 @@ def test_19_deeper_exits_predict_held_out_rows_better(shards: Path, tmp_path: Pa
     assert overall[0] > overall[1] > overall[2], measured["bpb"]
 
 
+@pytest.mark.drill
 def test_19_the_tax_is_measured_at_the_same_step_on_the_same_rows(main: FitPlan, tmp_path: Path) -> None:
     plan = control_plan(main, tmp_path / "control", 1 / 3)
     assert plan.steps == 8 and plan.train.exit_weights == (0.0, 0.0, 1.0) and plan.model == main.model

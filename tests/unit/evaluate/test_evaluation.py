@@ -108,6 +108,7 @@ def test_images_without_words_and_questions_without_room_cost_no_report(
     assert report["frontier"]["prompts"] >= 50
 
 
+@pytest.mark.drill
 def test_a_corpus_of_text_alone_is_measured_on_what_it_has(tmp_path: Path) -> None:
     """No chats, no code, no images: nothing is shown of them, and routing is compared on the beginnings of documents."""
     data = write_corpus(tmp_path / "data", presets.get("test"), documents=20, heldout=90, kinds=("text",))

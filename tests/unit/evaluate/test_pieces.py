@@ -61,6 +61,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.drill
 def test_a_router_is_the_same_whoever_measured_it(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And as what a process that holds the model writes."""
     monkeypatch.setattr(routing, "LOT", 7)

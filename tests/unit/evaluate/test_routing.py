@@ -153,6 +153,7 @@ def test_what_is_asked_of_a_conversation_is_on_the_side_of_its_document(tmp_path
     assert len(set(found)) == 3
 
 
+@pytest.mark.drill
 def test_a_pretrained_model_chooses_its_depth(corpus: Path, tmp_path: Path) -> None:
     plan = pretrain_plan("test", str(corpus), str(tmp_path / "run"), steps=2, eval_every=0, eval_rows=2)
     fit(plan)

@@ -305,6 +305,7 @@ class ByLength(Router):
         return self.exits[-1] if x[-2] > np.log(20) else self.exits[0]
 
 
+@pytest.mark.drill
 def test_turns_of_mixed_depths_are_alike_and_buy_nothing_with_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of eight answers run deep. With the machine's clock the other six have steps of their own; and prompts that the
     prefix cache has are neither read nor looked at by the router."""

@@ -101,6 +101,7 @@ def test_what_is_taken_is_read_from_the_verdict_of_the_version_and_of_no_other(t
     assert taken(bare.served, weights, SUITES) == {}
 
 
+@pytest.mark.drill
 def test_the_gate_adds_what_the_stable_version_took(
     untimed: None, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

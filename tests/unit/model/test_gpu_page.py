@@ -19,6 +19,7 @@ CPU = torch.device("cpu")
 TOP = {"device": "a device", "bandwidth": 2e12, "products": 9e14, "able": True}
 
 
+@pytest.mark.drill
 def test_it_measures_and_writes_a_page() -> None:
     decoded = [
         row for model in ("ours", "plain") for row in measured.decoding("test", 2, (40, 20), CPU, 1e9, model, rounds=1)

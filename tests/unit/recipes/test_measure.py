@@ -121,6 +121,7 @@ def _dies(models: Models) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.drill
 @pytest.mark.skipif(cores() < 2, reason="one core")
 def test_what_goes_wrong_beside_is_said_here() -> None:
     with pytest.raises(DataError, match="it cannot be asked"):
