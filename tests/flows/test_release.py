@@ -280,6 +280,7 @@ def test_a_canary_goes_up_by_evidence_and_is_promoted_where_the_release_says_so(
         assert service.release.check() == len(service.release.audit.entries())
 
 
+@pytest.mark.drill
 @pytest.mark.usefixtures("easily")
 def test_a_person_decides_where_nothing_else_was_said(models: dict[str, Path], tmp_path: Path) -> None:
     with serving(tmp_path, models, "one") as service:

@@ -104,6 +104,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     refused("without early exits", parts=("speed", "drafts"), model=tmp_path / "plain")
 
 
+@pytest.mark.drill
 def test_each_number_of_threads_has_its_own_peers_and_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

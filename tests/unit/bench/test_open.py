@@ -38,6 +38,7 @@ def measured(
     return found
 
 
+@pytest.mark.drill
 def test_a_model_goes_out_and_comes_in_again_as_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

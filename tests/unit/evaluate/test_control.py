@@ -61,6 +61,7 @@ def test_19_the_tax_is_measured_at_the_same_step_on_the_same_rows(main: FitPlan,
     assert set(alone["bpb"]["text"]) == {"full"}, "the control has no early exits"
 
 
+@pytest.mark.drill
 def test_a_control_with_the_same_exits_is_the_main_run_to_the_bit(main: FitPlan, tmp_path: Path) -> None:
     """So start, rows and rates are the same, and what the tax shows comes from the exits alone."""
     plan = control_plan(main, tmp_path / "same", 1 / 3)

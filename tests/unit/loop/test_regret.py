@@ -30,7 +30,8 @@ def stream(
     return pa.Table.from_pylist(lines, schema=READ)
 
 
-@pytest.mark.parametrize("shape", [0.3, pytest.param(2.0, marks=pytest.mark.drill)])
+@pytest.mark.drill
+@pytest.mark.parametrize("shape", [0.3, 2.0])
 def test_the_mean_is_within_the_bounds_at_all_times(shape: float) -> None:
     """In 95 of 100 streams, looked at after each batch; of very skewed regrets as well."""
     missed = 0

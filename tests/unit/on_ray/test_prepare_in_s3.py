@@ -142,6 +142,7 @@ def contents(bucket: Bucket) -> dict[str, bytes]:
     return {name: bucket.text(name) or b"" for name, _ in bucket.sizes() if not name.startswith("report.")}
 
 
+@pytest.mark.drill
 def test_the_corpus_is_that_of_a_folder_and_nothing_else_is_left(
     bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any], undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:

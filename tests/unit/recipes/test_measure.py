@@ -53,7 +53,8 @@ def told(run: Path, how: Any) -> dict[str, Any]:
     return measure.measured(recipe_of(run), models, run, 0, lambda *_: None, run=how)
 
 
-@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.drill)], ids=["pickled", "apart"])
+@pytest.mark.drill
+@pytest.mark.parametrize("apart", [False, True], ids=["pickled", "apart"])
 def test_a_report_is_the_same_from_processes_beside(run: Path, apart: bool) -> None:
     """`apart`: from two, which each import torch; else each piece is told and gives what one of them would."""
     there = pieces.beside(2) if apart else far
@@ -139,6 +140,7 @@ def _lasts(models: Models, ended: Path) -> None:
     ended.touch()
 
 
+@pytest.mark.drill
 @pytest.mark.skipif(cores() < 2, reason="one core")
 def test_who_waits_no_longer_waits_for_no_piece(tmp_path: Path) -> None:
     """A pool ends what was begun, and begins what lies in its queue: of a recipe minutes, after Ctrl-C as well."""

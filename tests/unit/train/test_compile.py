@@ -207,7 +207,8 @@ def test_what_is_no_fault_of_the_compiler_is_raised_and_gives_up_nothing() -> No
     assert compiler.either(full, plain)(torch.zeros(1)) == 1, "and not even tried again"
 
 
-@pytest.mark.parametrize("kind", ["L", *(pytest.param(kind, marks=pytest.mark.drill) for kind in "HSD")])
+@pytest.mark.drill
+@pytest.mark.parametrize("kind", "LHSD")
 def test_rows_of_many_lengths_are_a_few_graphs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As chats have them: of one row and more, within a window, within all chosen blocks, and beyond; by the way that rows take
     on a GPU, of which only the graphs are made. H has what L does in it; S has what D does, up to a length."""
