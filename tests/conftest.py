@@ -55,6 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     budget.start(config)
 
 
+@pytest.hookimpl(trylast=True)  # of those that are left by -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items[:] = budget.turned(items, config.getoption("turn"))
     # What xdist's processes call it.

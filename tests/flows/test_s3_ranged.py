@@ -71,6 +71,7 @@ def test_every_row_is_what_it_is_in_a_copy_and_the_cache_has_a_bound(corpus: Pat
             assert 0 < sum(path.stat().st_size for path in blocks(cache)) <= 64 * BLOCK
 
 
+@pytest.mark.drill
 def test_a_run_reads_the_same_updates(corpus: Path, cache: Path, tmp_path: Path) -> None:
     plan = located(pretrain_plan("test", URI, str(tmp_path / "run"), steps=1))
     here, there = (PretrainBatches(of, batch_rows=8, seed=3).at(5)[0] for of in (corpus, plan.data))

@@ -72,6 +72,7 @@ def test_fine_tuning_then_int8(data: Path, pretrained: Path) -> None:
     assert 0 < float(gap) < 2.0
 
 
+@pytest.mark.drill
 def test_an_interrupted_run_ends_as_if_nothing_had_happened(data: Path, tmp_path: Path) -> None:
     """To the bit: losses, weights and the history that is shown."""
 

@@ -87,6 +87,7 @@ def same(run: Path, calm: Path) -> bool:
     return losses(run) == losses(calm) and steps == list(range(1, STEPS + 1)) and models[0] == models[1]
 
 
+@pytest.mark.drill
 def test_two_workers_train_as_one_process_does(calm: Path, data: Path, tmp_path: Path) -> None:
     """FSDP2 on gloo, 2 workers x 2 micro-batches against 1 x 4."""
     alone = fit(plan(data, tmp_path / "one", accumulate=4))

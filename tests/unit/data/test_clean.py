@@ -41,6 +41,7 @@ def test_what_is_spared_ftfy_is_what_ftfy_would_leave(text: str) -> None:
     assert repair(text) == "\n".join(line.rstrip() for line in mended.split("\n")).strip("\n")
 
 
+@pytest.mark.drill
 def test_a_symbol_is_no_part_of_a_word_no_digit_and_no_white_space() -> None:
     """Of all characters, by what Unicode says of each."""
     marks = {"Mn", "Mc", "Me", "Cf"}

@@ -430,6 +430,7 @@ class Knot:
         self.itself = self
 
 
+@pytest.mark.drill
 def test_what_is_loaded_is_hidden_from_the_garbage_collector_and_garbage_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -85,6 +85,7 @@ def test_the_report_shows_the_tax_and_says_when_it_is_too_high(tmp_path: Path) -
         assert shown in page
 
 
+@pytest.mark.drill
 def test_a_control_that_cannot_follow_is_refused(main: FitPlan, tmp_path: Path) -> None:
     plan = control_plan(main, tmp_path / "control", 1.0)
     assert plan.steps == 24

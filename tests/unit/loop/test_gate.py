@@ -265,6 +265,7 @@ def test_of_what_is_new_a_router_is_looked_at_on_what_it_was_not_fitted_to(
     assert len(seen) == len((place / "few" / "shop.jsonl").read_text().splitlines()), "of a frozen suite on all"
 
 
+@pytest.mark.drill
 def test_one_that_takes_longer_for_a_token_is_stopped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the clock of the processor, which is made to say what a token takes."""
     model, known = Model.load(place / "stable"), Model.load(place / "stable")

@@ -296,6 +296,7 @@ def test_a_service_that_starts_while_the_scribe_of_the_one_before_still_reads_ad
     assert len(found) == len(set(found))
 
 
+@pytest.mark.drill
 def test_a_scribe_that_cannot_begin_is_tried_again_later_and_later(
     capture: Capture, box: Outbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -347,6 +348,7 @@ def test_a_client_that_was_refused_and_asks_again_with_its_own_id_is_two_rows_ov
     assert ids(capture) == ["chatcmpl-1", "chatcmpl-1", "chatcmpl-2"] and box.rows == 3
 
 
+@pytest.mark.drill
 def test_rows_do_not_wait_for_ever_behind_one_that_a_smaller_pipe_never_takes(
     capture: Capture, box: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,6 +371,7 @@ def test_rows_do_not_wait_for_ever_behind_one_that_a_smaller_pipe_never_takes(
     assert found["layers"] == [None, 2, None, None, None], "of so many choices nothing is known"
 
 
+@pytest.mark.drill
 def test_a_scribe_whose_end_of_the_pipe_somebody_inherited_is_missed_none_the_less(
     capture: Capture, box: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,6 +411,7 @@ def test_a_folder_that_was_removed_is_not_made_anew_with_another_salt(capture: C
     box._kept.clear()
 
 
+@pytest.mark.drill
 def test_what_kills_the_gateway_s_group_leaves_the_scribe_to_read_the_rest(capture: Capture) -> None:
     process = gateway(capture.folder)
     assert process.stdout is not None
@@ -442,6 +446,7 @@ REAPS = """
 """
 
 
+@pytest.mark.drill
 def test_the_first_process_of_a_container_reaps_its_scribes(capture: Capture) -> None:
     """It is the parent of all that have none: each scribe that ended would stay as a zombie."""
     done = subprocess.run(

@@ -122,6 +122,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.drill
 def test_the_files_are_what_training_the_router_and_the_gate_read(folder: Path) -> None:
     """Every row is read, and no conversation with its tools is longer than a training row."""
     model = CustomerService.preset.model

@@ -400,6 +400,7 @@ def test_no_call_that_a_service_would_guide_has_an_invented_number(new: Rows) ->
                 grammar.allowed(tokenizer.encode(one))
 
 
+@pytest.mark.drill
 def test_no_words_that_a_service_would_guide_have_an_invented_number(known: Rows, new: Rows) -> None:
     """Every reference of both suites may be said, whatever it is of; none with the number or the label of another."""
     tokenizer, of_another = Tokenizer.bytes_only(), re.compile(r"[A-Z]\d{4,5}")

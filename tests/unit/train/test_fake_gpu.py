@@ -146,6 +146,7 @@ EXACT = (
 )  # fmt: skip
 
 
+@pytest.mark.drill
 def test_of_several_ranks_what_decides_is_fp32_too(run: Run) -> None:
     """By FSDP's policy, where parameters come as bf16 and there is no autocast: norms, softmax and its gradient, logits,
     losses, sums of gradients over ranks, weights and moments. One device, and one wait an update. Softmax of attention and

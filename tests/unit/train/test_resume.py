@@ -241,6 +241,7 @@ def test_steps_after_the_checkpoint_are_done_again_as_they_were(shards: Path, tm
     assert places == sorted(places), "and it never goes back"
 
 
+@pytest.mark.drill
 def test_a_run_of_another_length_makes_its_own_schedule(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         fit(short(shards, tmp_path / "run", checkpoint_minutes=0.0), stop_at(3))
