@@ -73,7 +73,7 @@ def wanted() -> list[list[float]]:
     return found
 
 
-# the loops of the first take 20 s to compile; each is held by its definition in tests/unit/model
+# the loops of the first take 20 s to compile; a layer by them is held beside torch's in tests/unit/model/test_fused.py
 @pytest.mark.parametrize("compiled", [pytest.param(True, marks=pytest.mark.drill), False], ids=["compiled", "torch"])
 def test_the_engine_says_what_the_rounded_model_says(
     wanted: list[list[float]], compiled: bool, monkeypatch: pytest.MonkeyPatch
