@@ -232,7 +232,7 @@ class Trial:
         results.add(self.group, module, change.name, by, **more, took=round(time.monotonic() - begun, 2))
 
     def _patience(self, tests: Mapping[str, float]) -> float:
-        return PATIENCE + 3 * sum(tests.values()) + (60 if self.group.compiled else 10 if self.group.warm else 0)
+        return PATIENCE + 3 * sum(tests.values()) + (300 if self.group.compiled else 10 if self.group.warm else 0)
 
 
 def noticing(

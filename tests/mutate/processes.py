@@ -185,8 +185,11 @@ class Changed(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoader
 def begin(group: Group) -> None:
     """What a process does before anything of ours is imported."""
     os.environ |= group.environment
-    if group.compiled:  # numba keeps what it compiled by what lies on the disk, which has no change
+    if group.compiled:
+        # numba keeps what it compiled by what lies on the disk, which has no change: who calls what is changed would run it as
+        # it was. It reads where when it is imported, which the parent may have done
         os.environ["NUMBA_CACHE_DIR"] = tempfile.gettempdir()
+        importlib.import_module("numba").config.reload_config()
     if group.environment:
         from tests.mutate.loops import in_python
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import importlib
 import itertools
 import math
 import os
 import sys
+import tempfile
 import time
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.mutate import processes, reached
@@ -81,6 +84,31 @@ def test_a_change_alone_is_applied_and_says_which_lines_reach_it() -> None:
     exec(compile(tree, "f", "exec"), space)
     assert [space["f"](n) for n in (2, 3, 4)] == [1, 1, 2]
     assert change.lines == range(2, 5) and change.body == range(1, 7)
+
+
+@pytest.mark.drill
+def test_who_calls_compiled_code_that_is_changed_runs_the_change() -> None:
+    """`product` calls `dots`, and what numba has kept of it calls that of the disk: nothing kept is read, though numba was
+    imported before, as in what tries are forked from."""
+    pytest.importorskip("numba")
+    tree = ast.parse(source("model/cpu/floats").read_text("utf-8"))
+    (change,) = [one for one in changes(tree) if one.name == "dots: m = 0 -> m = 1"]
+
+    def tried(changed: bool) -> dict[str, Any]:
+        processes.begin(GROUPS["tiles"])
+        for name in [name for name in sys.modules if name.startswith("shoal.model.cpu")]:
+            del sys.modules[name]
+        if changed:
+            change.apply()
+            sys.meta_path.insert(0, processes.Changed("model/cpu/floats", tree))
+        floats = importlib.import_module("shoal.model.cpu.floats")
+        x, w, out = np.ones((3, 64), np.float32), np.ones((16, 64), np.float32), np.zeros((3, 16), np.float32)
+        floats.product(x, w, out)
+        kept = Path(floats.product._cache._cache_path)
+        return {"right": bool((out == 64).all()), "here": kept.is_relative_to(tempfile.gettempdir())}
+
+    for changed in (False, True):
+        assert apart(lambda changed=changed: tried(changed), 200) == {"right": not changed, "here": True}
 
 
 def test_names_of_changes_are_told_apart() -> None:
