@@ -15,10 +15,10 @@ T = TypeVar("T")
 ON_RAY, RAY = "tests/on_ray/", "shared_ray"
 SHARING = ("tests/browser/", ON_RAY)
 # A fresh checkout compiles the loops of a CPU once, and whoever makes an engine meanwhile waits for it: these files, whose
-# engines compile all of them (fp32 and INT8, fp64, then this with keys and values in int8), come first and in one process,
-# beside what needs none.
+# engines and layers compile all of them (fp32 and INT8, fp64, then this with keys and values in int8), come first and in one
+# process, beside what needs none.
 COMPILING = (
-    "tests/unit/engine/test_runner.py", "tests/unit/engine/test_naive.py", "tests/unit/engine/test_kv_int8.py",
+    "tests/unit/engine/test_runner.py", "tests/unit/engine/test_naive.py", "tests/unit/model/test_fused.py",
 )  # fmt: skip
 BESIDE = ("tests/unit/data/", "tests/unit/sandbox/", "tests/unit/inputs/", "tests/contracts/", "tests/mutate/")
 EXAMPLES = "tests/contracts/test_examples_in_docstrings.py"  # of them one makes an engine, which would compile as well
@@ -51,7 +51,6 @@ def in_turn(items: list[pytest.Item], *, together: bool) -> list[pytest.Item]:
     """`items` in the order in which two processes that run them `together` wait for each other least."""
     last = len(COMPILING) + len(BESIDE)
     turns = {EXAMPLES: last} | {file: turn for turn, file in enumerate((*COMPILING, *BESIDE))}
-
     asking = {item.path for item in items if RAY in getattr(item, "fixturenames", ())}
 
     def turn(item: pytest.Item) -> tuple[int, bool]:

@@ -55,7 +55,7 @@ def told(model: Model, prompts: list[list[int]], **how: Any) -> list[tuple[list[
 
 @pytest.mark.parametrize(
     ("kv", "loops"),
-    [  # nothing else asks for the loops of the last, fp32 beside keys and values in int8, which take 20 s to compile
+    [  # the loops of the last, fp32 beside keys and values in int8, take 20 s to compile, for this alone in `make test`
         ("auto", True), ("auto", False), ("int8", False), pytest.param("int8", True, marks=pytest.mark.drill),
     ],
 )  # fmt: skip

@@ -141,7 +141,7 @@ def test_the_fixtures_can_tell_settings_apart(checkpoint: Make, tmp_path: Path) 
         assert (logits[:, ::8] - told["logits"]).abs().max() > 1e-2, family
 
 
-# nothing else asks for INT8 weights beside keys and values in int8, whose loops take 14 s to compile
+# nothing else of `make test` asks for INT8 weights beside keys and values in int8, whose loops take 14 s to compile
 @pytest.mark.parametrize("kv", ["auto", pytest.param("int8", marks=pytest.mark.drill)])
 def test_an_imported_model_is_rounded_guided_and_kept_in_int8(kv: str, checkpoint: Make, tmp_path: Path) -> None:
     from shoal.engine.events import Guide
