@@ -9,7 +9,7 @@ import importlib.abc
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
@@ -38,6 +38,15 @@ class AtImport(importlib.abc.MetaPathFinder):
 
             found.loader.exec_module = exec_module  # type: ignore[method-assign]
         return found
+
+
+def changed(changes: Mapping[str, Callable[[ModuleType], object]]) -> None:
+    """Each of the modules that are named, from its import on, or from now where something imported it before."""
+    for name, change in changes.items():
+        if name in sys.modules:
+            change(sys.modules[name])
+        else:
+            sys.meta_path.insert(0, AtImport(name, change))
 
 
 def one_thread(torch: ModuleType) -> None:

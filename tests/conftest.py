@@ -2,7 +2,6 @@ import gc
 import os
 import socketserver
 import ssl
-import sys
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -13,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from tests import budget
 from tests.at_import import (
     LOOK_SECONDS,
-    AtImport,
+    changed,
     compiled_once,
     kept_frozen,
     measured_once,
@@ -31,16 +30,18 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Nothing is timed: a busy machine must not fail a test.
 settings.register_profile("shoal", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shoal")
-sys.meta_path[:0] = [
-    AtImport("torch", one_thread),
-    AtImport("shoal.engine.front", kept_frozen),
-    AtImport("shoal.engine.runner", compiled_once),
-    AtImport("shoal.train.meter", measured_once),
-    AtImport("shoal.train.run", read_once),
-    AtImport("uvicorn.server", soon_left),
-    AtImport("werkzeug.serving", soon_stopped),
-    AtImport("shoal.data.alone", soon_taken),
-]
+changed(
+    {
+        "torch": one_thread,
+        "shoal.engine.front": kept_frozen,
+        "shoal.engine.runner": compiled_once,
+        "shoal.train.meter": measured_once,
+        "shoal.train.run": read_once,
+        "uvicorn.server": soon_left,
+        "werkzeug.serving": soon_stopped,
+        "shoal.data.alone": soon_taken,
+    }
+)
 # As `soon_stopped` says; the server that werkzeug's is made of.
 socketserver.BaseServer.serve_forever.__defaults__ = (LOOK_SECONDS,)
 os.fsync = not_waited_for

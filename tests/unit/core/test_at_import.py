@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.at_import import LOOK_SECONDS, AtImport, compiled_once, one_thread, soon_left
+from tests.at_import import LOOK_SECONDS, AtImport, changed, compiled_once, one_thread, soon_left
 
 
 def test_who_imports_it_first_has_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,6 +25,15 @@ def test_who_imports_it_first_has_one_thread(tmp_path: Path, monkeypatch: pytest
     assert made.threads == 1 and finder not in sys.meta_path
     made.set_num_threads(2)
     assert sys.modules.pop("weaver").threads == 2, "what a test chooses stays"
+
+
+def test_what_was_imported_before_is_changed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `make mutate` imports torch, before it collects tests."""
+    asked: list[int] = []
+    monkeypatch.setitem(sys.modules, "weaver", SimpleNamespace(set_num_threads=asked.append))
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    changed({"weaver": one_thread, "weaver_of_nobody": one_thread})
+    assert asked == [1] and sum(isinstance(each, AtImport) for each in sys.meta_path[:1]) == 1
 
 
 def test_a_package_that_is_not_there_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,7 +193,7 @@ def test_what_two_processes_keep_at_once_has_two_names(monkeypatch, tmp_path):
 
     monkeypatch.setattr(compiled, "_KEPT", str(tmp_path))
     monkeypatch.setattr(IndexDataCacheFile, "_save_index", slowly)
-    files = [compiled.exact(double)._cache._cache_file for _ in range(4)]  # as each process has its own
+    files = [compiled.exact.called(double)._cache._cache_file for _ in range(4)]  # as each process has its own
     with ThreadPoolExecutor(4) as pool:
         [*pool.map(lambda number: files[number].save(number, f"code {number}"), range(4))]
     assert [files[0].load(number) for number in range(4)] == [f"code {number}" for number in range(4)]
@@ -209,7 +209,7 @@ def test_what_cannot_have_the_index_is_used_and_not_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(compiled, "_KEPT", str(tmp_path))
     monkeypatch.setattr(compiled, "INDEX_PATIENCE", 0.05)
     before = compiled.config.CACHE_DIR
-    made = compiled.exact(double)
+    made = compiled.exact.called(double)
     assert before == compiled.config.CACHE_DIR
     file = made._cache._cache_file
     with FileLock(Path(file._cache_path) / "index.lock"):

@@ -60,24 +60,31 @@ def test_loops_are_compiled_with_rounding_as_they_say_and_kept_in_a_folder_of_th
     """Only what searches for a largest takes numbers to be finite, and what is brief holds the lock of the interpreter."""
     asked, before = list[tuple[str, dict[str, Any]]](), compiled.config.CACHE_DIR
 
-    def njit(**options: Any) -> Any:
+    def numbas(**options: Any) -> Any:
         asked.append((compiled.config.CACHE_DIR, options))
         return lambda function: ("compiled", function)
 
-    monkeypatch.setattr(compiled.nb, "njit", njit)
+    monkeypatch.setattr(compiled.nb, "njit", numbas)
+    monkeypatch.setattr(compiled, "register_jitable", numbas)
     monkeypatch.setattr(compiled.config, "DISABLE_JIT", True)
-    for make in (compiled.fast, compiled.finite, compiled.exact, compiled.brief):
-        assert make(math.exp) == ("compiled", math.exp)
+    assert compiled.fast(math.exp) is math.exp and not asked
+    for way in (compiled.fast, compiled.finite, compiled.exact):
+        assert way.called(math.exp) == ("compiled", math.exp)
         assert before == compiled.config.CACHE_DIR, "other compiled code lies where numba has it"
-    same, quick = {"error_model": "numpy", "cache": True}, {"reassoc", "contract", "nsz"}
+    assert compiled.exact.called(nogil=False)(math.exp) == ("compiled", math.exp)
+    same, quick = {"error_model": "numpy", "no_cfunc_wrapper": True}, {"reassoc", "contract", "nsz"}
     assert [options for _, options in asked] == [
-        {**same, "nogil": True, "fastmath": quick},
-        {**same, "nogil": True, "fastmath": True},
-        {**same, "nogil": True},
-        {**same, "nogil": False},
+        {**same, "cache": True, "nogil": True, "fastmath": quick},
+        {**same, "cache": True, "nogil": True, "fastmath": True},
+        {**same, "cache": True, "nogil": True},
+        {**same, "cache": True, "nogil": False},
     ]
-    sources = b"".join((compiled._HERE / name).read_bytes() for name in compiled._SOURCES)
     assert {kept for kept, _ in asked} == {compiled._KEPT}
+    asked.clear()
+    monkeypatch.setattr(compiled.config, "DISABLE_JIT", False)
+    assert compiled.fast(math.exp) == compiled.exact(math.exp) == ("compiled", math.exp)
+    assert asked == [(before, {**same, "fastmath": quick}), (before, same)]
+    sources = b"".join((compiled._HERE / name).read_bytes() for name in compiled._SOURCES)
     assert compiled._KEPT.endswith(f"numba-{compiled._digest()}") and len(compiled._digest()) == 16
     assert hashlib.sha256(sources).hexdigest().startswith(compiled._digest())
 

@@ -10,14 +10,14 @@ import numba as nb
 import numpy as np
 from numba.extending import overload
 
-from shoal.model.cpu.compiled import exp, fast, inverse_rms, largest
+from shoal.model.cpu.compiled import exp, fast, fill, inverse_rms, largest
 from shoal.model.cpu.floats import dots, fetch, fits, weigh
 from shoal.model.slots import TOP
 
 KEY, VALUE = 0, 1  # which of the two in a slot
 
 
-@fast
+@fast.called
 def project_and_store(
     qkv, bias, q_weight, k_weight, eps, half, keep, cross, positions, slots, block, kv, summaries, q
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def project_and_store(
                 _summarise(keys, summaries[unit, g, offset // block], dim)
 
 
-@fast
+@fast.called
 def attend(q, kv, summaries, tables, rows, requests, positions, block, window, top_k, sinks, gamma, bias, dense, out):
     """The `rows` of out [N, H, d]: both branches for the query at `positions` [N], over the pages of its request's row of
     `tables` [R, M]; `requests` goes with `rows`. `gamma` [H], or of length 0 for a layer without two branches; `bias` [H],
@@ -86,15 +86,18 @@ def attend(q, kv, summaries, tables, rows, requests, positions, block, window, t
             used = _place(first, position + 1, table, page, runs, used)
             count += position + 1 - first
             if mixed:
-                near[:before], far[:before] = zero, one
-                near[before:count], far[before:count] = one, zero
+                fill(near[:before], zero)
+                fill(near[before:count], one)
+                fill(far[:before], one)
+                fill(far[before:count], zero)
                 for b in blocks:
-                    far[here + max(b * block, first) : here + max((b + 1) * block, first)] = one
-                far[here + max(complete * block, first) : count] = one
+                    fill(far[here + max(b * block, first) : here + max((b + 1) * block, first)], one)
+                fill(far[here + max(complete * block, first) : count], one)
             _score(mine, kv, g, runs[:used], scale, weight, room)
             if len(bias) and not whole:
                 for h in range(group):
-                    weight[h, before:count] += bias[g * group + h]
+                    for i in range(before, count):
+                        weight[h, i] += bias[g * group + h]
             for h in range(group):
                 if mixed:
                     _mix(weight[h, :count], near, far, gamma[g * group + h])
@@ -136,7 +139,8 @@ def _gather(weight, kv, g, runs, result, room):
     group, dim = result.shape
     at = 0
     whole = dim % 2 == 0 and fits(dim // 2, result.itemsize)
-    result[:] = result.dtype.type(0)
+    for h in range(group):
+        fill(result[h], result.dtype.type(0))
     for r in range(len(runs)):
         unit, slot, size = runs[r]
         values = _stored(kv, unit, g, slot, size, VALUE, room)
@@ -160,7 +164,8 @@ def _store_as(x, slot, which):
 
 
 def _store_numbers(x, slot, which):
-    slot[which * len(x) : (which + 1) * len(x)] = x
+    for e in range(len(x)):
+        slot[which * len(x) + e] = x[e]
 
 
 def _store_levels(x, slot, which):
@@ -234,7 +239,8 @@ def _choose(q, summaries, table, g, complete, per_page, top_k, sinks, scale):
                 score[b] += z[h, b]
     chosen = np.empty(top_k, np.int64)
     best = np.empty(top_k, q.dtype)
-    chosen[:sinks] = np.arange(sinks)
+    for b in range(sinks):
+        chosen[b] = b
     count = sinks
     for b in range(sinks, complete):  # kept falling by score; an equal one that comes later goes behind
         if count == top_k and (sinks == top_k or not score[b] > best[count - 1]):
@@ -245,7 +251,13 @@ def _choose(q, summaries, table, g, complete, per_page, top_k, sinks, scale):
             best[at], chosen[at] = best[at - 1], chosen[at - 1]
             at -= 1
         best[at], chosen[at] = score[b], b
-    return np.sort(chosen)
+    for i in range(sinks + 1, top_k):  # in the order of the text; `np.sort` takes a second to compile
+        b, at = chosen[i], i
+        while at > sinks and chosen[at - 1] > b:
+            chosen[at] = chosen[at - 1]
+            at -= 1
+        chosen[at] = b
+    return chosen
 
 
 @fast

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numba as nb
 import numpy as np
 from filelock import FileLock, Timeout
 from numba import config as numbas
-from numba.extending import overload
+from numba.extending import overload, register_jitable
 
 config: Any = numbas  # its names are made when it is imported
 PATIENCE = 120.0  # all of it takes half a minute
@@ -48,16 +49,30 @@ def alone() -> Iterator[None]:
         lock.release()
 
 
-def _compiled(function, **options):
-    """`function` compiled at its first call, or as it was kept; where the folder cannot be written, numba takes the user's."""
-    before, config.CACHE_DIR = config.CACHE_DIR, _KEPT
-    try:
-        made = nb.njit(error_model="numpy", cache=True, **{"nogil": True, **options})(function)
-    finally:
-        config.CACHE_DIR = before
-    if not config.DISABLE_JIT:
-        _kept_one_by_one(made._cache._cache_file)
-    return made
+class Rounding:
+    """How loops may round. As a decorator: for a function that other loops call, which compile it as a part of themselves; to
+    Python it is a function like any other. `called`: for one that Python calls."""
+
+    def __init__(self, **options: Any) -> None:
+        """`options`: what numba calls them."""
+        self._options = {"error_model": "numpy", "no_cfunc_wrapper": True, **options}
+
+    def __call__(self, function):
+        return function if config.DISABLE_JIT else register_jitable(**self._options)(function)
+
+    def called(self, function=None, *, nogil=True):
+        """`function` compiled at its first call, or as it was kept; where the folder cannot be written, numba takes the user's.
+        With `nogil` other threads go on meanwhile."""
+        if function is None:
+            return partial(self.called, nogil=nogil)
+        before, config.CACHE_DIR = config.CACHE_DIR, _KEPT
+        try:
+            made = nb.njit(cache=True, nogil=nogil, **self._options)(function)
+        finally:
+            config.CACHE_DIR = before
+        if not config.DISABLE_JIT:
+            _kept_one_by_one(made._cache._cache_file)
+        return made
 
 
 def _kept_one_by_one(file):
@@ -72,25 +87,13 @@ def _kept_one_by_one(file):
     file.save = alone_with_the_index
 
 
-def fast(function):
-    """Sums may be taken in any order, so that they use vector registers. Not "nnan" or "ninf": a broken model is to be seen."""
-    return _compiled(function, fastmath={"reassoc", "contract", "nsz"})
-
-
-def finite(function):
-    """As `fast`, for numbers that are finite: what is not may become anything. So the search for a largest value uses vector
-    registers, too."""
-    return _compiled(function, fastmath=True)
-
-
-def exact(function):
-    """Every operation rounds as written."""
-    return _compiled(function)
-
-
-def brief(function):
-    """As `exact`, and holds the interpreter's lock: for what is over sooner than the lock comes back from another thread."""
-    return _compiled(function, nogil=False)
+# Sums may be taken in any order, so that they use vector registers. Not "nnan" or "ninf": a broken model is to be seen.
+fast = Rounding(fastmath={"reassoc", "contract", "nsz"})
+# As `fast`, for numbers that are finite: what is not may become anything. So the search for a largest value uses vector
+# registers, too.
+finite = Rounding(fastmath=True)
+# Every operation rounds as written.
+exact = Rounding()
 
 
 def exp(x):
@@ -138,3 +141,19 @@ def largest(z):
     for i in range(len(z)):
         top = max(top, z[i])
     return top
+
+
+@exact
+def fill(x, value):
+    """All of x [D]; `x[:] = value` takes three seconds to compile, for what it would say of shapes that do not fit."""
+    for i in range(len(x)):
+        x[i] = value
+
+
+@exact
+def copy(x, out):
+    """Into out [N, D]; see `fill`."""
+    rows, width = x.shape
+    for n in range(rows):
+        for i in range(width):
+            out[n, i] = x[n, i]

@@ -16,14 +16,14 @@ from numba.extending import overload
 
 from shoal.model.cpu import integers
 from shoal.model.cpu.attention import attend, project_and_store
-from shoal.model.cpu.compiled import exact, exp, fast, inverse_rms
+from shoal.model.cpu.compiled import copy, exact, exp, fast, inverse_rms
 from shoal.model.cpu.draw import few_log_sums, log_sums, race, thresholds  # noqa: F401, `fused` calls all by this file
 from shoal.model.cpu.floats import beside, product
 from shoal.model.cpu.integers import peak
 from shoal.model.cpu.parts import Form, Layer, Matrix, Rows, Sight
 
 
-@fast
+@fast.called
 def rms_norm(x, weight, eps, out):
     """out [N, D] = x / rms(x) * weight."""
     rows, width = x.shape
@@ -33,7 +33,7 @@ def rms_norm(x, weight, eps, out):
             out[n, i] = x[n, i] * scale * weight[i]
 
 
-@fast
+@fast.called
 def swiglu(up, out):
     """out [N, F] = silu(gate) * up for `up` [N, 2F], gate first."""
     rows, inner = out.shape
@@ -44,7 +44,7 @@ def swiglu(up, out):
             out[n, i] = gate / (one + exp(-gate)) * up[n, inner + i]
 
 
-@exact
+@exact.called
 def scale_rows(x, top, tiny, out, scale):
     """scale [N, 1] = max |x| / top, at least `tiny` (NaN where x holds one), and out [N, D] = x / scale. Rounded as torch
     rounds it: the levels of INT8 depend on it."""
@@ -62,7 +62,7 @@ def scale_rows(x, top, tiny, out, scale):
             out[n, i] = x[n, i] / s
 
 
-@fast
+@fast.called
 def layer(x, weights, form, rows, kv, summaries, sight, beside):
     """x [N, D] after a whole layer, a new array; K/V and summaries as `project_and_store` leaves them. `weights`, `form`,
     `rows` and `sight` are what `parts.Layer`, `parts.Form`, `parts.Rows` and `parts.Sight` name, as plain tuples. `beside`:
@@ -74,7 +74,7 @@ def layer(x, weights, form, rows, kv, summaries, sight, beside):
     dim = r.keep.shape[1]
     out, normed, heads = np.empty_like(x), np.empty_like(x), np.empty((count, len(qkv.weight)), x.dtype)
     if f.after:
-        normed[:] = x
+        copy(x, normed)
     else:
         rms_norm(x, w.attention_norm, f.eps, normed)
     times(normed, qkv, heads)
@@ -96,7 +96,7 @@ def layer(x, weights, form, rows, kv, summaries, sight, beside):
         for i in range(width):
             out[n, i] = x[n, i] + normed[n, i]
     if f.after:
-        normed[:] = out
+        copy(out, normed)
     else:
         rms_norm(out, w.mlp_norm, f.eps, normed)
     both, inner = np.empty((count, len(up.weight)), x.dtype), np.empty((count, len(up.weight) // 2), x.dtype)

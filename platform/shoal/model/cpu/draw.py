@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-from shoal.model.cpu.compiled import brief, exact, exp, fast, largest
+from shoal.model.cpu.compiled import exact, exp, fast, fill, largest
 
 BLOCK = 256  # tokens whose bounds are made at once
 SLACK = 1e-5  # what numbers of a race may be off by, when torch's are compared with these: ten times what fp32 rounds
@@ -50,7 +50,7 @@ def _uniform(scrambled, low, high):
     return np.int32(x >> np.uint32(9))
 
 
-@exact
+@exact.called
 def race(logits, rows, likeliest, heat, lowest, ids, keys, found, ties):
     """found [D]: the token that comes first in each of the `rows` [D] of logits [R, V], of those whose z is not below `lowest`
     [D]; z is the logit less that of the `likeliest` [D] token, over `heat` [D]. `ids` uint32 [V] and `keys` uint32 [D, 2] are
@@ -83,19 +83,20 @@ def race(logits, rows, likeliest, heat, lowest, ids, keys, found, ties):
         found[d], ties[d] = at, near > 1
 
 
-@exact
+@exact.called
 def log_sums(logits, rows, kept, totals):
     """Into kept [D, V] the `rows` [D] of logits [R, V], and into totals [D] the log of each one's sum of exponentials; of a row
     whose largest is no number that is NaN or infinite."""
     for d, row in enumerate(rows):
-        kept[d] = logits[row]
+        for i in range(logits.shape[1]):
+            kept[d, i] = logits[row, i]
         most = largest(kept[d])
         totals[d] = most + math.log(_sum(kept[d], most))
 
 
-@brief
+@exact.called(nogil=False)
 def few_log_sums(logits, rows, kept, totals):
-    """As `log_sums`, of some thousand numbers."""
+    """As `log_sums`, of some thousand numbers: over sooner than the interpreter's lock would come back from another thread."""
     log_sums(logits, rows, kept, totals)
 
 
@@ -108,7 +109,7 @@ def _sum(z, most):
     return total
 
 
-@exact
+@exact.called
 def thresholds(logits, rows, likeliest, heat, top_k, top_p, floor, lowest):
     """lowest [D]: the least z that each of the `rows` [D] keeps, z and `likeliest` as in `race`: of the `top_k` [D] likeliest
     tokens (V: all), of the fewest of those that have `top_p` [D] of their mass (1: all), and of those from `floor` [D] on."""
@@ -118,8 +119,8 @@ def thresholds(logits, rows, likeliest, heat, top_k, top_p, floor, lowest):
     for d, row in enumerate(rows):
         z = logits[row]
         top = z[likeliest[d]]
-        counts[:] = 0
-        masses[:] = 0
+        fill(counts, 0)
+        fill(masses, 0.0)
         for start in range(0, vocab, BLOCK):
             _weigh(z, start, top, heat[d], weights, buckets)
             for i in range(min(BLOCK, vocab - start)):

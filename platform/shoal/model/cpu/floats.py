@@ -179,7 +179,7 @@ def weigh(weights, x, column, out):
         _weigh(weights, x, out, column + c, c)
 
 
-@fast
+@fast.called
 def product(x, weight, out):
     """out [N, O] = x [N, D] @ weight [O, D] transposed. From three rows on, a row's result does not depend on the others."""
     rows, width = x.shape
@@ -240,7 +240,7 @@ def _thinned(x, a, out):
     return thin
 
 
-@fast
+@fast.called
 def beside(x, a, b, first, last, of, out):
     """Adds to each row of out [N, O] its row of x [N, I] times the transpose of A, times B: the rows first[k] .. last[k] - 1 of
     `a` [R, I] and `b` [R, O], of x's numbers or bfloat16's bits, where k is the row's number in `of` [N]; nothing where that

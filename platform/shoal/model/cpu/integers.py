@@ -123,7 +123,7 @@ def _round(x, levels, scale):
         levels[m, width:] = 0
 
 
-@exact
+@exact.called
 def linear(x, weight, shift, scale, out):
     """out [M, O] for x [M, I]: `weight` int8 [O, K], 64 times its row sums `shift` int32 [O], and `scale` [O]. As
     `quant.int8_linear_reference`, to the bit while sums stay below 2^31."""
