@@ -23,7 +23,7 @@ from tests.at_import import (
     soon_stopped,
     soon_taken,
 )  # fmt: skip
-from tests.neighbours import end_what_is_not_asked_for, in_turn, scheduler
+from tests.neighbours import end_what_is_not_asked_for, in_turn, read_in_turn, scheduler
 
 # numpy's library has two threads on two cores, and one that has nothing to do spins for a while. Read when it is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -54,6 +54,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     budget.start(config)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    read_in_turn(session.config)
 
 
 @pytest.hookimpl(trylast=True)  # of those that are left by -m

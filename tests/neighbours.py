@@ -6,7 +6,8 @@ something else would take their memory, and be found by those that look for what
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import importlib
+from contextlib import AbstractContextManager, suppress
 from typing import Any, TypeVar
 
 import pytest
@@ -59,6 +60,26 @@ def in_turn(items: list[pytest.Item], *, together: bool) -> list[pytest.Item]:
         return next((at for file, at in turns.items() if item.nodeid.startswith(file)), last), apart
 
     return sorted(items, key=turn) if together else items
+
+
+def read_in_turn(config: pytest.Config) -> None:
+    """Each of xdist's processes imports all test files, which pytest rewrites and compiles in a fresh checkout, for ten
+    seconds each. So each begins with some of them, and finds what the others wrote of theirs."""
+    worker = getattr(config, "workerinput", None)
+    if worker is None:
+        return
+    number, of = int(worker["workerid"].removeprefix("gw")), worker["workercount"]
+    ignored = [config.invocation_params.dir / path for path in config.getoption("ignore") or ()]
+    asked = [config.invocation_params.dir / path.partition("::")[0] for path in config.args]
+    files = {
+        file
+        for path in asked
+        for file in (path.rglob("test_*.py") if path.is_dir() else [path])
+        if not any(file.is_relative_to(each) for each in ignored)
+    }
+    for file in sorted(files)[number::of]:
+        with suppress(Exception, pytest.skip.Exception):  # who collects it will say so
+            importlib.import_module(".".join(file.relative_to(config.rootpath).with_suffix("").parts))
 
 
 def scheduler(config: pytest.Config, log: Any) -> Any:

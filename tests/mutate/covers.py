@@ -151,7 +151,7 @@ GROUPS = {
         {"NUMBA_DISABLE_JIT": "1"},
         without="batch_mates or code_is_kept or lie_now",  # of tiles, of numba's own files, of what is chosen in Python
     ),
-    "tiles": Group(_in("model/cpu", "floats integers tiles"), _tests("model", "fused int8"), compiled=True),
+    "tiles": Group(_in("model/cpu", "floats integers tiles"), _tests("model", "fused int8 lifetimes"), compiled=True),
     "cpu": Group(
         _in("model/cpu", "fused memory"),
         [*_tests("model", "fused memory"), *_tests("engine", "adapters sampler")],

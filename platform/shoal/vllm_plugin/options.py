@@ -10,8 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from shoal.config import ModelConfig
 from shoal.errors import ConfigError, did_you_mean
 from shoal.vllm_plugin import PER_REQUEST, VERSION
@@ -93,6 +91,8 @@ def engine_args(model: str, given: Mapping[str, Any], *, max_batch: int, threads
         options["hf_overrides"] = {**_SALTED, **options.get("hf_overrides", {})}
         # where depths differ within a step, it cannot be a graph (`graphs.py`)
         options.setdefault("enforce_eager", options["hf_overrides"]["depth"] == PER_REQUEST)
+        import torch  # only here: the gateway reads this file, too, and has no use for it
+
         # as our own engine does; `torch.cuda` asks the driver, and starts nothing in this process
         options.setdefault("dtype", "bfloat16" if torch.cuda.is_available() else "float32")
     return AsyncEngineArgs(model=model, max_num_seqs=max_batch, **options)

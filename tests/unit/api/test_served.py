@@ -91,6 +91,8 @@ from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
 build_app([Hosted(ServedModel.load({str(directory)!r}), None)])
 assert not {{"torch", "ray", "gradio"}} & set(sys.modules)
+import shoal.on_ray.serve
+assert "torch" not in sys.modules, "on Ray Serve, where engines are processes of their own"
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

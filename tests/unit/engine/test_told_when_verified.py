@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -23,8 +24,13 @@ from tests.unit.engine.lively import lively, with_router
 from tests.unit.engine.priced import KINDS
 from tests.unit.engine.test_tolerance import ask
 
-ROUTED = with_router(lively())  # a router that says this or that
 TOLERANCES = (0.0, 0.05, 0.3, 2.0)
+
+
+@cache
+def routed() -> Model:
+    """One whose router says this or that."""
+    return with_router(lively())
 
 
 class Watch:
@@ -96,8 +102,9 @@ def test_what_is_not_yet_verified_is_not_streamed(seed: int, monkeypatch: pytest
     rng = random.Random(seed)
     waiting = drawn(rng, 4)
     tight: dict[str, Any] = rng.choice(({"units": 60}, {"max_batch_tokens": 24, "max_batch": 3}, {}))
-    e = Engine(ROUTED, **({"units": 400, "speculative_max_batch": rng.choice((2, 8))} | tight))
-    watch, sent = Watch(ROUTED, waiting), list[Event]()
+    model = routed()
+    e = Engine(model, **({"units": 400, "speculative_max_batch": rng.choice((2, 8))} | tight))
+    watch, sent = Watch(model, waiting), list[Event]()
     watch.sees(monkeypatch, e)
     while waiting or not e.idle:
         if waiting and (e.idle or rng.random() < 0.3):

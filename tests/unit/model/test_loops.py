@@ -16,7 +16,7 @@ pytest.importorskip("numba")
 
 import numba as nb
 
-from shoal.model import slots
+from shoal.model import int8, slots
 from shoal.model.cpu import attention, compiled, decode, draw, integers
 from shoal.model.cpu.parts import Form, Layer, Matrix, Rows, Sight
 
@@ -442,16 +442,19 @@ def test_norm_gate_and_scales_of_rows() -> None:
     assert out[:2].tolist() == [[1.0 / (6.3 / 63), -6.3 / (6.3 / 63), 2.0 / (6.3 / 63)], [0.0] * 3]
 
 
-def test_levels_are_rounded_to_even_between_1_and_127_and_padding_is_0() -> None:
-    """Half a level goes to the even one; a row that is not a number has levels, and a scale that is none."""
+def test_levels_are_rounded_to_even_between_1_and_127_and_nothing_is_written_beyond() -> None:
+    """Half a level goes to the even one; a row that is not a number has levels, and a scale that is none. Beyond a row's
+    numbers the weight has zeros."""
     x = np.array([[63.0, -63.0, 0.5, 1.5, -0.5, 0.49], [0, 0, 0, 0, 0, 0], [np.nan, 1, 1, 1, 1, 1]], np.float32)
     levels, scale = np.full((3, 8), 9, np.uint8), np.zeros(3, np.float32)
     with np.errstate(invalid="ignore"):
         integers._round(x, levels, scale)
-    assert levels[0].tolist() == [127, 1, 64, 66, 64, 64, 0, 0] and scale[0] == 1.0
-    assert levels[1].tolist() == [64] * 6 + [0, 0] and scale[1] == integers._TINY
-    assert math.isnan(scale[2]) and (levels[2, 6:] == 0).all()
+    assert levels[0].tolist() == [127, 1, 64, 66, 64, 64, 9, 9] and scale[0] == 1.0
+    assert levels[1].tolist() == [64] * 6 + [9, 9] and scale[1] == integers._TINY
+    assert math.isnan(scale[2]) and (levels[2, 6:] == 9).all()
     assert integers.peak(x[0]) == 63.0 and integers.peak(-x[0]) == 63.0
+    padded = int8.Numba(torch.full((2, 6), -5, dtype=torch.int8), torch.ones(2, 1)).matrix.weight
+    assert padded.shape == (2, integers.STEP) and not padded[:, 6:].any()
 
 
 # ---- a whole layer

@@ -106,7 +106,7 @@ def peak(x):
 
 @exact
 def _round(x, levels, scale):
-    """levels [M, K] = round(x/s + 64), 0 beyond I, and scale [M] = s = max |x| / 63, above 0 (NaN where x has one)."""
+    """levels [M, K] = round(x/s + 64), anything beyond I, and scale [M] = s = max |x| / 63, above 0 (NaN where x has one)."""
     rows, width = x.shape
     zero, low, high = x.dtype.type(64), x.dtype.type(0), x.dtype.type(127)
     for m in range(rows):
@@ -120,12 +120,11 @@ def _round(x, levels, scale):
             level = np.rint(x[m, i] / s + zero)
             # in this order NaN becomes 0, its row's scale is NaN
             levels[m, i] = np.uint8(np.int32(min(high, max(low, level))))
-        levels[m, width:] = 0
 
 
 @exact.called
 def linear(x, weight, shift, scale, out):
-    """out [M, O] for x [M, I]: `weight` int8 [O, K], 64 times its row sums `shift` int32 [O], and `scale` [O]. As
+    """out [M, O] for x [M, I]: `weight` int8 [O, K], 0 beyond I, 64 times its row sums `shift` int32 [O], and `scale` [O]. As
     `quant.int8_linear_reference`, to the bit while sums stay below 2^31."""
     rows, (outputs, k) = len(x), weight.shape
     levels, row_scale = np.empty((rows, k), np.uint8), np.empty(rows, np.float32)
