@@ -114,3 +114,8 @@ def not_waited_for(descriptor: int) -> None:
 def soon_taken(alone: ModuleType) -> None:
     """How often who waits for a lock of ours looks whether it is free: a fifth of a second otherwise."""
     alone.PAUSE = LOOK_SECONDS
+
+
+def without_stubs(meta: ModuleType) -> None:
+    """gradio writes what editors want to know of each component beside its own files: half of what its import takes."""
+    meta.create_or_modify_pyi = lambda *_: None

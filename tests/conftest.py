@@ -22,6 +22,7 @@ from tests.at_import import (
     soon_left,
     soon_stopped,
     soon_taken,
+    without_stubs,
 )  # fmt: skip
 from tests.neighbours import end_what_is_not_asked_for, in_turn, read_in_turn, scheduler
 
@@ -40,6 +41,7 @@ changed(
         "uvicorn.server": soon_left,
         "werkzeug.serving": soon_stopped,
         "shoal.data.alone": soon_taken,
+        "gradio.component_meta": without_stubs,
     }
 )
 # As `soon_stopped` says; the server that werkzeug's is made of.

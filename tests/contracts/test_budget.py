@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from tests.budget import turned
 from tests.neighbours import BESIDE, COMPILING, EXAMPLES, in_turn
 
@@ -49,6 +51,7 @@ def run(minutes: str) -> str:
     return done.stdout
 
 
+@pytest.mark.drill
 def test_what_is_not_begun_is_skipped_and_named() -> None:
     late, early = run("0"), run("60")
     assert "not begun: 2 of tests/contracts/test_upload.py" in late and "2 skipped" in late

@@ -94,6 +94,7 @@ def test_the_arrows_point_down() -> None:
     assert done.returncode == 0 and "6 kept, 0 broken" in done.stdout, done.stdout
 
 
+@pytest.mark.drill
 def test_all_planes_but_one_work_where_ray_is_not_installed() -> None:
     (found,) = without("ray").values()
     assert {*PLANES_OF_OURS} <= found

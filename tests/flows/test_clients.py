@@ -395,6 +395,7 @@ class TestLitellm:
 
         assert asyncio.run(ask()) == (expected, expected)
 
+    @pytest.mark.drill
     def test_completions_embeddings_and_depth(self, litellm: Any, service: Service, client: openai.OpenAI) -> None:
         at: dict[str, Any] = {"api_base": f"{service.url}/v1", "api_key": KEY}
         text = litellm.text_completion(**{**TEXT, "model": "text-completion-openai/fish"}, **at).choices[0].text

@@ -15,15 +15,17 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from shoal.errors import CheckpointError, ResourceError
 from shoal.machine import sha256_of, write_json
 from shoal.model.described import read_json
+
+if TYPE_CHECKING:  # who holds a directory against its manifest, as what deploys on Ray Serve does, needs no torch
+    from torch import Tensor
 
 WEIGHTS, INDEX, MANIFEST, CARD = "model.safetensors", "model.safetensors.index.json", "manifest.json", "README.md"
 SHARD = 2 * 10**9  # bytes of tensors in one file of weights
@@ -33,6 +35,8 @@ READ = (".safetensors", ".json", ".jinja")  # kinds of files that loading reads:
 
 def save_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
     """Write named tensors, which may be made as they are asked for: those of one file are held at a time."""
+    from safetensors.torch import save_file
+
     written: list[tuple[Path, list[str]]] = []  # files beside their names, which say how many there are
     held: dict[str, Tensor] = {}
     total = room = 0
@@ -96,6 +100,8 @@ def weight_bytes(directory: str | Path) -> int:
 def load_weights(directory: Path) -> dict[str, Tensor]:
     """All tensors of a directory. Raises CheckpointError for a file that cannot be read; ResourceError, with the arithmetic,
     for more than the memory holds."""
+    from safetensors.torch import load_file
+
     size = sum(path.stat().st_size for path in weight_files(directory) if path.is_file())
     free = psutil.virtual_memory().available
     if size > free:

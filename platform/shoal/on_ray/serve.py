@@ -48,6 +48,7 @@ from shoal.engine.metrics import Samples
 from shoal.errors import ConfigError, ResourceError
 from shoal.loop.release import Release
 from shoal.machine import need_free_port
+from shoal.model.files import check
 from shoal.on_ray import keys, pages
 from shoal.on_ray.calls import reads
 from shoal.on_ray.canary import OnServe
@@ -84,11 +85,11 @@ def app(args: dict[str, Any]) -> serve.Application:
     if given.engine == "vllm":
         options.check(given.vllm)  # a slip is refused now as well
     given.begin_capture()
-    from shoal.model.files import check
-    from shoal.open_weights import served_adapter
+    if given.adapters:
+        from shoal.open_weights import served_adapter  # which takes torch
 
-    for directory in given.adapters.values():
-        served_adapter.check(directory, str(here(str(given.model), weights=False)))
+        for directory in given.adapters.values():
+            served_adapter.check(directory, str(here(str(given.model), weights=False)))
     engines = {}
     for name, directory in given.deployments().items():
         served = given.served(directory)  # refused now, in one line, and not by every replica again

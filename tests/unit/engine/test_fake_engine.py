@@ -46,7 +46,7 @@ INT8 = {
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fake_gpu.build(tmp_path_factory.mktemp("streams"))
+    return fake_gpu.build(tmp_path_factory.getbasetemp().parent)
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,7 @@ def test_a_model_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_
     def full(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("shoal.model.files.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(ResourceError, match="no space"):
         Model.from_preset("test", seed=2).save(tmp_path / "m")
     with pytest.raises(ResourceError, match="no space"):

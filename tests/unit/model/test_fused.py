@@ -101,6 +101,18 @@ def test_what_adapters_have_beside_rows_is_added_to_each_of_them(seed, rows, wid
     first, of = last - ranks, np.repeat(rng.integers(-1, 3, rows), rng.integers(1, 4, rows))[:rows]
     x, out = normal(seed, rows, width, dtype=kind), normal(seed + 1, rows, outputs, dtype=kind)
     a, b = (normal(seed + size, int(last[-1]), size, dtype=held) for size in (width, outputs))
+    is_added(x, a, b, first, last, of, out)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [8, 16])
+def test_as_many_rows_as_are_whole_vectors_have_numbers_that_are_none(rows):
+    x, out = normal(0, rows, 5, dtype=torch.float32), normal(1, rows, 7, dtype=torch.float32)
+    a, b = (normal(size, 3, size, dtype=torch.bfloat16) for size in (5, 7))
+    is_added(x, a, b, np.array([0]), np.array([3]), np.zeros(rows, np.int64), out)
+
+
+def is_added(x, a, b, first, last, of, out):
     want, sizes = out.double(), out.double().abs()
     for n, k in enumerate(of):
         if k >= 0:
@@ -109,7 +121,7 @@ def test_what_adapters_have_beside_rows_is_added_to_each_of_them(seed, rows, wid
             sizes[n] += x[n].double().abs() @ one.abs().T @ other.abs()
     with torch.inference_mode():
         fused.beside(x, *Stack(a, b, first, last).arrays, of, out)
-    assert ((out - want).abs() <= (1e-6 if kind == torch.float32 else 1e-15) * sizes).all()
+    assert ((out - want).abs() <= (1e-6 if x.dtype == torch.float32 else 1e-15) * sizes).all()
 
 
 def test_a_row_does_not_depend_on_its_batch_mates_from_three_on():

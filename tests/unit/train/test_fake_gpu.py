@@ -32,8 +32,9 @@ Run = Callable[..., tuple[int, str]]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """Exit status and words of the program, asked so. One process imports torch for all."""
-    folder = tmp_path_factory.mktemp("streams")
-    command = [sys.executable, "-m", "tests.fake_gpu", str(fake_gpu.build(folder))]
+    folder = tmp_path_factory.mktemp("said")
+    library = fake_gpu.build(tmp_path_factory.getbasetemp().parent)
+    command = [sys.executable, "-m", "tests.fake_gpu", str(library)]
     told = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=told, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         given, answered = process.stdin, process.stdout
