@@ -34,7 +34,7 @@ def main() -> None:
     model = client.models.list().data[0].id
     messages: list[Any] = [{"role": "user", "content": sys.argv[1]}]
     asked = client.chat.completions.create(
-        model=model, messages=messages, tools=[TOOL], tool_choice="required", max_tokens=96
+        model=model, messages=messages, tools=[TOOL], tool_choice="required", temperature=0, max_tokens=96
     ).choices[0].message  # fmt: skip
     messages.append(asked.model_dump(exclude_none=True))
     for call in asked.tool_calls or []:

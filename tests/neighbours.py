@@ -6,7 +6,9 @@ something else would take their memory, and be found by those that look for what
 
 from __future__ import annotations
 
+import atexit
 import importlib
+import os
 from contextlib import AbstractContextManager, suppress
 from typing import Any, TypeVar
 
@@ -60,6 +62,14 @@ def in_turn(items: list[pytest.Item], *, together: bool) -> list[pytest.Item]:
         return next((at for file, at in turns.items() if item.nodeid.startswith(file)), last), apart
 
     return sorted(items, key=turn) if together else items
+
+
+def end_at_once(config: pytest.Config) -> None:
+    """A process of xdist's, once all is done that is to be done at exit: to free whatever tests imported, object by object,
+    takes it ten seconds, in which all wait for it."""
+    here = os.getpid()
+    if hasattr(config, "workerinput"):
+        atexit.register(lambda: os._exit(0) if os.getpid() == here else None)
 
 
 def read_in_turn(config: pytest.Config) -> None:
