@@ -219,6 +219,7 @@ def test_requests_that_come_while_a_name_is_given_other_weights_get_some_of_them
         assert all(tokens in answers for tokens in said)
 
 
+@pytest.mark.drill
 def test_an_engine_keeps_what_is_dropped_until_the_last_answer_with_it_is_over(tmp_path: Path) -> None:
     with served(tmp_path, "a", "b") as service:
 

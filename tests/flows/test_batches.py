@@ -299,6 +299,7 @@ def test_a_restart_goes_on_and_asks_nothing_twice(
     assert [path.name for path in place.iterdir()] == ["batch.json"]
 
 
+@pytest.mark.drill
 def test_many_cancel_and_read_at_once(model: Model, tmp_path: Path) -> None:
     with serving(model, tmp_path) as thread:
         client = client_of(thread)

@@ -376,8 +376,8 @@ def litellm() -> Any:
         yield package("litellm")
 
 
+@pytest.mark.drill
 class TestLitellm:
-    @pytest.mark.drill
     def test_whole_streamed_and_async(self, litellm: Any, service: Service, client: openai.OpenAI) -> None:
         expected = client.chat.completions.create(**CHAT).choices[0].message.content
         at = {**CHAT, "model": "openai/fish", "api_base": f"{service.url}/v1", "api_key": KEY}
@@ -395,7 +395,6 @@ class TestLitellm:
 
         assert asyncio.run(ask()) == (expected, expected)
 
-    @pytest.mark.drill
     def test_completions_embeddings_and_depth(self, litellm: Any, service: Service, client: openai.OpenAI) -> None:
         at: dict[str, Any] = {"api_base": f"{service.url}/v1", "api_key": KEY}
         text = litellm.text_completion(**{**TEXT, "model": "text-completion-openai/fish"}, **at).choices[0].text

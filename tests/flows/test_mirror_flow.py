@@ -155,6 +155,7 @@ def test_what_is_here_is_used_when_the_mirror_does_not_answer_and_nothing_is_beg
         CheckpointStore(tmp_path / "other", 2, nowhere).newest(ALONE, said.append)
 
 
+@pytest.mark.drill
 def test_the_best_checkpoint_stays_and_the_model_is_made_of_it(data: Path, place: str, tmp_path: Path) -> None:
     """A rate that is far too high in the end: the last evaluation is not the best."""
     wild = {"steps": 8, "eval_every": 2, "keep": 1, "keep_best": True, "clip": 1e9, "warmup": 1.0, "decay": 0.0}

@@ -244,6 +244,7 @@ def easily(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shoal.loop.canary.SLOW", 1000.0)
 
 
+@pytest.mark.drill
 @pytest.mark.usefixtures("easily")
 def test_a_canary_goes_up_by_evidence_and_is_promoted_where_the_release_says_so(
     models: dict[str, Path], tmp_path: Path

@@ -81,6 +81,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.drill
 def test_where_only_regret_moved_the_router_is_fitted_alone(
     release: Release, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

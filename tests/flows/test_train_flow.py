@@ -94,6 +94,7 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(data: Path, tmp_path
     assert models[0] == models[1]
 
 
+@pytest.mark.drill
 def test_other_code_goes_on_and_says_so(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bitwise resume is promised to the same code only."""
     fit(short(data, tmp_path / "run", steps=2))

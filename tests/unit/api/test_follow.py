@@ -418,6 +418,7 @@ def test_who_decided_by_a_state_that_is_no_more_looks_again_and_says_nothing_of_
     assert [record.getMessage() for record in caplog.records] == ["the release is not followed: that is told"]
 
 
+@pytest.mark.drill
 @given(
     did=st.lists(
         st.tuples(st.integers(0, 2), st.sampled_from(["ok", "failed", "stable", "down", "look", "again"])), max_size=60

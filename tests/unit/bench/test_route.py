@@ -243,6 +243,7 @@ def test_a_shape_is_trained_at_its_own_rate_and_at_another_it_is_another_model(
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.drill
 def test_one_seed_for_minutes_says_which_and_how_many_updates(capsys: pytest.CaptureFixture[str]) -> None:
     route(Console(), shape="test", seeds=1, seed=7, minutes=1e-4, families=("variables",), fit=30, test=30)
     said = json.loads(capsys.readouterr().out.splitlines()[-1])

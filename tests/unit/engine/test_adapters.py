@@ -78,6 +78,7 @@ def said(model: Model, prompt: list[int], tokens: int = 12, depth: str = "full")
     return model.generate_naive(prompt, tokens, depth, ignore_eos=True)
 
 
+@pytest.mark.drill
 def test_each_adapter_says_something_of_its_own() -> None:
     prompt = list(range(30, 60))
     answers = {number: said(adapter(number)[1] if number else MODEL, prompt) for number in range(5)}

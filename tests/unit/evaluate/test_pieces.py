@@ -169,6 +169,7 @@ def test_one_machine_without_gpus_measures_in_its_own_process(made: Path, monkey
     measure.need_gpus(True)
 
 
+@pytest.mark.drill
 def test_what_is_measured_on_a_gpu_is_what_is_on_a_cpu(made: Path) -> None:
     """On a pretended one, which refuses tensors of the host beside its own: gaps, bits, patches, one model beside another."""
     it, data = model(made / "data", 5), made / "data"

@@ -127,6 +127,7 @@ def cut_by_hour(rng: np.random.Generator, start: float, *, more: float = 0.0) ->
     )
 
 
+@pytest.mark.drill
 def test_a_share_that_has_a_rhythm_is_no_drift_either_and_rings_where_it_moves_in_it() -> None:
     """20 x 5,000 requests at one false alarm in 50,000: 2 at most. By one share of the whole day all 20 rang."""
     ends = []

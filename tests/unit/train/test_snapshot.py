@@ -223,6 +223,7 @@ def said(run: Path, kind: str) -> list[int]:
     return [record["step"] for record in log.read(run) if record["kind"] == kind]
 
 
+@pytest.mark.drill
 def test_updates_go_on_while_a_checkpoint_is_written(
     shards: Path, tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
