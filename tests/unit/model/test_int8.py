@@ -248,6 +248,18 @@ def test_what_a_processor_can_is_what_numba_was_told_of_it(monkeypatch: pytest.M
     assert tiles.features() == {"avx"}
 
 
+@pytest.mark.parametrize(
+    ("has", "way"), [({"avx512vnni", "avx512bw", "avx2"}, "vnni"), ({"avx512vnni", "avx2"}, "avx2"), ({"avx"}, "plain")]
+)
+def test_integers_are_multiplied_by_the_widest_instruction_there_is(
+    has: set[str], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shoal.model.cpu import integers
+
+    monkeypatch.setattr(integers.tiles, "features", lambda: has)
+    assert integers.instructions() == way
+
+
 @pytest.mark.parametrize(("outputs", "inputs", "held"), [(16, 24, True), (16, 20, False), (12, 24, False)])
 def test_a_weight_that_int_mm_takes_as_it_is_is_not_held_twice(
     outputs: int, inputs: int, held: bool, monkeypatch: pytest.MonkeyPatch
