@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,13 +37,15 @@ class Choice:
     tokens: list[int] = field(default_factory=list)
     told: int = 0  # of them, to a stream
     count: int = 0  # tokens
-    depth: int | None = None  # layers, once an event has told them
+    first: int | None = None  # layers, once an event has told them
+    depth: int | None = None  # those of the last event
     spent: float | None = None  # nats of its tolerance, where that is known
     finished: Finished | None = None
     exact: int | None = None  # layers at which it loses nothing by itself: those asked for, or all
 
     def take(self, event: Event) -> list[Delta]:
         """What a stream sends of `event`."""
+        self.first = event.depth if self.first is None else self.first
         self.depth, self.spent = event.depth, self._lost(event)
         if isinstance(event, Finished):
             self.finished, self.count = event, event.completion_tokens
@@ -155,15 +157,19 @@ class Answer(ABC):
 
     def depth(self) -> str:
         """Exit name the choices run with; the names, comma-separated, when they differ."""
-        depths = {choice.depth for choice in self.choices if choice.depth is not None}
-        return ",".join(self._served.depth_name(layers) for layers in sorted(depths))
+        return self._named(choice.depth for choice in self.choices)
+
+    def _named(self, depths: Iterable[int | None]) -> str:
+        return ",".join(
+            self._served.depth_name(layers) for layers in sorted({each for each in depths if each is not None})
+        )
 
     def early_depth(self) -> str | None:
-        """What `depth` will say at the end, where that is known already: of a depth that was asked for at once, of one that the
-        router decides after the first token of each choice."""
+        """The depth that the choices begin with, where that is known already: of one that was asked for at once, of one that
+        the router decides after the first token of each choice, however many have come with it."""
         fixed = self._served.fixed_depth(self._call.requests[0].depth)
-        if fixed is None and all(choice.depth is not None for choice in self.choices):
-            return self.depth()
+        if fixed is None and all(choice.first is not None for choice in self.choices):
+            return self._named(choice.first for choice in self.choices)
         return fixed
 
     def usage(self) -> Usage:
