@@ -119,7 +119,8 @@ def test_every_test_is_run_by_exactly_one_command() -> None:
 
 
 def test_what_make_test_keeps_has_a_real_path_of_each_kind() -> None:
-    """Training and serving on a real Ray, and the pages in a real browser."""
+    """Plans of training that a real Ray refuses, serving on it, and the pages in a real browser. That ranks train is held
+    without it (`unit/train/test_parallel.py`)."""
     for place, mark in (("on_ray/test_train", "ray"), ("on_ray/test_serve", "ray"), ("browser/", "browser")):
         kept = [
             name
