@@ -59,11 +59,17 @@ class Stack:
     b: Tensor  # [R, O]
     first: np.ndarray  # int64
     last: np.ndarray
+    within: tuple[Tensor, int, int] | None = None  # the memory in which both lie (`side_by_side`), and where they begin
 
     @cached_property
-    def arrays(self) -> tuple[np.ndarray, ...]:
-        """On the CPU, as the compiled loops take them: of bfloat16, which numpy has not, the bits."""
-        return (*(_array(matrix) for matrix in (self.a, self.b)), self.first, self.last)
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """On the CPU, as the compiled loops take them: the numbers (of bfloat16, which numpy has not, the bits), and for each
+        adapter where its A and its B begin there, and their rank, int64 [K, 3]."""
+        if self.within is None:
+            return side_by_side([self])[0].arrays
+        memory, a, b = self.within
+        begin = a + self.first * self.a.shape[1], b + self.first * self.b.shape[1]
+        return _array(memory), np.stack([*begin, self.last - self.first], axis=1)
 
     @cached_property
     def bounds(self) -> tuple[Tensor, int]:
@@ -82,34 +88,47 @@ class Bank:
     def __init__(self, net: nn.Module, adapters: Sequence[Adapter]) -> None:
         self.places = {adapter.identity: k for k, adapter in enumerate(adapters)}
         held = {name for adapter in adapters for name in adapter.pairs}
-        self.stacks = {module: _stack(name, adapters) for name, module in net.named_modules() if name in held}
+        layers: dict[str, dict[nn.Module, Stack]] = {}
+        for name, module in net.named_modules():
+            if name in held:
+                layers.setdefault(_layer(name), {})[module] = _stack(name, adapters)
+        self.stacks: dict[nn.Module, Stack] = {}
+        for stacks in layers.values():
+            self.stacks |= zip(stacks, side_by_side([*stacks.values()]), strict=True)
+        self._layers: dict[nn.Module, tuple[np.ndarray, ...]] = {}
 
     def beside(self, adapters: Sequence[Adapter | None], counts: Sequence[int]) -> Beside:
         """For so many rows in a row of each of `adapters`, which must be of this bank; None: of no adapter."""
         places = [NONE if adapter is None else self.places[adapter.identity] for adapter in adapters]
-        return Beside(self.stacks, np.repeat(np.array(places, dtype=np.int64), counts))
+        return Beside(self.stacks, np.repeat(np.array(places, dtype=np.int64), counts), self._layers)
 
 
 class Beside:
     """What is added to the outputs of linears in one forward."""
 
-    def __init__(self, stacks: Mapping[nn.Module, Stack], of: np.ndarray) -> None:
-        """`of` [N]: the adapter of each row, `NONE` for none."""
-        self._stacks, self._of = stacks, of
+    def __init__(
+        self, stacks: Mapping[nn.Module, Stack], of: np.ndarray, layers: dict[nn.Module, tuple[np.ndarray, ...]]
+    ) -> None:
+        """`of` [N]: the adapter of each row, `NONE` for none; `layers`: what `layer` keeps of the same stacks."""
+        self._stacks, self._of, self._layers = stacks, of, layers
 
     def first(self, rows: int) -> Beside:
         """Of the first `rows` rows."""
-        return self if rows == len(self._of) else Beside(self._stacks, self._of[:rows])
+        return self if rows == len(self._of) else Beside(self._stacks, self._of[:rows], self._layers)
 
-    def arrays(self, linear: nn.Module) -> tuple[np.ndarray, ...]:
-        """What `cpu.floats.beside` takes for `linear`, without x and out."""
-        stack = self._stacks.get(linear)
-        return (*(self._none if stack is None else stack.arrays), self._of)
+    def layer(self, linears: Sequence[nn.Module]) -> tuple[np.ndarray, ...]:
+        """What `cpu.decode.layer` takes for a layer that has these `linears`."""
+        if (found := self._layers.get(linears[0])) is None:
+            found = self._layers[linears[0]] = self._of_layer([self._stacks.get(linear) for linear in linears])
+        return (*found, self._of)
 
-    @cached_property
-    def _none(self) -> tuple[np.ndarray, ...]:
-        """Of a linear that no adapter changes."""
-        return nothing_beside(next(iter(self._stacks.values())))
+    def _of_layer(self, stacks: Sequence[Stack | None]) -> tuple[np.ndarray, ...]:
+        """The numbers of a layer, and their places beside each of its linears, int64 [L, K, 3]."""
+        some = next((stack for stack in stacks if stack is not None), None)
+        none = next(iter(self._stacks.values())).arrays
+        numbers = np.zeros(0, none[0].dtype) if some is None else some.arrays[0]
+        places = [np.zeros_like(none[1]) if stack is None else stack.arrays[1] for stack in stacks]
+        return numbers, np.stack(places)
 
     def add(self, linear: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """`y` [..., O], what `linear` gave for x [..., I], with what stands beside it; `y` itself is changed."""
@@ -118,8 +137,7 @@ class Beside:
             return y
         rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         if len(rows) <= IN_LOOPS and fused.usable(x) and stack.reads(x.dtype):
-            a, b, first, last = stack.arrays
-            fused.beside(rows, a, b, first, last, self._of, out)
+            fused.beside(rows, *stack.arrays, self._of, out)
             return y
         if len(rows) <= IN_LOOPS and launch.usable(x):
             launch.add_thin(rows, stack.a, stack.b, *stack.bounds, self._there, out)
@@ -165,10 +183,25 @@ def alone(net: nn.Module, adapter: Adapter | None, rows: int) -> Beside | None:
     return None if adapter is None else Bank(net, [adapter]).beside([adapter], [rows])
 
 
-def nothing_beside(stack: Stack) -> tuple[np.ndarray, ...]:
-    """As `Stack.arrays`, of so many adapters as `stack` has, none of which changes anything."""
-    a, none = stack.arrays[0], np.zeros_like(stack.first)
-    return np.zeros((1, 1), a.dtype), np.zeros((1, 1), a.dtype), none, none
+def side_by_side(stacks: Sequence[Stack]) -> list[Stack]:
+    """The same, whose matrices lie in one memory: the loops of a layer are given it whole, as each array that they are given
+    takes two tenths of a microsecond (decision 0134). On a GPU, which has no such loops, they stay where they are."""
+    if stacks[0].a.device.type != "cpu":
+        return [*stacks]
+    matrices = [matrix for stack in stacks for matrix in (stack.a, stack.b)]
+    memory = torch.cat([matrix.flatten() for matrix in matrices])
+    ends = np.cumsum([matrix.numel() for matrix in matrices]).tolist()
+    begins = [0, *ends[:-1]]
+    there = [memory[a:b].view(of.shape) for a, b, of in zip(begins, ends, matrices, strict=True)]
+    return [
+        Stack(there[n], there[n + 1], stack.first, stack.last, (memory, *begins[n : n + 2]))
+        for n, stack in zip(range(0, len(there), 2), stacks, strict=True)
+    ]
+
+
+def _layer(name: str) -> str:
+    """Of the linear that is named so in a network."""
+    return name.removesuffix(next((each for each in LINEARS if name.endswith(each)), ""))
 
 
 def _array(matrix: Tensor) -> np.ndarray:

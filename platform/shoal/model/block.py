@@ -276,9 +276,9 @@ class Block(nn.Module):
         first, second = (modules[name]._parameters["weight"] for name in ("attention_norm", "mlp_norm"))  # type: ignore[union-attr]
         return self._views.of(Layer(first, qkv, bias, q, k, out, second, up, down))  # type: ignore[arg-type]
 
-    def added(self, beside: Beside | None) -> tuple[Any, ...]:
+    def added(self, beside: Beside) -> tuple[Any, ...]:
         """What `fused.layers` reads of what adapters add in this layer."""
-        return () if beside is None else tuple(beside.arrays(product) for product in self._products)
+        return beside.layer(self._products)
 
 
 class ExitMlp(nn.Module):
@@ -330,7 +330,7 @@ class Group(nn.Module):
         kind = launch.fp(x.dtype) if launch.usable(x) else x.dtype
         rope = step.rows.by_row(("rope", kind), lambda: known_rope(step.positions, self.config, kind))
         if parts := self._in_one_call(x, step):
-            added = [block.added(step.beside) for block in self.blocks]  # type: ignore[operator]
+            added = [block.added(step.beside) for block in self.blocks] if step.beside is not None else []  # type: ignore[operator]
             return fused.layers(x, parts, rope, cache, step, added)
         more: Tensor | None = None
         for j, block in enumerate(self.blocks):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shoal import presets
 from shoal.model import adapters
-from shoal.model.adapters import IN_LOOPS, NONE, Adapter, Bank, Stack, alone, kept, nothing, nothing_beside
+from shoal.model.adapters import IN_LOOPS, NONE, Adapter, Bank, Stack, alone, kept, nothing
 from shoal.model.cpu import fused
 from shoal.model.gpu import launch
 from shoal.model.linears import Int8Linear, Linear
@@ -37,8 +37,12 @@ class Ways:
         patch.setattr(fused, "beside", self.beside)
         patch.setattr(launch, "add_thin", self.add_thin)
 
-    def beside(self, x: Tensor, a: Any, b: Any, first: Any, last: Any, of: Any, out: Tensor) -> None:
-        self._add("loop", x, torch.from_numpy(a), torch.from_numpy(b), first, last, of, out)
+    def beside(self, x: Tensor, numbers: Any, places: Any, of: Any, out: Tensor) -> None:
+        self.did.append("loop")
+        for n, k in enumerate(of.tolist()):
+            if k >= 0:
+                a, b = matrices(numbers, places[k], x.shape[1], out.shape[1])
+                out[n] += x[n] @ a.T @ b
 
     def add_thin(self, x: Tensor, a: Tensor, b: Tensor, bounds: Tensor, most: int, of: Tensor, out: Tensor) -> None:
         assert bounds.dtype == torch.int32 and most == int((bounds[1] - bounds[0]).max())
@@ -49,6 +53,12 @@ class Ways:
         for n, k in enumerate(of.tolist()):
             if k >= 0:
                 out[n] += x[n] @ a[int(first[k]) : int(last[k])].T @ b[int(first[k]) : int(last[k])]
+
+
+def matrices(numbers: Any, place: Any, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
+    """A and B of the adapter that lies at a place."""
+    (a, b, ranks), there = place.tolist(), torch.from_numpy(numbers)
+    return there[a : a + ranks * inputs].view(ranks, inputs), there[b : b + ranks * outputs].view(ranks, outputs)
 
 
 @pytest.mark.parametrize("on", ["cpu", "gpu", "neither"])
@@ -85,11 +95,43 @@ def test_a_linear_that_no_adapter_changes_stays_as_it_is() -> None:
     beside = Bank(net, [HELD[1]]).beside([HELD[1]], [2])
     y = torch.zeros(2, 4, dtype=torch.float64)
     assert beside.add(net[0], x, y) is y and not y.any()
-    a, b, first, last, of = beside.arrays(net[0])
-    assert (a.shape, b.shape, first.tolist(), last.tolist(), of.tolist()) == ((1, 1), (1, 1), [0], [0], [0, 0])
-    assert not a.any() and not b.any() and a.dtype == b.dtype == np.float64
+    numbers, places, of = beside.layer([net[0]])
+    assert (numbers.shape, numbers.dtype, places.tolist(), of.tolist()) == ((0,), np.float64, [[[0, 0, 0]]], [0, 0])
+    numbers, places, of = beside.layer([net[1], net[0]])
+    assert places[1].tolist() == [[0, 0, 0]] and places[0, 0, 2] == 1 and len(numbers) == 4 + 5
     assert alone(net, None, 3) is None
-    assert alone(net, HELD[1], 3).arrays(net[1])[-1].tolist() == [0, 0, 0]  # type: ignore[union-attr]
+    assert alone(net, HELD[1], 3).layer([net[1]])[-1].tolist() == [0, 0, 0]  # type: ignore[union-attr]
+
+
+def test_the_loops_of_a_layer_are_given_what_stands_beside_each_of_its_linears() -> None:
+    """In one memory, in which the stacks lie themselves; once for all steps, each with its own rows."""
+    net = Net(presets.get("test").model)
+    linears = net.groups[2].blocks[0]._products  # type: ignore[union-attr]
+    names = {module: name for name, module in net.named_modules()}
+    draw = torch.Generator().manual_seed(1)
+
+    def drawn(ranks: list[int]) -> dict[str, tuple[Tensor, Tensor]]:
+        sizes = [(linear, rank) for linear, rank in zip(linears, ranks, strict=True) if rank]
+        return {
+            names[linear]: tuple(torch.randn(rank, width, generator=draw) for width in linear.weight.shape[::-1])
+            for linear, rank in sizes
+        }  # type: ignore[misc]
+
+    held = [Adapter(f"{ranks}", drawn(ranks)) for ranks in ([2, 0, 1, 0], [0, 0, 3, 4])]
+    bank = Bank(net, held)
+    numbers, places, of = bank.beside([held[1], None], [2, 1]).layer(linears)
+    assert of.tolist() == [1, 1, NONE] and places.shape == (4, 2, 3)
+    for number, linear in enumerate(linears):
+        outputs, inputs = linear.weight.shape
+        for k, one in enumerate(held):
+            want = one.pairs.get(names[linear], (torch.zeros(0, inputs), torch.zeros(0, outputs)))
+            assert all(map(torch.equal, matrices(numbers, places[number, k], inputs, outputs), want))
+        if linear in bank.stacks:
+            assert np.shares_memory(numbers, bank.stacks[linear].a.numpy()) and len(
+                bank.stacks[linear].arrays[0]
+            ) == len(numbers)
+    later = bank.beside([held[0]], [1]).layer(linears)
+    assert later[0] is numbers and later[1] is places and later[2].tolist() == [0]
 
 
 def test_the_matrices_of_all_lie_one_after_the_other_and_rows_know_whose_they_are() -> None:
@@ -120,11 +162,9 @@ def test_matrices_are_kept_in_the_float_of_a_linear_and_in_bfloat16_beside_whole
         assert [each.dtype for each in pair] == [dtype] * 2 and all(each.is_contiguous() for each in pair)
         assert [each.tolist() for each in pair] == [a.tolist(), b.tolist()]
     stack = Stack(*kept(Int8Linear(2, 2), a, b), np.array([0]), np.array([1]))
-    bits = stack.arrays
-    assert bits[0].dtype == np.uint16 and [[hex(x) for x in each[0]] for each in bits[:2]] == [
-        ["0x3f80", "0x4040"], ["0x3f80", "0xc000"],
-    ]  # fmt: skip
-    assert nothing_beside(stack)[0].dtype == np.uint16
+    bits, places = stack.arrays
+    assert bits.dtype == np.uint16 and [*map(hex, bits)] == ["0x3f80", "0x4040", "0x3f80", "0xc000"]
+    assert places.tolist() == [[0, 2, 1]]
 
 
 def test_matrices_of_another_kind_than_the_rows_are_not_read_by_the_loops(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -314,7 +314,10 @@ def test_layers_of_a_stretch_are_given_the_rows_that_are_left_at_each_time(monke
     """Three requests, of which the last has no draft; two layers, which look no further than the pages that there are."""
     given = []
     monkeypatch.setattr(fused, "_kernels", lambda: SimpleNamespace(layer=lambda x, *more: given.append(more) or x + 1))
-    parts = [((f"weights {j}",), fused.Form(1e-6, 2, False), Reach(10 * (j + 1), 4, 1, None, dense=99)) for j in (0, 1)]
+    held = [(f"norm {j}", (np.zeros(1, kind),), *range(7)) for j, kind in enumerate((np.int8, np.float32))]
+    parts = [
+        (each, fused.Form(1e-6, 2, False), Reach(10 * (j + 1), 4, 1, None, dense=99)) for j, each in enumerate(held)
+    ]
     cache = GroupCache(torch.rand(2, 5, 1, 8, 4), torch.rand(2, 5, 1, 4, 2))
     rope = tuple(torch.arange(12.0).view(2, 3, 2) + 100 * n for n in (0, 1))
     positions, slots, tables = (np.arange(6).reshape(2, 3) + n for n in (10, 20, 30))
@@ -323,7 +326,9 @@ def test_layers_of_a_stretch_are_given_the_rows_that_are_left_at_each_time(monke
     assert stretch.after(np.zeros((2, 2)), 1).tolist() == [[2.0, 2.0]] * 2
     for call, (at, count) in enumerate([(0, 3), (0, 3), (1, 2), (1, 2)]):
         weights, form, rows, kv, summaries, sight, beside = given[call]
-        assert (weights, form, beside) == ((f"weights {call % 2}",), (1e-6, 2, False), ())
+        assert (weights, form) == (parts[call % 2][0], (1e-6, 2, False))
+        assert [each.dtype for each in beside] == [(np.uint16, np.float32)[call % 2], np.int64, np.int64]
+        assert [each.shape for each in beside] == [(0,), (4, 0, 3), (0,)], "of no adapter"
         want = (rope[0][at], rope[1][at], positions[at], slots[at], tables.T, np.arange(3), np.arange(3))
         assert [each.tolist() for each in rows[:-1]] == [each[:count].tolist() for each in want] and rows[-1] == 2
         assert np.shares_memory(kv, cache.kv[call % 2].numpy()) and kv.tolist() == cache.kv[call % 2].tolist()
@@ -498,10 +503,12 @@ def test_one_short_request_reads_its_window_over_all_its_pages():
     same(got[0], torch.einsum("ht,thd->hd", want, v[-20:]), torch.float64)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_a_layer_group_equals_its_torch_form(data):
-    """Any chunks, any pages, poison everywhere: outputs, stored keys and values, and summaries."""
+@pytest.mark.parametrize("kv_dtype", [None, pytest.param(torch.int8, marks=pytest.mark.drill)], ids=["float", "int8"])
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_a_layer_group_equals_its_torch_form(kv_dtype, data):
+    """Any chunks, any pages, poison everywhere: outputs, stored keys and values, and summaries. In int8 these are compiled for
+    this test and one drill alone; that the loops round as they should is held uncompiled (`test_loops`)."""
     config = configs(data)
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
         group = Net(config).init_(data.draw(st.integers(0, 9))).double().groups[1]
@@ -519,7 +526,6 @@ def test_a_layer_group_equals_its_torch_form(data):
         pages = -(-length // config.page)
         units = torch.randperm(pages, generator=torch.Generator().manual_seed(length)) + 1
         x = normal(length, length, config.width)
-        kv_dtype = data.draw(st.sampled_from([None, torch.int8]))
         got = run(group, config, chunks, units, x, kv_dtype)
         patch.setattr(fused, "usable", lambda x: False)
         want = run(group, config, chunks, units, x, kv_dtype)

@@ -473,11 +473,9 @@ def test_a_product_is_of_whole_numbers_where_the_weight_is_int8(monkeypatch: pyt
 def test_what_adapters_add_to_a_matrix_is_that_of_its_own_number(monkeypatch: pytest.MonkeyPatch) -> None:
     did = list[tuple[Any, ...]]()
     monkeypatch.setattr(decode, "beside", lambda *given: did.append(given))
-    added = [tuple(f"{name}{number}" for name in ("a", "b", "first", "last", "of")) for number in range(4)]
     for number in range(4):
-        decode._plus("x", added, number, "out")("x", added, number, "out")
-    assert did == [("x", *each, "out") for each in added]
-    assert decode._plus("x", (), 0, "out")("x", (), 0, "out") is None and len(did) == 4
+        decode.plus("x", ("numbers", [f"places {each}" for each in range(4)], "of"), number, "out")
+    assert did == [("x", "numbers", f"places {each}", "of", "out") for each in range(4)]
 
 
 @pytest.mark.parametrize("after", [False, True])

@@ -66,8 +66,8 @@ def scale_rows(x, top, tiny, out, scale):
 def layer(x, weights, form, rows, kv, summaries, sight, beside):
     """x [N, D] after a whole layer, a new array; K/V and summaries as `project_and_store` leaves them. `weights`, `form`,
     `rows` and `sight` are what `parts.Layer`, `parts.Form`, `parts.Rows` and `parts.Sight` name, as plain tuples. `beside`:
-    what adapters add to qkv, out, up and down, each as `floats.beside` takes it without x and out; empty where no row has
-    one."""
+    what adapters add to qkv, out, up and down, as `floats.beside` takes it without x and out, with the places of each of
+    these; `of` is empty where no row has one."""
     w, f, r, look = Layer(*weights), Form(*form), Rows(*rows), Sight(*sight)
     qkv, back, up, down = Matrix(*w.qkv), Matrix(*w.out), Matrix(*w.up), Matrix(*w.down)
     count, width = x.shape
@@ -113,20 +113,11 @@ def layer(x, weights, form, rows, kv, summaries, sight, beside):
     return out
 
 
+@fast
 def plus(x, added, index, out):
     """Adds to out [N, O] what adapters have beside x [N, D]."""
-
-
-@overload(plus)
-def _plus(x, added, index, out):
-    if not len(added):
-        return lambda x, added, index, out: None
-
-    def add(x, added, index, out):
-        a, b, first, last, of = added[index]
-        beside(x, a, b, first, last, of, out)
-
-    return add
+    numbers, places, of = added
+    beside(x, numbers, places[index], of, out)
 
 
 def times(x, matrix, out):

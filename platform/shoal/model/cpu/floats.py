@@ -241,10 +241,11 @@ def _thinned(x, a, out):
 
 
 @fast.called
-def beside(x, a, b, first, last, of, out):
-    """Adds to each row of out [N, O] its row of x [N, I] times the transpose of A, times B: the rows first[k] .. last[k] - 1 of
-    `a` [R, I] and `b` [R, O], of x's numbers or bfloat16's bits, where k is the row's number in `of` [N]; nothing where that
-    is below 0. Rows of one number that follow each other share what is read."""
+def beside(x, numbers, places, of, out):
+    """Adds to each row of out [N, O] its row of x [N, I] times the transpose of A [r, I], times B [r, O]: they begin at
+    places[k, 0] and places[k, 1] of `numbers`, which are of x's kind or bfloat16's bits, r is places[k, 2], and k the row's
+    number in `of` [N]; nothing where that is below 0. Rows of one number that follow each other share what is read."""
+    inputs = x.shape[1]
     outputs = out.shape[1]
     whole = outputs % 2 == 0 and fits(outputs // 2, out.itemsize)
     start = 0
@@ -252,10 +253,11 @@ def beside(x, a, b, first, last, of, out):
         k, end = of[start], start + 1
         while end < len(of) and of[end] == k:
             end += 1
-        if k >= 0 and first[k] < last[k]:
-            wide = b[first[k] : last[k]]
-            thin = np.empty((end - start, len(wide)), x.dtype)
-            thinned(x[start:end], a[first[k] : last[k]], thin)
+        if k >= 0 and places[k, 2] > 0:
+            a, b, ranks = places[k, 0], places[k, 1], places[k, 2]
+            wide = numbers[b : b + ranks * outputs].reshape(ranks, outputs)
+            thin = np.empty((end - start, ranks), x.dtype)
+            thinned(x[start:end], numbers[a : a + ranks * inputs].reshape(ranks, inputs), thin)
             for n in range(len(thin)):
                 if whole:
                     weigh(thin[n], wide, 0, out[start + n])

@@ -74,10 +74,10 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def beside(x: Tensor, a: Any, b: Any, first: Any, last: Any, of: Any, out: Tensor) -> None:
-    """Add to out [N, O] what stands beside x [N, I] in the `adapters.Stack` of `a`, `b`, `first` and `last`; `of`: the adapter
-    of each row."""
-    _call("beside", x.contiguous(), a, b, first, last, of, out)
+def beside(x: Tensor, numbers: Any, places: Any, of: Any, out: Tensor) -> None:
+    """Add to out [N, O] what stands beside x [N, I], which lies in `numbers` at `places`, as of `adapters.Stack`; `of`: the
+    adapter of each row."""
+    _call("beside", x.contiguous(), numbers, places, of, out)
 
 
 def swiglu(up: Tensor) -> Tensor:
@@ -185,8 +185,8 @@ def layers(
     beside: Sequence[tuple[Any, ...]],
 ) -> Tensor:
     """x [N, D] after the layers of a group, for requests of at most `SHORT` rows each. `parts`: the weights of each layer as
-    `Views` gives them, its form, and how far it looks; `beside`: what adapters add in each, as `decode.layer` takes it. K/V and
-    summaries are written to `cache`."""
+    `Views` gives them, its form, and how far it looks; `beside`: what adapters add in each, as `decode.layer` takes it, or
+    empty. K/V and summaries are written to `cache`."""
     run = _kernels().layer  # type: ignore[union-attr]
 
     def shared() -> tuple[Any, ...]:  # of every row, since no request has more than `SHORT`
@@ -201,7 +201,8 @@ def layers(
     those = tuple(Rows(keep, cross, positions, slots, tables, rows, requests, step.block))
     most = step.tables.shape[1] * step.page
     for j, (weights, form, reach) in enumerate(parts):
-        state = run(state, weights, tuple(form), those, kv[j], summaries[j], _seen(reach, most, x.dtype), beside[j])
+        added = beside[j] if beside else no_adapters(weights)
+        state = run(state, weights, tuple(form), those, kv[j], summaries[j], _seen(reach, most, x.dtype), added)
     return torch.from_numpy(state)
 
 
@@ -227,7 +228,7 @@ class Stretch:
         self._positions, self._slots, self._tables = positions, slots, tables
         self._each, self._block = np.arange(positions.shape[1]), page // blocks
         self._layers = [
-            (weights, tuple(form), kv[j], summaries[j], _seen(reach, most, kind))
+            (weights, tuple(form), kv[j], summaries[j], _seen(reach, most, kind), no_adapters(weights))
             for j, (weights, form, reach) in enumerate(parts)
         ]
         self._run = _kernels().layer  # type: ignore[union-attr]
@@ -240,8 +241,8 @@ class Stretch:
             self._keep[time, :count], self._cross[time, :count], self._positions[time, :count], self._slots[time, :count],
             self._tables[:count], each, each, self._block,
         )  # fmt: skip
-        for weights, form, kv, summaries, sight in self._layers:
-            state = self._run(state, weights, form, rows, kv, summaries, sight, ())
+        for weights, form, kv, summaries, sight, added in self._layers:
+            state = self._run(state, weights, form, rows, kv, summaries, sight, added)
         return state
 
 
@@ -264,6 +265,18 @@ class Head:
         else:
             kernels.product(normed, weight, out)
         return out
+
+
+def no_adapters(weights: tuple[Any, ...]) -> tuple[np.ndarray, ...]:
+    """What `decode.layer` takes as `beside` with a layer's `weights` where no row has an adapter. Of the types that it has with
+    one, or all loops of a layer would be compiled for both."""
+    return _no_adapters(Layer(*weights).qkv[0].dtype)
+
+
+@cache
+def _no_adapters(kind: np.dtype) -> tuple[np.ndarray, ...]:
+    held = np.uint16 if kind == np.int8 else kind  # as `adapters.kept` says
+    return np.zeros(0, held), np.zeros((4, 0, 3), np.int64), np.zeros(0, np.int64)
 
 
 def _arrays(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
