@@ -28,8 +28,8 @@ from tests.neighbours import end_at_once, end_what_is_not_asked_for, in_turn, re
 
 # numpy's library has two threads on two cores, and one that has nothing to do spins for a while. Read when it is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Nothing is timed: a busy machine must not fail a test.
-settings.register_profile("shoal", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Nothing is timed: a busy machine must not fail a test. Examples are others in each run.
+settings.register_profile("shoal", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shoal")
 changed(
     {

@@ -18,11 +18,8 @@ T = TypeVar("T")
 ON_RAY, RAY = "tests/on_ray/", "shared_ray"
 SHARING = ("tests/browser/", ON_RAY)
 # A fresh checkout compiles the loops of a CPU once, and whoever makes an engine meanwhile waits for it: these files, whose
-# engines and layers compile all of them (fp32 and INT8, fp64, then this with keys and values in int8), come first and in one
-# process, beside what needs none.
-COMPILING = (
-    "tests/unit/engine/test_runner.py", "tests/unit/engine/test_naive.py", "tests/unit/model/test_fused.py",
-)  # fmt: skip
+# engines compile all of them (fp32 and INT8, then fp64), come first and in one process, beside what needs none.
+COMPILING = ("tests/unit/engine/test_runner.py", "tests/unit/engine/test_naive.py")
 BESIDE = ("tests/unit/data/", "tests/unit/sandbox/", "tests/unit/inputs/", "tests/contracts/", "tests/mutate/")
 EXAMPLES = "tests/contracts/test_examples_in_docstrings.py"  # of them one makes an engine, which would compile as well
 _LENT = pytest.StashKey[dict[str, tuple[AbstractContextManager[object], object]]]()

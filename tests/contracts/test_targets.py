@@ -51,35 +51,31 @@ def selects(words: list[str], file: str, marks: set[str]) -> bool:
     return inside == [True, False] and (not wanted or _read(wanted).evaluate(lambda name: name in marks))
 
 
-_parsed = functools.cache(ast.parse)
-
-
-def marked(text: str) -> Iterator[tuple[str, set[str]]]:
-    """(name, marks) of every test function of a module."""
-    module = _parsed(text)
+@functools.cache  # what is found, and not the trees: of all tests they are millions of objects
+def read(text: str) -> tuple[list[tuple[str, set[str]]], list[bool]]:
+    """(name, marks) of every test function of a module; and of each whether all its cases are drills."""
+    module = ast.parse(text)
     shared = {mark for node in module.body for mark in marks(node) if isinstance(node, ast.Assign)}
 
-    def within(body: list[ast.stmt], above: set[str]) -> Iterator[tuple[str, set[str]]]:
+    def within(body: list[ast.stmt], above: set[str]) -> Iterator[tuple[str, set[str], bool]]:
         for node in body:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test"):
-                yield node.name, above | {mark for each in node.decorator_list for mark in marks(each)}
+                every_case = any(ast.unparse(by) == "pytest.mark.drill" for by in node.decorator_list)
+                yield node.name, above | {mark for each in node.decorator_list for mark in marks(each)}, every_case
             elif isinstance(node, ast.ClassDef) and node.name.startswith("Test"):
                 own = {mark for each in node.decorator_list for mark in marks(each)}
                 yield from within(node.body, above | own)
 
-    yield from within(module.body, shared)
+    found = list(within(module.body, shared))
+    return [(name, has) for name, has, _ in found], ["drill" in shared or drill for *_, drill in found]
+
+
+def marked(text: str) -> list[tuple[str, set[str]]]:
+    return read(text)[0]
 
 
 def drilled(text: str) -> list[bool]:
-    """Of each test function of a module, whether all its cases are drills."""
-    module = _parsed(text)
-    shared = any("drill" in marks(node) for node in module.body if isinstance(node, ast.Assign))
-    tests = (each for each in ast.walk(module) if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef)))
-    return [
-        shared or any(ast.unparse(by) == "pytest.mark.drill" for by in each.decorator_list)
-        for each in tests
-        if each.name.startswith("test")
-    ]
+    return read(text)[1]
 
 
 def marks(node: ast.AST) -> set[str]:

@@ -10,8 +10,10 @@ import torch
 from shoal import Model, presets
 from shoal.bench.quant import peak_memory
 from shoal.data.batches import heldout_batches
+from shoal.data.shards import TOKENIZER
 from shoal.errors import CheckpointError, ResourceError
 from shoal.evaluate.int8_cost import AGREEMENT, int8_cost, said, too_far
+from shoal.inputs.tokenizer import Tokenizer
 from shoal.model import files, int8
 from shoal.model.checkpoint import read
 from shoal.model.linears import fake_quantize_
@@ -34,10 +36,22 @@ def trained(data: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def drawn(data: Path) -> dict[str, Path]:
+    """A model as it was drawn, and the same in INT8: enough where nothing is said of what rounding costs."""
+    config = presets.get("test").model
+    model = Model(config, Net(config).init_(3), Tokenizer.load(data / TOKENIZER))
+    made = {"fp32": model, "int8": model.quantized()}
+    for name, each in made.items():
+        each.save(data.parent / "drawn" / name)
+    return {name: data.parent / "drawn" / name for name in made}
+
+
+@pytest.fixture(scope="module")
 def quantized(data: Path, trained: Path) -> FitResult:
     return fit(quantize_plan(str(trained), str(data), str(data.parent / "int8"), steps=20, batch_tokens=768))
 
 
+@pytest.mark.drill
 def test_int8_costs_little_and_training_with_it_no_more_than_rounding_alone(
     data: Path, trained: Path, quantized: FitResult
 ) -> None:
@@ -72,8 +86,10 @@ def test_without_a_teacher_the_same_training_leads_away_from_the_model(
     assert agreement(distill=0.0) < agreement(distill=quantize_plan(str(trained), str(data), "").train.distill)
 
 
-def test_a_run_that_learnt_from_another_model_is_not_gone_on_with(data: Path, trained: Path, tmp_path: Path) -> None:
-    model = Model.load(trained)
+def test_a_run_that_learnt_from_another_model_is_not_gone_on_with(
+    data: Path, drawn: dict[str, Path], tmp_path: Path
+) -> None:
+    model = Model.load(drawn["fp32"])
     model.save(tmp_path / "model")
 
     def plan(steps: int) -> FitPlan:
@@ -86,9 +102,9 @@ def test_a_run_that_learnt_from_another_model_is_not_gone_on_with(data: Path, tr
         fit(plan(2))
 
 
-def test_what_was_trained_is_what_is_served_to_the_bit(trained: Path, data: Path) -> None:
+def test_what_training_rounds_is_what_is_served_to_the_bit(drawn: dict[str, Path], data: Path) -> None:
     """The whole network, not one product: norms and attention are the same operators in both."""
-    exact = Model.load(trained)
+    exact = Model.load(drawn["fp32"])
     served = exact.quantized()
     fake_quantize_(exact.net)
     (batch,) = heldout_batches(data, "text", batch_rows=4, limit=4)
@@ -124,8 +140,8 @@ def test_a_resumed_quantising_run_ends_as_if_nothing_had_happened(data: Path, tr
     assert a == b
 
 
-def test_another_scheme_is_refused_by_name(quantized: FitResult, tmp_path: Path) -> None:
-    model = Model.load(quantized.out)
+def test_another_scheme_is_refused_by_name(drawn: dict[str, Path], tmp_path: Path) -> None:
+    model = Model.load(drawn["int8"])
     model.save(tmp_path / "other")
     path = tmp_path / "other" / "config.json"
     values = json.loads(path.read_text())
@@ -136,17 +152,17 @@ def test_another_scheme_is_refused_by_name(quantized: FitResult, tmp_path: Path)
 
 
 def test_a_machine_that_fails_the_self_test_refuses_int8_or_falls_back(
-    quantized: FitResult, trained: Path, monkeypatch: pytest.MonkeyPatch
+    drawn: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(int8, "KERNELS", {"float": lambda weight, scale: lambda x: x.new_zeros(len(x), len(weight))})
     monkeypatch.setattr(int8, "trusted", int8.trusted.__wrapped__)
     with pytest.raises(ResourceError, match=r"no INT8 kernel passes.*float: relative error.*--precision auto"):
-        Model.load(quantized.out)
+        Model.load(drawn["int8"])
     told: list[str] = []
-    model = Model.load(quantized.out, on_fallback=told.append)
+    model = Model.load(drawn["int8"], on_fallback=told.append)
     assert len(told) == 1 and "relative error" in told[0] and model.config.quantization == "none"
     ids = model.tokenizer.encode("The shoal turns. The")
-    exact = Model.load(trained).logits(ids)
+    exact = Model.load(drawn["fp32"]).logits(ids)
     assert (model.logits(ids) - exact).abs().mean() < 0.1 * exact.std()
 
 

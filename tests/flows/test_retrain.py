@@ -322,6 +322,7 @@ def test_two_at_once_and_one_too_soon_are_refused(
     assert len(release.versions()) == 3
 
 
+@pytest.mark.drill
 def test_who_is_forgotten_while_a_candidate_learns_is_in_no_version(
     release: Release, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,6 +83,7 @@ def test_a_config_that_cannot_be_used_is_refused(directory: Path, change: dict[s
     assert whole.value.message == told.value.message
 
 
+@pytest.mark.drill
 def test_the_gateway_needs_no_torch(directory: Path) -> None:
     code = f"""
 import sys

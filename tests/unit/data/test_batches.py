@@ -151,6 +151,7 @@ def digest(batches: PretrainBatches, step: int) -> str:
 READER = f"import sys; from pathlib import Path; from {__name__} import read_on; read_on(*map(Path, sys.argv[1:]))"
 
 
+@pytest.mark.drill
 def test_reading_that_is_killed_loses_and_repeats_nothing(corpus: Path, tmp_path: Path) -> None:
     """Begun in one process, and gone on with in another."""
     log = tmp_path / "log"

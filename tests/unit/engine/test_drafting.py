@@ -754,7 +754,7 @@ COSTS = [
 
 @pytest.mark.parametrize("costs", COSTS)
 @pytest.mark.parametrize("unique", [False, True])
-@pytest.mark.parametrize("length", [(10, 30), (60, 120)])
+@pytest.mark.parametrize("length", [(10, 30), pytest.param((60, 120), marks=pytest.mark.drill)])
 def test_where_few_drafts_stand_at_most_three_hundredths_are_lost(
     costs: tuple[int, float, float, float], unique: bool, length: tuple[int, int]
 ) -> None:

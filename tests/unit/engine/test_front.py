@@ -106,6 +106,7 @@ def test_cancel_from_outside_ends_the_reader_with_finished(model: Model) -> None
     run(work())
 
 
+@pytest.mark.drill
 def test_a_slow_reader_waits_alone(model: Model) -> None:
     async def work() -> None:
         async with front(model, backlog=8) as engine, aclosing(engine.generate(ask(200, "slow"))) as slow:

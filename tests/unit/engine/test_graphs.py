@@ -128,6 +128,7 @@ class Compared:
         return given[0]
 
 
+@pytest.mark.drill
 def test_a_step_writes_and_gives_what_graphs_made_for_it_alone_do() -> None:
     """Bit for bit, logits and memory: nothing of an earlier step is left in what stays. And what the other way does, to
     rounding; in memory nothing changes but the null unit and the units of the step's rows."""

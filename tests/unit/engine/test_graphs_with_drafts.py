@@ -133,6 +133,7 @@ class Beside:
         return other[0]
 
 
+@pytest.mark.drill
 def test_a_step_writes_and_gives_what_the_other_way_does() -> None:
     """To rounding, and nothing else but the null unit changes; drafts of several lengths in one step."""
     record = Again()

@@ -128,7 +128,7 @@ def warmed(e: Engine, requests: list[Request], depth: str) -> None:
         )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 2), st.booleans())
 def test_nothing_that_happens_lets_an_answer_spend_more(seed: int, moves: int, warm: bool) -> None:
     """At any depth but the first, "auto" with it; over up to three engines, of which some know the prompts already, some are

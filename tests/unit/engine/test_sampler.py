@@ -198,6 +198,7 @@ def test_noise_is_what_published_hashes_make_of_seed_position_and_token() -> Non
             assert noise[token] == pytest.approx(-math.log(((bits >> 9) + 0.5) / 2**23), rel=1e-9)
 
 
+@pytest.mark.drill
 def test_every_value_that_noise_can_have_is_above_zero_and_finite_and_grows_as_its_bits_fall() -> None:
     """All 2^23, and the bits below them, which must not matter: at their ends the largest rounded to -log 1 = 0."""
     values = exponential(torch.arange(2**23, dtype=torch.int32) << 9)

@@ -657,7 +657,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase  # hypothesis: short sequences, made shorter where one fails
-TestScheduler.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestScheduler.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 
 
 def sequence(rng: random.Random) -> SchedulerMachine:

@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.engine.events import LATER, Finished, Request, Sampling, Token
@@ -403,6 +403,7 @@ def test_who_had_more_when_it_went_owes_no_more_when_it_comes_again_whoever_came
     assert steps <= KEPT
 
 
+@settings(max_examples=40)
 @given(own=st.sampled_from([0.05, 0.1, 0.5, 0.9]), on=st.integers(1, 60), off=st.integers(0, 4))
 def test_however_another_comes_and_goes_a_payer_has_half_of_the_time_and_waits_four_steps(
     own: float, on: int, off: int

@@ -212,6 +212,7 @@ def child(code, *args, **env):
     return done.stdout.strip()
 
 
+@pytest.mark.drill
 def test_without_numba_torch_computes_the_same():
     from shoal import Model
 

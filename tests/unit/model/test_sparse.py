@@ -76,7 +76,7 @@ def test_up_to_its_dense_length_a_model_is_the_dense_one_to_the_bit(
     assert not torch.equal(sparse.logits(IDS[:66]), dense.logits(IDS[:66])), "else it would be dense without end"
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.data())
 def test_the_engine_says_what_the_whole_forward_says(data: st.DataObject) -> None:
     """Any chunks, pages and blocks, short requests beside long ones, the prefix cache, and too little memory for all."""

@@ -166,9 +166,8 @@ def test_a_layer_that_is_not_compiled_runs_as_it_is_and_the_log_says_so_once(
         torch.testing.assert_close(found[name], want[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "recompute", [False, *(pytest.param(how, marks=pytest.mark.drill) for how in (True, "selective"))]
-)
+@pytest.mark.drill
+@pytest.mark.parametrize("recompute", [False, True, "selective"])
 def test_layers_of_a_kind_are_one_graph_whatever_they_keep(
     recompute: Recompute, monkeypatch: pytest.MonkeyPatch
 ) -> None:

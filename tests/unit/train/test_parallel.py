@@ -42,6 +42,7 @@ PROCESSES = {"two": 2, "more": 8}
 # of two, beside those of more
 DRILLS = (
     "long-2", "selective", "once", "less-memory", "int8", "muon", "bf16", "lora-2", "exchanged", "full-model",
+    "full-disk", "slow",
 )  # fmt: skip
 # What an update may leave out or add: all ranks must leave out and add the same, or they wait for each other for ever
 ODD = {"layer_dropout": 0.9, "rotate_exits": "on", "distill": 0.5, "exit_warmup": 0.0, "seed": 2}
@@ -491,11 +492,12 @@ def test_more_ranks_write_each_tensor_once(more: Path, run: str) -> None:
     written_once(more / run, more / "alone")
 
 
-def test_a_full_disk_costs_checkpoints_and_no_step(two: Path) -> None:
-    run = two / "full-disk"
+@pytest.mark.drill
+def test_a_full_disk_costs_checkpoints_and_no_step(more: Path) -> None:
+    run = more / "full-disk"
     said = [text for text in history(run, "warning", "text") if "cannot write checkpoint" in text]
     assert "training goes on, the newest checkpoint is step 1" in said[0] and "File too large" in said[0]
-    assert history(run, "step", "loss") == pytest.approx(history(two / "alone", "step", "loss"), rel=1e-5)
+    assert history(run, "step", "loss") == pytest.approx(history(more / "alone", "step", "loss"), rel=1e-5)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000001", "step-00000004"]
 
 
@@ -503,8 +505,9 @@ def test_rows_that_one_rank_cannot_read_end_the_run_on_all_after_the_updates_bef
     assert history(two / "one-row", "step", "step") == [1, 2]
 
 
-def test_a_slow_rank_costs_nothing_but_time(two: Path) -> None:
-    assert history(two / "slow", "checkpoint", "step") == [1, 2] and (two / "slow" / "model").is_dir()
+@pytest.mark.drill
+def test_a_slow_rank_costs_nothing_but_time(more: Path) -> None:
+    assert history(more / "slow", "checkpoint", "step") == [1, 2] and (more / "slow" / "model").is_dir()
 
 
 def test_what_is_left_out_in_the_test_above_is_not_nothing() -> None:

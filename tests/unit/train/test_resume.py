@@ -158,6 +158,7 @@ def test_a_place_that_is_taken_is_refused_before_the_first_update(shards: Path, 
 # ---- the global batch
 
 
+@pytest.mark.drill
 def test_a_run_at_another_number_of_workers_reads_every_row_once(base: Path, chats: Path, tmp_path: Path) -> None:
     """With the command's own defaults, for one epoch: what one worker begins, another number of them ends. The checkpoint says
     into how many micro-batches the run cuts its updates, since the groups of chats hang on it."""

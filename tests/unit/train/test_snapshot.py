@@ -249,6 +249,7 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.drill
 def test_a_run_that_ends_while_one_is_written_goes_on_from_the_one_before(
     shards: Path, tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
