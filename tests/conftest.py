@@ -24,7 +24,14 @@ from tests.at_import import (
     soon_taken,
     without_stubs,
 )  # fmt: skip
-from tests.neighbours import end_at_once, end_what_is_not_asked_for, in_turn, read_in_turn, scheduler
+from tests.neighbours import (
+    end_at_once,
+    end_what_is_not_asked_for,
+    in_turn,
+    read_in_turn,
+    scheduler,
+    tell_results_alone,
+)  # fmt: skip
 
 # numpy's library has two threads on two cores, and one that has nothing to do spins for a while. Read when it is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -57,6 +64,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     budget.start(config)
     end_at_once(config)
+    tell_results_alone(config)
 
 
 @pytest.hookimpl(tryfirst=True)

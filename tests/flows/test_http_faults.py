@@ -121,14 +121,8 @@ def test_two_hundred_clients_time_out_at_once_and_the_next_is_answered(slow: Ser
 
 class TestSlowReader:
     def test_it_holds_up_nobody_else_and_its_request_waits_for_it(self, slow: Service) -> None:
-        body = {
-            **LONG,
-            "max_tokens": 150,
-            "stream": True,
-            "n": 3,
-            "logprobs": True,
-            "top_logprobs": 20,
-        }  # 1 MB of events
+        # 1 MB of events
+        body = {**LONG, "max_tokens": 150, "stream": True, "n": 3, "logprobs": True, "top_logprobs": 20}
         reader = post(slow, body, receive=4096)
         until(lambda: slow.stats()["num_requests_running"] == 3)
         tokens = [-1.0, 0.0]

@@ -208,6 +208,7 @@ TOLERANT: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("tolerance", [0.05, pytest.param(1.0, marks=pytest.mark.drill)])
 def test_prices_come_with_the_tokens_and_are_those_of_the_host(tolerance: float) -> None:
     """A step with drafts under a tolerance waits once, whatever they cost; tokens, logprobs, and what was spent are those of a

@@ -698,9 +698,8 @@ def sequence(rng: random.Random) -> SchedulerMachine:
     return machine
 
 
-@pytest.mark.parametrize(
-    "seeds", [range(150), pytest.param(range(150, 1000), marks=pytest.mark.drill)], ids=["few", "more"]
-)
+@pytest.mark.drill
+@pytest.mark.parametrize("seeds", [range(150), range(150, 1000)], ids=["few", "more"])
 def test_a_thousand_sequences_of_anything(seeds: range) -> None:
     """What hypothesis searches, in bulk; the counts say that each thing that may happen did, often."""
     seen: Counter[str] = Counter()

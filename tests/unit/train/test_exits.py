@@ -270,6 +270,7 @@ def test_the_engine_drafts_with_a_new_exit_and_loses_nothing(base: Path, adapted
         assert answer.tokens == oracle.greedy(model, prompts[0], 24, answer.tokens, depth)
 
 
+@pytest.mark.drill
 def test_a_router_is_fitted_and_chooses_among_the_new_exits(adapted: FitResult, heldout: Path, tmp_path: Path) -> None:
     shutil.copytree(adapted.out, tmp_path / "model")
     told: list[str] = []

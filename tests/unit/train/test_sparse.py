@@ -78,6 +78,7 @@ def healed(base: Path, texts: Path, found: dict[str, Any]) -> FitResult:
     return fit(sparse_plan(str(base), str(texts), out, found, steps=12, eval_every=0))
 
 
+@pytest.mark.drill
 def test_the_cheapest_layers_are_sparse_within_the_tolerance(base: Path, texts: Path, found: dict[str, Any]) -> None:
     """By hand: each layer alone by a whole forward pass, and the chosen ones together."""
     rows, net = rows_of(base, texts), wide(base)

@@ -111,6 +111,7 @@ def test_the_export_reads_well_and_trains_well() -> None:
     ]
 
 
+@pytest.mark.drill
 def test_what_is_saved_comes_from_the_page_as_it_stood_at_one_moment() -> None:
     """A key that the server remembers may be that of a conversation which the page shows only later: it would lose its text."""
     url = "http://127.0.0.1:9/v1"  # where nothing answers
