@@ -19,8 +19,8 @@ import pytest
 
 from tests.unit.engine.lively import lively
 
-TOKENS = 20
-STEP = 0.1  # seconds: an answer takes two, twice as long as uvicorn would wait (`slow_service.CLOSE`)
+TOKENS = 30
+STEP = 0.1  # seconds: an answer takes three, three times as long as uvicorn would wait (`slow_service.CLOSE`)
 
 
 @pytest.fixture(scope="module")
