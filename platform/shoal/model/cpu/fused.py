@@ -267,16 +267,17 @@ class Head:
         return out
 
 
+# What `decode.layer` takes as `beside` where no row has an adapter, by the type of the layer's weights. Of the types that it
+# has with one (`adapters.kept`), or all loops of a layer would be compiled for both.
+_NO_ADAPTERS = {
+    np.dtype(kind): (np.zeros(0, held), np.zeros((4, 0, 3), np.int64), np.zeros(0, np.int64))
+    for kind, held in ((np.float32, np.float32), (np.float64, np.float64), (np.int8, np.uint16))
+}
+
+
 def no_adapters(weights: tuple[Any, ...]) -> tuple[np.ndarray, ...]:
-    """What `decode.layer` takes as `beside` with a layer's `weights` where no row has an adapter. Of the types that it has with
-    one, or all loops of a layer would be compiled for both."""
-    return _no_adapters(Layer(*weights).qkv[0].dtype)
-
-
-@cache
-def _no_adapters(kind: np.dtype) -> tuple[np.ndarray, ...]:
-    held = np.uint16 if kind == np.int8 else kind  # as `adapters.kept` says
-    return np.zeros(0, held), np.zeros((4, 0, 3), np.int64), np.zeros(0, np.int64)
+    """For a layer with these `weights`, as `parts.Layer` names them."""
+    return _NO_ADAPTERS[weights[1][0].dtype]
 
 
 def _arrays(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
