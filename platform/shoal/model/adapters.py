@@ -59,15 +59,13 @@ class Stack:
     b: Tensor  # [R, O]
     first: np.ndarray  # int64
     last: np.ndarray
-    within: tuple[Tensor, int, int] | None = None  # the memory in which both lie (`side_by_side`), and where they begin
+    within: tuple[Tensor, int, int] | None = None  # on a CPU the memory of the layer, and where the two begin there
 
     @cached_property
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """On the CPU, as the compiled loops take them: the numbers (of bfloat16, which numpy has not, the bits), and for each
         adapter where its A and its B begin there, and their rank, int64 [K, 3]."""
-        if self.within is None:
-            return side_by_side([self])[0].arrays
-        memory, a, b = self.within
+        memory, a, b = self.within or (torch.cat([self.a.flatten(), self.b.flatten()]), 0, self.a.numel())
         begin = a + self.first * self.a.shape[1], b + self.first * self.b.shape[1]
         return _array(memory), np.stack([*begin, self.last - self.first], axis=1)
 
@@ -88,13 +86,13 @@ class Bank:
     def __init__(self, net: nn.Module, adapters: Sequence[Adapter]) -> None:
         self.places = {adapter.identity: k for k, adapter in enumerate(adapters)}
         held = {name for adapter in adapters for name in adapter.pairs}
-        layers: dict[str, dict[nn.Module, Stack]] = {}
+        layers: dict[str, dict[str, nn.Module]] = {}
         for name, module in net.named_modules():
             if name in held:
-                layers.setdefault(_layer(name), {})[module] = _stack(name, adapters)
+                layers.setdefault(_layer(name), {})[name] = module
         self.stacks: dict[nn.Module, Stack] = {}
-        for stacks in layers.values():
-            self.stacks |= zip(stacks, side_by_side([*stacks.values()]), strict=True)
+        for linears in layers.values():
+            self.stacks |= zip(linears.values(), _stacks([*linears], adapters), strict=True)
         self._layers: dict[nn.Module, tuple[np.ndarray, ...]] = {}
 
     def beside(self, adapters: Sequence[Adapter | None], counts: Sequence[int]) -> Beside:
@@ -183,22 +181,6 @@ def alone(net: nn.Module, adapter: Adapter | None, rows: int) -> Beside | None:
     return None if adapter is None else Bank(net, [adapter]).beside([adapter], [rows])
 
 
-def side_by_side(stacks: Sequence[Stack]) -> list[Stack]:
-    """The same, whose matrices lie in one memory: the loops of a layer are given it whole, as each array that they are given
-    takes two tenths of a microsecond (decision 0134). On a GPU, which has no such loops, they stay where they are."""
-    if stacks[0].a.device.type != "cpu":
-        return [*stacks]
-    matrices = [matrix for stack in stacks for matrix in (stack.a, stack.b)]
-    memory = torch.cat([matrix.flatten() for matrix in matrices])
-    ends = np.cumsum([matrix.numel() for matrix in matrices]).tolist()
-    begins = [0, *ends[:-1]]
-    there = [memory[a:b].view(of.shape) for a, b, of in zip(begins, ends, matrices, strict=True)]
-    return [
-        Stack(there[n], there[n + 1], stack.first, stack.last, (memory, *begins[n : n + 2]))
-        for n, stack in zip(range(0, len(there), 2), stacks, strict=True)
-    ]
-
-
 def _layer(name: str) -> str:
     """Of the linear that is named so in a network."""
     return name.removesuffix(next((each for each in LINEARS if name.endswith(each)), ""))
@@ -211,9 +193,22 @@ def _array(matrix: Tensor) -> np.ndarray:
     return bits
 
 
-def _stack(name: str, adapters: Sequence[Adapter]) -> Stack:
-    pairs = [adapter.pairs.get(name) for adapter in adapters]
-    ranks = [0 if pair is None else len(pair[0]) for pair in pairs]
-    last = np.cumsum(ranks, dtype=np.int64)
-    a, b = (torch.cat([pair[side] for pair in pairs if pair is not None]) for side in (0, 1))
-    return Stack(a, b, last - ranks, last)
+def _stacks(names: Sequence[str], adapters: Sequence[Adapter]) -> list[Stack]:
+    """Of the linears of a layer. On a CPU all matrices lie one after the other in one memory: its loops are given it whole, as
+    each array that they are given takes two tenths of a microsecond (decision 0134)."""
+    held = [[adapter.pairs.get(name) for adapter in adapters] for name in names]
+    sides = [[[pair[side] for pair in pairs if pair is not None] for side in (0, 1)] for pairs in held]
+    on_cpu = sides[0][0][0].device.type == "cpu"
+    memory = torch.cat([matrix.flatten() for both in sides for side in both for matrix in side]) if on_cpu else None
+    found, at = list[Stack](), 0
+    for pairs, (narrow, wide) in zip(held, sides, strict=True):
+        ranks = np.array([0 if pair is None else len(pair[0]) for pair in pairs], dtype=np.int64)
+        last = ranks.cumsum()
+        if memory is None:
+            found.append(Stack(torch.cat(narrow), torch.cat(wide), last - ranks, last))
+            continue
+        rows, inputs, outputs = int(last[-1]), narrow[0].shape[1], wide[0].shape[1]
+        begin, between, at = at, at + rows * inputs, at + rows * (inputs + outputs)
+        a, b = memory[begin:between].view(rows, inputs), memory[between:at].view(rows, outputs)
+        found.append(Stack(a, b, last - ranks, last, (memory, begin, between)))
+    return found
