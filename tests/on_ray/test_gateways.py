@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -20,19 +21,20 @@ from shoal.on_ray import quotas, serve
 from shoal.on_ray.loaded import NAMESPACE
 from shoal.on_ray.pages import IMPORT_PATH
 from shoal.on_ray.serve_config import GATEWAY, check_serve_config, serve_config
+from tests.on_ray.breakable import SLOW
 from tests.on_ray.test_serve import free_port, replicas, told, until
 from tests.unit.engine.lively import lively
 
 pytestmark = [pytest.mark.ray, pytest.mark.drill]
 
-LONG = 240  # tokens, at 10 ms each: all of a round run together
+LONG = 240  # tokens, at 10 ms each: while a step is slow, some 48 s
 AT_ONCE = 3
 FREE, FEW = "sk-free", "sk-few"
 
 
 class Service:
-    def __init__(self, deploy: ServeDeploySchema) -> None:
-        self.deploy, self.url = deploy, serve.run(deploy, blocking=False)
+    def __init__(self, deploy: ServeDeploySchema, model: Path) -> None:
+        self.deploy, self.model, self.url = deploy, model, serve.run(deploy, blocking=False)
 
     def gateways(self, number: int) -> None:
         """Waits for so many, which all answer."""
@@ -76,9 +78,18 @@ class Service:
         return status, "broken"
 
     def round(self, streams: int = 12) -> Counter[int]:
-        """Statuses of so many streams at once, of the key that may have a few."""
+        """Statuses of so many streams at once, of the key that may have a few: each has begun or was refused before any may
+        end, for until then every step is slow."""
+        begun, slow = threading.Semaphore(0), self.model / SLOW
+        slow.touch()
         with ThreadPoolExecutor(streams) as pool:
-            return Counter(status for status, _ in pool.map(lambda number: self.ask(number, FEW), range(streams)))
+            asked = [pool.submit(self.ask, number, FEW, begun.release) for number in range(streams)]
+            try:
+                for _ in asked:
+                    assert begun.acquire(timeout=60)
+            finally:
+                slow.unlink()
+            return Counter(status for status, _ in (stream.result() for stream in asked))
 
     def counters(self) -> dict[str, float]:
         pairs = [line.rpartition(" ") for line in told(self.url) if line.startswith("shoal:") and "_total" in line]
@@ -98,7 +109,7 @@ def service(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
     pages = {"name": "pages", "route_prefix": "/ui", "import_path": IMPORT_PATH}
     values["applications"].append({**pages, "args": {"api": f"http://127.0.0.1:{port}/v1"}})  # as a file says it
     try:
-        service = Service(check_serve_config(values, "gateways"))
+        service = Service(check_serve_config(values, "gateways"), root / "model")
         service.gateways(2)
         yield service
     finally:
