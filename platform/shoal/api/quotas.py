@@ -175,7 +175,7 @@ class Shared:
         self._link, self._gateway = link, gateway
         self._known: dict[str, Key] = {}  # by line: those that the count may know more of than we do
         self._spent = Counter[str]()  # tokens that it has not been told of
-        self._joins = 0
+        self._joins = self._begun = 0  # those that have ended well, and all
         self._joining = asyncio.Lock()
         # requests that were admitted here alone, and requests that ended, while we joined without or with them
         self._came, self._left = Counter[str](), Counter[str]()
@@ -238,6 +238,8 @@ class Shared:
         except Exception as error:
             self._lost(error)
             return
+        if self._alone:
+            return  # what is admitted alone since then is not in it
         for line, left in (told or {}).items():
             if (key := self._known.get(line)) is not None:
                 self._take(key, left)
@@ -268,7 +270,7 @@ class Shared:
             except Exception as error:
                 self._lost(error)
         self._known[key.line] = key  # A report may have dropped it meanwhile.
-        if left is None:
+        if left is None or self._alone:  # Others may have been admitted alone since.
             try:
                 key.admit()
             except RateLimitError as error:
@@ -284,19 +286,20 @@ class Shared:
     async def _counted(self, line: str) -> Left:
         if not self._joins:
             await self._join(0)
-        joins = self._joins
-        left = await self._link.admit(self._gateway, line)
-        if left is None:  # it is new, or took us for dead
-            await self._join(joins)
+        for _ in range(2):
+            joins, begun = self._joins, self._begun
             left = await self._link.admit(self._gateway, line)
-        if left is None:
-            raise ConnectionError("the count forgets who joins it")
-        return left
+            if left is None:  # it is new, or took us for dead
+                await self._join(joins)
+            elif begun == self._begun:  # else what it has counted was forgotten when we joined again
+                return left
+        raise ConnectionError("the count forgets who joins it")
 
     async def _join(self, joins: int) -> None:
         """Joins, unless somebody has since the `joins`th time: a second time would forget who was admitted between."""
         async with self._joining:
             if self._joins == joins:
+                self._begun += 1
                 held = {line: _held(key) for line, key in self._known.items()}
                 self._spent.clear()  # what is left here is without it
                 self._came.clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 
 import pytest
 
@@ -31,11 +31,14 @@ class Clock:
 
 
 class Wire:
-    """A link in whose calls arrive later, in their order; `cut` lets none arrive, `silent` none answer."""
+    """A link in whose calls arrive later, in their order; `cut` lets none arrive, `silent` none answer, and while `answers` is
+    not set those that arrive are answered later."""
 
     def __init__(self, count: Quotas) -> None:
         self.count, self.cut, self.silent, self.calls = count, False, False, 0
         self.meanwhile: Callable[[], object] = lambda: None  # done while a call is on its way
+        self.answers = asyncio.Event()
+        self.answers.set()
         self._turn = asyncio.Lock()
 
     async def _arrive(self) -> None:
@@ -54,11 +57,15 @@ class Wire:
 
     async def admit(self, gateway: str, line: str) -> Left | None:
         await self._arrive()
-        return self.count.admit(gateway, line)
+        left = self.count.admit(gateway, line)
+        await self.answers.wait()
+        return left
 
     async def tell(self, gateway: str, spent: Mapping[str, int]) -> dict[str, Left] | None:
         await self._arrive()
-        return self.count.tell(gateway, spent)
+        told = self.count.tell(gateway, spent)
+        await self.answers.wait()
+        return told
 
     def come(self, gateway: str, line: str) -> None:
         if not self.cut and not self.silent:
@@ -377,3 +384,58 @@ async def test_a_report_that_crosses_a_request_does_not_make_it_unknown() -> Non
     gateways.wire.count = Quotas(gateways.clock)
     await gateways.report()
     assert await admitted(other) == 0
+
+
+async def on_its_way(gateways: Gateways, call: Coroutine[object, object, None]) -> asyncio.Task[None]:
+    """`call`, which the count has heard and whose answer has not come: meanwhile the count is lost, and its gateway alone."""
+    gateways.wire.answers.clear()
+    calls, task = gateways.wire.calls, asyncio.create_task(call)
+    while gateways.wire.calls == calls:
+        await asyncio.sleep(0)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    gateways.wire.cut = True
+    return task
+
+
+async def test_an_answer_that_comes_when_the_count_was_given_up_admits_no_more_than_a_key_may() -> None:
+    gateways = Gateways("alpha at_once=2")
+    one, _ = gateways.keys
+    await gateways.shared[0].begin()
+    late = await on_its_way(gateways, one.admitted())
+    assert await admitted(one, 3) == 2
+    gateways.wire.answers.set()
+    with pytest.raises(RateLimitError):
+        await late
+    assert gateways.running == 2
+
+
+async def test_a_request_that_the_count_forgot_when_its_gateway_joined_again_is_counted() -> None:
+    """Its answer comes after that."""
+    gateways = Gateways("alpha at_once=3")
+    one, other = gateways.keys
+    await gateways.shared[0].begin()
+    late = await on_its_way(gateways, one.admitted())
+    assert await admitted(one) == 1
+    gateways.wire.cut = False
+    reporting = asyncio.create_task(gateways.report())
+    while gateways.shared[0]._alone:
+        await asyncio.sleep(0)
+    gateways.wire.answers.set()
+    await asyncio.gather(late, reporting)
+    assert gateways.wire.count._taken(one.line) == gateways.running == 2
+    assert await admitted(other, 3) == 1
+
+
+async def test_what_is_told_late_gives_back_nothing_that_was_spent_alone() -> None:
+    gateways = Gateways("alpha requests=5")
+    one, other = gateways.keys
+    assert await admitted(one) == 1
+    gateways.shared[0]._told = -1000.0
+    late = await on_its_way(gateways, gateways.shared[0].report())
+    assert await admitted(one, 2) == 2
+    gateways.wire.cut = False
+    gateways.wire.answers.set()
+    await late
+    await gateways.report()
+    assert await admitted(other, 5) == 2
