@@ -116,6 +116,12 @@ def soon_taken(alone: ModuleType) -> None:
     alone.PAUSE = LOOK_SECONDS
 
 
+def started_late(serve: ModuleType) -> None:
+    """How long a service may take until it answers: three minutes otherwise, which on a machine with as much else to do were
+    too few. What hangs ends by the time that its test may take."""
+    serve.run.__kwdefaults__["seconds"] = 540.0
+
+
 def without_stubs(meta: ModuleType) -> None:
     """gradio writes what editors want to know of each component beside its own files: half of what its import takes."""
     meta.create_or_modify_pyi = lambda *_: None

@@ -22,6 +22,7 @@ from tests.at_import import (
     soon_left,
     soon_stopped,
     soon_taken,
+    started_late,
     without_stubs,
 )  # fmt: skip
 from tests.neighbours import (
@@ -48,6 +49,7 @@ changed(
         "uvicorn.server": soon_left,
         "werkzeug.serving": soon_stopped,
         "shoal.data.alone": soon_taken,
+        "shoal.on_ray.serve": started_late,
         "gradio.component_meta": without_stubs,
     }
 )
