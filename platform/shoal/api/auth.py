@@ -281,7 +281,11 @@ class ApiKeys:
             return
         self._stamp = stamp
         now = self._clock()
-        last = {digest: (at, key) for digest, (at, key) in self._gone.items() if now < at + GRACE_SECONDS}
+        last = {
+            digest: (at, key)
+            for digest, (at, key) in self._gone.items()
+            if now < at + GRACE_SECONDS or (key.places is not None and key.places.taken)
+        }
         last |= {key.digest.hex(): (now, key) for key in self._keys}
         known = {key.line: key for _, key in last.values()}
         self._keys = tuple(known.get(key.line, key) for key in keys)

@@ -8,7 +8,8 @@ last knew was left of each minute. So a count that starts anew goes on where the
 `SILENT_SECONDS` has died, and holds nothing any more.
 
 Where the count does not answer within `PATIENCE_SECONDS`, each gateway keeps the limits by itself until it does. That errs
-towards answering: nobody waits who need not, and a key has at most its limits at each gateway.
+towards answering: nobody waits who need not, and a key has at most its limits at each gateway. A request that has to be asked
+about again, since a gateway joined meanwhile, may be counted twice in its minute.
 """
 
 from __future__ import annotations
@@ -227,9 +228,7 @@ class Shared:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 if self._alone or not self._joins:
                     await self._join(self._joins)
-                    if self._alone:
-                        log.warning("the keys' limits are counted for all gateways again")
-                    self._alone = False
+                await self._joined()
                 joins = self._joins
                 told = await self._tell()
                 if told is None:
@@ -287,6 +286,7 @@ class Shared:
         if not self._joins:
             await self._join(0)
         for _ in range(2):
+            await self._joined()
             joins, begun = self._joins, self._begun
             left = await self._link.admit(self._gateway, line)
             if left is None:  # it is new, or took us for dead
@@ -306,10 +306,19 @@ class Shared:
                 self._left.clear()
                 await self._link.join(self._gateway, held)
                 self._joins += 1
+                if self._alone:
+                    log.warning("the keys' limits are counted for all gateways again")
+                self._alone = False
                 for line in self._came.elements():
                     self._link.come(self._gateway, line)
                 for line in self._left.elements():
                     self._link.leave(self._gateway, line)
+
+    async def _joined(self) -> None:
+        """Waits for a join that is under way: what overtakes it is forgotten, and what follows it at once does not know yet who
+        came alone."""
+        async with self._joining:
+            pass
 
     def _lost(self, error: BaseException) -> None:
         if not self._alone:

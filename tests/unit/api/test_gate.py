@@ -25,7 +25,7 @@ from shoal.api.limits import Limits
 from shoal.api.middleware import Identified
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
-from shoal.api.wire import UnauthorizedError
+from shoal.api.wire import RateLimitError, UnauthorizedError
 from shoal.engine.events import Finished
 from shoal.errors import ConfigError
 
@@ -401,6 +401,28 @@ class TestKeys:
         now[0] += GRACE_SECONDS
         assert keys.known(beta.digest.hex()) is None and keys.known("0" * 64) is None
         file.write_text("alpha\nbeta requests=2\n")
+        assert keys.find("Bearer beta") is not beta
+
+    def test_a_key_that_comes_back_while_its_request_runs_has_no_place_more(self, tmp_path: Path) -> None:
+        now = [100.0]
+        file = tmp_path / "keys"
+        file.write_text("alpha\nbeta at_once=1\n")
+        keys = ApiKeys.load(file, clock=lambda: now[0])
+        assert keys is not None
+        beta = keys.find("Bearer beta")
+        beta.admit()
+        for lines in ("alpha\n", "alpha\nother\n", "alpha\nother\nbeta at_once=1\n"):
+            file.write_text(lines)
+            keys.find("Bearer alpha")
+            now[0] += GRACE_SECONDS
+        assert keys.find("Bearer beta") is beta
+        with pytest.raises(RateLimitError):
+            beta.admit()
+        file.write_text("alpha\n")
+        keys.find("Bearer alpha")
+        now[0] += GRACE_SECONDS
+        beta.leave()
+        file.write_text("alpha\nbeta at_once=1\n")
         assert keys.find("Bearer beta") is not beta
 
     @pytest.mark.parametrize("content", [None, b"", b"# nothing\n", b"\xff\xfe", b"new requests=none\n", b"new\nnew\n"])
