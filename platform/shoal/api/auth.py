@@ -12,6 +12,7 @@ its SHA-256 digest may stand:
 Notable: a service that was told to have keys never becomes open. A file that changes is read again with the next request; a new
 one that cannot be read changes nothing, and the log says so. One that is read while somebody writes over it is without some of
 its keys: no request has them then, but what is kept for them (batches, what is left of a minute) is for `GRACE_SECONDS` more.
+Its places are kept for as long as requests of it run.
 """
 
 from __future__ import annotations

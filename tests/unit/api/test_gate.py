@@ -20,7 +20,7 @@ from fastapi import FastAPI, Request
 
 from shoal.api import service
 from shoal.api.app import build_app
-from shoal.api.auth import GRACE_SECONDS, ApiKeys, parsed
+from shoal.api.auth import GRACE_SECONDS, ApiKeys, Key, parsed
 from shoal.api.limits import Limits
 from shoal.api.middleware import Identified
 from shoal.api.served import ServedModel
@@ -381,13 +381,17 @@ class TestKeys:
         with pytest.raises(UnauthorizedError):
             keys.find("Bearer alpha")
 
-    def test_a_file_that_is_read_half_written_costs_no_batch_and_refills_no_minute(self, tmp_path: Path) -> None:
-        now = [100.0]
-        file = tmp_path / "keys"
-        file.write_text("alpha\nbeta requests=2\n")
+    @staticmethod
+    def with_beta(folder: Path, lines: str, now: list[float]) -> tuple[Path, ApiKeys, Key]:
+        """A file of keys, what it gives, and its key "beta"."""
+        (file := folder / "keys").write_text(lines)
         keys = ApiKeys.load(file, clock=lambda: now[0])
         assert keys is not None
-        beta = keys.find("Bearer beta")
+        return file, keys, keys.find("Bearer beta")
+
+    def test_a_file_that_is_read_half_written_costs_no_batch_and_refills_no_minute(self, tmp_path: Path) -> None:
+        now = [100.0]
+        file, keys, beta = self.with_beta(tmp_path, "alpha\nbeta requests=2\n", now)
         beta.admit()
         for _ in range(2):  # written over in place, and read in between
             file.write_text("alpha\n")
@@ -405,11 +409,7 @@ class TestKeys:
 
     def test_a_key_that_comes_back_while_its_request_runs_has_no_place_more(self, tmp_path: Path) -> None:
         now = [100.0]
-        file = tmp_path / "keys"
-        file.write_text("alpha\nbeta at_once=1\n")
-        keys = ApiKeys.load(file, clock=lambda: now[0])
-        assert keys is not None
-        beta = keys.find("Bearer beta")
+        file, keys, beta = self.with_beta(tmp_path, "alpha\nbeta at_once=1\n", now)
         beta.admit()
         for lines in ("alpha\n", "alpha\nother\n", "alpha\nother\nbeta at_once=1\n"):
             file.write_text(lines)

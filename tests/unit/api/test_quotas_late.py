@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import pytest
@@ -15,6 +15,8 @@ from shoal.api.auth import ApiKeys, Key
 from shoal.api.quotas import PATIENCE_SECONDS, Held, Left, Quotas, Shared
 from shoal.api.wire import RateLimitError
 from tests.clocks import tells
+
+pytestmark = pytest.mark.anyio
 
 T = TypeVar("T")
 
@@ -37,6 +39,18 @@ class Loop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self.now
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, type[Loop]]]:
+    return "asyncio", {"loop_factory": Loop}
+
+
+@pytest.fixture(autouse=True)
+async def in_time(anyio_backend: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, Loop)
+    tells(monkeypatch, quotas.__name__, monotonic=loop.time)
 
 
 class Link:
@@ -79,7 +93,7 @@ class Link:
 
 
 class Service:
-    """Two gateways that have joined."""
+    """Two gateways."""
 
     def __init__(self, line: str) -> None:
         self._clock = asyncio.get_running_loop().time
@@ -88,10 +102,6 @@ class Service:
         self.shared = [Shared(link, f"gateway-{i}") for i, link in enumerate(self.links)]
         found = [ApiKeys([line], clock=self._clock, shared=shared) for shared in self.shared]
         self.keys = [keys.find(f"Bearer {line.split()[0]}") for keys in found]
-
-    async def begin(self) -> None:
-        for shared in self.shared:
-            await shared.begin()
 
     def anew(self) -> None:
         self.count = Quotas(self._clock)
@@ -117,6 +127,14 @@ class Service:
         return self.count._taken(self.keys[0].line)
 
 
+async def begun(line: str) -> Service:
+    """Its gateways have joined."""
+    service = Service(line)
+    for shared in service.shared:
+        await shared.begin()
+    return service
+
+
 async def is_admitted(key: Key) -> bool:
     try:
         await key.admitted()
@@ -125,209 +143,163 @@ async def is_admitted(key: Key) -> bool:
     return True
 
 
-def in_time(patch: pytest.MonkeyPatch, test: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    with asyncio.Runner(loop_factory=Loop) as runner:
-        tells(patch, quotas.__name__, monotonic=runner.get_loop().time)
-        runner.run(test())
-
-
-def test_an_ask_that_waits_for_a_join_is_counted_after_all_who_came_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_ask_that_waits_for_a_join_is_counted_after_all_who_came_alone() -> None:
     """One is given up; another, whose answer comes when its gateway joins again, is asked about once more; a third comes alone
     while that join is on its way."""
-
-    async def test() -> None:
-        service = Service("alpha at_once=2")
-        await service.begin()
-        asked = [service.ask(1.1)]
-        await asyncio.sleep(0.5)
-        asked.append(service.ask(0.601))
-        await asyncio.sleep(0.52)
-        service.links[0].there, service.links[0].back = 0.3, 0.01
-        reported = service.report()
-        await asyncio.sleep(0.18)
-        asked.append(service.ask(0.01))
-        await reported
-        assert sum(await asyncio.gather(*asked)) == 2 and service.running == [2, 0]
-        await service.report()
-        assert service.taken == 2
-
-    in_time(monkeypatch, test)
+    service = await begun("alpha at_once=2")
+    asked = [service.ask(1.1)]
+    await asyncio.sleep(0.5)
+    asked.append(service.ask(0.601))
+    await asyncio.sleep(0.52)
+    service.links[0].there, service.links[0].back = 0.3, 0.01
+    reported = service.report()
+    await asyncio.sleep(0.18)
+    asked.append(service.ask(0.01))
+    await reported
+    assert sum(await asyncio.gather(*asked)) == 2 and service.running == [2, 0]
+    await service.report()
+    assert service.taken == 2
 
 
-def test_an_ask_does_not_overtake_a_join_that_looks_for_the_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test() -> None:
-        service = Service("alpha at_once=4")
-        await service.begin()
-        asked = [service.ask(0.001)]
-        await asyncio.sleep(0.1)
-        asked.append(service.ask(5))
-        await asyncio.sleep(0.5)
-        asked.append(service.ask(0.53))
-        await asyncio.sleep(0.52)
-        service.links[0].back, service.links[0].finding = 0.001, 0.05
-        reported = service.report()
-        await asyncio.sleep(0.005)
-        service.links[0].back = 0.1  # of the last's second try, but not of the join
-        await asyncio.sleep(0.02)
-        service.links[0].back = 0.001
-        await reported
-        assert all(await asyncio.gather(*asked))
-        assert service.running == [3, 0] and service.taken == 3
-
-    in_time(monkeypatch, test)
+async def test_an_ask_does_not_overtake_a_join_that_looks_for_the_count() -> None:
+    service = await begun("alpha at_once=4")
+    asked = [service.ask(0.001)]
+    await asyncio.sleep(0.1)
+    asked.append(service.ask(5))
+    await asyncio.sleep(0.5)
+    asked.append(service.ask(0.53))
+    await asyncio.sleep(0.52)
+    service.links[0].back, service.links[0].finding = 0.001, 0.05
+    reported = service.report()
+    await asyncio.sleep(0.005)
+    service.links[0].back = 0.1  # of the last's second try, but not of the join
+    await asyncio.sleep(0.02)
+    service.links[0].back = 0.001
+    await reported
+    assert all(await asyncio.gather(*asked))
+    assert service.running == [3, 0] and service.taken == 3
 
 
-def test_what_ends_in_the_turn_after_a_join_holds_no_place_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_ends_in_the_turn_after_a_join_holds_no_place_for_ever() -> None:
     """The gateway is alone, and a report waits for the join of an ask."""
-
-    async def test() -> None:
-        service = Service("alpha at_once=9")
-        await service.begin()
-        assert await is_admitted(service.keys[0])
-        service.anew()
-        asked = [service.ask(5)]
-        await asyncio.sleep(0.5)
-        asked.append(service.ask(0.001))
-        service.links[0].joined = service.keys[0].leave
-        await asyncio.sleep(0.0015)
-        service.links[0].back = 0.7  # of its join
-        await asyncio.sleep(0.6)
-        assert service.shared[0]._alone
-        reported = service.report()
-        await asyncio.sleep(0.01)
-        service.links[0].back = 0.001
-        await reported
-        assert all(await asyncio.gather(*asked))
-        assert service.running == [2, 0] and service.taken == 2
-
-    in_time(monkeypatch, test)
+    service = await begun("alpha at_once=9")
+    assert await is_admitted(service.keys[0])
+    service.anew()
+    asked = [service.ask(5)]
+    await asyncio.sleep(0.5)
+    asked.append(service.ask(0.001))
+    service.links[0].joined = service.keys[0].leave
+    await asyncio.sleep(0.0015)
+    service.links[0].back = 0.7  # of its join
+    await asyncio.sleep(0.6)
+    assert service.shared[0]._alone
+    reported = service.report()
+    await asyncio.sleep(0.01)
+    service.links[0].back = 0.001
+    await reported
+    assert all(await asyncio.gather(*asked))
+    assert service.running == [2, 0] and service.taken == 2
 
 
-def test_tokens_that_are_told_while_a_join_looks_for_the_count_are_charged(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test() -> None:
-        service = Service("alpha tokens=1000")
-        one = service.keys[0]
-        await service.begin()
-        await one.admitted()
-        await service.report()
-        service.anew()
-        service.links[0].finding = 0.05
-        asked = service.ask(0.001)
-        await asyncio.sleep(0.02)
-        one.spend(900)
-        await service.report()
-        await asked
-        await service.report()
-        assert one.tokens is not None and one.tokens.level == pytest.approx(100, abs=3)
-
-    in_time(monkeypatch, test)
+async def test_tokens_that_are_told_while_a_join_looks_for_the_count_are_charged() -> None:
+    service = await begun("alpha tokens=1000")
+    one = service.keys[0]
+    await one.admitted()
+    await service.report()
+    service.anew()
+    service.links[0].finding = 0.05
+    asked = service.ask(0.001)
+    await asyncio.sleep(0.02)
+    one.spend(900)
+    await service.report()
+    await asked
+    await service.report()
+    assert one.tokens is not None and one.tokens.level == pytest.approx(100, abs=3)
 
 
 @pytest.mark.parametrize("joined", [0.001, 0.5])
-def test_what_another_count_has_admitted_is_asked_about_again(monkeypatch: pytest.MonkeyPatch, joined: float) -> None:
+async def test_what_another_count_has_admitted_is_asked_about_again(joined: float) -> None:
     """The answer comes when its gateway has joined the new one, or before that join is answered."""
+    service = await begun("alpha at_once=4")
+    asked = [service.ask(0.3)]
+    await asyncio.sleep(0.01)
+    service.anew()
+    asked.append(service.ask(0.001))
+    await asyncio.sleep(0.0015)
+    service.links[0].back = joined
+    await asyncio.sleep(0.1)
+    service.links[0].back = 0.001
+    assert all(await asyncio.gather(*asked)) and not service.shared[0]._alone
+    assert service.running == [2, 0] and service.taken == 2
 
-    async def test() -> None:
-        service = Service("alpha at_once=4")
-        await service.begin()
-        asked = [service.ask(0.3)]
-        await asyncio.sleep(0.01)
+
+async def test_what_two_counts_have_admitted_one_after_the_other_is_admitted_alone() -> None:
+    service = await begun("alpha at_once=4")
+    asked = [service.ask(0.3)]
+    for _ in range(2):
+        await asyncio.sleep(0.1)
         service.anew()
         asked.append(service.ask(0.001))
-        await asyncio.sleep(0.0015)
-        service.links[0].back = joined
         await asyncio.sleep(0.1)
-        service.links[0].back = 0.001
-        assert all(await asyncio.gather(*asked)) and not service.shared[0]._alone
-        assert service.running == [2, 0] and service.taken == 2
-
-    in_time(monkeypatch, test)
-
-
-def test_what_two_counts_have_admitted_one_after_the_other_is_admitted_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test() -> None:
-        service = Service("alpha at_once=4")
-        await service.begin()
-        asked = [service.ask(0.3)]
-        for _ in range(2):
-            await asyncio.sleep(0.1)
-            service.anew()
-            asked.append(service.ask(0.001))
-            await asyncio.sleep(0.1)
-            service.links[0].back = 0.3
-            await asyncio.sleep(0.2)
-        assert all(await asyncio.gather(*asked)) and service.shared[0]._alone
-        service.links[0].back = 0.001
-        await service.report()
-        assert service.running == [3, 0] and service.taken == 3
-
-    in_time(monkeypatch, test)
+        service.links[0].back = 0.3
+        await asyncio.sleep(0.2)
+    assert all(await asyncio.gather(*asked)) and service.shared[0]._alone
+    service.links[0].back = 0.001
+    await service.report()
+    assert service.running == [3, 0] and service.taken == 3
 
 
-def test_tokens_of_a_gateway_that_was_alone_are_charged_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test() -> None:
-        service = Service("alpha tokens=1000")
-        one, other = service.keys
-        await service.begin()
-        asked = service.ask(5)
-        await asyncio.sleep(1.01)
-        assert await asked and service.shared[0]._alone
-        service.links[0].back = 0.001
-        one.spend(300)
-        await service.report()
-        await is_admitted(other)
-        assert [key.tokens and round(key.tokens.level) for key in (one, other)] == [700, 700]
-
-    in_time(monkeypatch, test)
+async def test_tokens_of_a_gateway_that_was_alone_are_charged_once() -> None:
+    service = await begun("alpha tokens=1000")
+    one, other = service.keys
+    asked = service.ask(5)
+    await asyncio.sleep(1.01)
+    assert await asked and service.shared[0]._alone
+    service.links[0].back = 0.001
+    one.spend(300)
+    await service.report()
+    await is_admitted(other)
+    assert [key.tokens and round(key.tokens.level) for key in (one, other)] == [700, 700]
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_no_weather_gives_a_key_more_or_keeps_a_place(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+async def test_no_weather_gives_a_key_more_or_keeps_a_place(seed: int) -> None:
     """Answers come late and in any order, clients leave while they are asked about, and the count starts anew now and then.
     When it is quiet again, all is counted together."""
+    draw, loop = random.Random(seed), asyncio.get_running_loop()
+    service, most = await begun("alpha at_once=6"), 6
+    tasks = [asyncio.create_task(shared.run()) for shared in service.shared]
+    quiet, end = loop.time() + 14, loop.time() + 22
+    admitted = 0
 
-    async def test() -> None:
-        draw, loop = random.Random(seed), asyncio.get_running_loop()
-        service, most = Service("alpha at_once=6"), 6
-        await service.begin()
-        tasks = [asyncio.create_task(shared.run()) for shared in service.shared]
-        quiet, end = loop.time() + 14, loop.time() + 22
-        admitted = 0
-
-        async def weather() -> None:
-            while loop.time() < end:
-                await asyncio.sleep(0.01)
-                late, lost = (0.002, 0.0) if loop.time() > quiet else (0.3, 0.002)
-                for link in service.links:
-                    link.there, link.back, link.finding = (
-                        late * draw.random(),
-                        late * draw.random(),
-                        late * draw.random(),
-                    )
-                    if draw.random() < lost:
-                        link._last = max(link._last, loop.time()) + 1.5  # nothing arrives for a while
+    async def weather() -> None:
+        while loop.time() < end:
+            await asyncio.sleep(0.01)
+            late, lost = (0.002, 0.0) if loop.time() > quiet else (0.3, 0.002)
+            for link in service.links:
+                link.there, link.back, link.finding = (late * draw.random() for _ in range(3))
                 if draw.random() < lost:
-                    service.anew()
+                    link._last = max(link._last, loop.time()) + 1.5  # nothing arrives for a while
+            if draw.random() < lost:
+                service.anew()
 
-        async def client(key: Key) -> None:
-            nonlocal admitted
-            while loop.time() < end:
-                await asyncio.sleep(draw.random() * 0.2)
-                asked = asyncio.create_task(is_admitted(key))
-                await asyncio.wait([asked], timeout=draw.random() * 0.5 if draw.random() < 0.1 else None)
-                asked.cancel()
-                if (await asyncio.gather(asked, return_exceptions=True))[0] is not True:
-                    continue
-                admitted += 1
-                assert max(service.running) <= most and (loop.time() < end - 3 or sum(service.running) <= most)
-                await asyncio.sleep(draw.random() * 1.5)
-                key.leave()
+    async def client(key: Key) -> None:
+        nonlocal admitted
+        while loop.time() < end:
+            await asyncio.sleep(draw.random() * 0.2)
+            asked = asyncio.create_task(is_admitted(key))
+            await asyncio.wait([asked], timeout=draw.random() * 0.5 if draw.random() < 0.1 else None)
+            asked.cancel()
+            if (await asyncio.gather(asked, return_exceptions=True))[0] is not True:
+                continue
+            admitted += 1
+            assert max(service.running) <= most and (loop.time() < end - 3 or sum(service.running) <= most)
+            await asyncio.sleep(draw.random() * 1.5)
+            key.leave()
 
-        await asyncio.gather(weather(), *(client(key) for key in service.keys for _ in range(8)))
-        await asyncio.sleep(3)
-        assert service.running == [0, 0] and service.taken == 0 and admitted > 100
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-
-    in_time(monkeypatch, test)
+    await asyncio.gather(weather(), *(client(key) for key in service.keys for _ in range(8)))
+    await asyncio.sleep(3)
+    assert service.running == [0, 0] and service.taken == 0 and admitted > 100
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
