@@ -8,15 +8,15 @@ VLLM_VENV ?= .venv-vllm
 VLLM_READY = $(VLLM_VENV)/.ready
 VLLM_GPU_VENV ?= .venv-vllm-gpu
 GUIDELLM_VENV ?= .venv-guidellm
+TRITON_VENV ?= .venv-triton
 # Python starts hundreds of times in the tests, and reads what it compiled once, whatever the environment says of that
 SUITE = env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/triton
-# With MINUTES, tests that are not begun by then are skipped and named; other commits begin with other files (decision 0079)
-BUDGET = $(if $(MINUTES),--no-loadscope-reorder --begin-within $(MINUTES) --turn "$(shell git rev-parse HEAD)")
+TRITON = TRITON_INTERPRET=1 $(TRITON_VENV)/bin/python -m pytest -n 2 --dist loadfile --timeout 600 tests/triton
 PYTHON_3_11 = import sys; sys.exit(None if sys.version_info >= (3, 11) else "Shoal needs Python 3.11 or newer; got %d.%d" % sys.version_info[:2])
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL = help
-.PHONY: quickstart assistant test drills test-vllm test-triton gpu mutate check lint bench setup clients docs docs-serve wheel help
+.PHONY: quickstart assistant test smoke drills nightly test-vllm test-triton gpu mutate check lint bench setup clients docs docs-serve wheel help
 
 quickstart: $(READY)  ## set up, then corpus to chat on this machine, about 15 minutes (EXIT=1 stops after the samples)
 	@$(BIN)/shoal quickstart $(if $(EXIT),--exit)
@@ -30,14 +30,20 @@ test: $(READY)  ## set up, then all tests but the drills, eight to eleven minute
 	$(SUITE) -m "not drill and alone" tests/flows/test_http_faults.py || status=$$?; \
 	exit $$status
 
-drills: $(READY)  ## set up, then kills, lost nodes, jobs, long browser runs and what takes seconds, about half an hour on two cores (MINUTES=20: none is begun later)
-	$(SUITE) -n 2 --dist loadfile --timeout 600 $(BUDGET) -m "drill"
+smoke: $(READY) $(TRITON_VENV)  ## one drill of each kind and a few of the CUDA kernels, some five minutes on two cores: what CI runs beside `make test`
+	$(SUITE) -n 2 --dist loadfile --timeout 600 -m "smoke"
+	$(TRITON) -m "smoke"
+
+drills: $(READY)  ## set up, then kills, lost nodes, jobs, long browser runs and what takes seconds, about half an hour on two cores
+	$(SUITE) -n 2 --dist loadfile --timeout 600 -m "drill"
+
+nightly: drills test-triton test-vllm  ## all that CI leaves out, about an hour and a half on two cores: every night, and before a release
 
 test-vllm: $(VLLM_READY)  ## an environment with vLLM 0.32 on the CPU (4 GB), then the tests of it
-	TRITON_INTERPRET=1 $(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile --timeout 600 $(BUDGET) tests/vllm
+	TRITON_INTERPRET=1 $(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile --timeout 600 tests/vllm
 
-test-triton: $(READY)  ## set up, then the CUDA kernels in Triton's interpreter, on this CPU; skipped without the extra gpu (1 GB)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile --timeout 600 tests/triton
+test-triton: $(READY) $(TRITON_VENV)  ## set up, then the CUDA kernels in Triton's interpreter, on this CPU, a quarter of an hour on two cores
+	$(TRITON)
 
 gpu: $(READY)  ## on a machine with a GPU: its tests, decoding and training beside its limits, a plain GPT and vLLM, and docs/benchmarks/gpu.md (MINUTES=120 at most; VLLM_GPU_VENV= leaves vLLM out)
 	$(BIN)/python -m tests.gpu.measured $(or $(MINUTES),120) $(VLLM_GPU_VENV)
@@ -96,6 +102,13 @@ $(VLLM_GPU_VENV)/.ready: pyproject.toml constraints-vllm.txt
 clients: $(READY)  ## install clients, transformers and PEFT (450 MB) too: tests of them are skipped without
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,clients]'
 	@test -x $(GUIDELLM_VENV)/bin/guidellm || $(MAKE) --no-print-directory $(GUIDELLM_VENV)
+
+# Torch for a CPU is tested as it is installed there, without Triton: so that has an environment of its own, with the packages of .venv.
+$(TRITON_VENV): $(READY)
+	@$(BIN)/python -m venv $@
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > $$(echo $@/lib/python3*/site-packages)/shoal.pth
+	@$@/bin/python -m pip install --quiet --no-deps --constraint constraints-vllm.txt triton
+	@touch $@
 
 # guidellm pins click below ours, so it has an environment of its own, which sees the packages of .venv and adds a dozen.
 $(GUIDELLM_VENV):

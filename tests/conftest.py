@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests import budget
 from tests.at_import import (
     LOOK_SECONDS,
     changed,
@@ -59,12 +58,7 @@ os.fsync = not_waited_for
 gc.disable()  # until all is imported, of which nothing goes again
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    budget.add_options(parser)
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    budget.start(config)
     end_at_once(config)
     tell_results_alone(config)
 
@@ -76,7 +70,6 @@ def pytest_collection(session: pytest.Session) -> None:
 
 @pytest.hookimpl(trylast=True)  # of those that are left by -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items[:] = budget.turned(items, config.getoption("turn"))
     # What xdist's processes call it.
     items[:] = in_turn(items, together=getattr(config.option, "loadgroup", False))
 
@@ -96,15 +89,6 @@ def one_context_of_a_kind() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ssl, "create_default_context", cache(ssl.create_default_context))
         yield
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    budget.skip_if_late(item.config)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    budget.say_what_was_not_begun(terminalreporter)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -77,6 +77,7 @@ def test_each_example_is_answered(page: Page, open_site: Site, example: str) -> 
     assert isinstance(prompt, Encoded) and len(prompt.images) == (example == "What colour is this shape?")
 
 
+@pytest.mark.smoke
 @pytest.mark.drill
 def test_stop_ends_the_answer_and_frees_the_engine(page: Page, open_site: Site) -> None:
     cancelled = open_site.stat("requests_cancelled_total")

@@ -41,6 +41,7 @@ HOSTILE = f"""Look: ![a]({ELSEWHERE}/1.png) [![b][c]]({ELSEWHERE}/2) <img src={E
 PICTURE = {"files": ("a.png", b"\x89PNG\r\n\x1a\n" + bytes(64), "image/png")}
 
 
+@pytest.mark.smoke
 def test_a_hostile_answer_is_shown_and_loads_nothing(page: Page, open_site: Site) -> None:
     """The page's fixture fails for each request to another host, and for each that the policy had to refuse."""
     visit(page, open_site)

@@ -1,5 +1,5 @@
-"""Every test is selected by exactly one command of the Makefile's targets, and .ci/run runs all of them: none is dropped, and
-none takes its time twice. Drills and vLLM's tests have an end there (`tests.budget`)."""
+"""Every test is selected by exactly one command of the Makefile's targets: none is dropped, and none takes its time twice.
+`.ci/run` runs `make test` and `make smoke`, which is a part of the others; `make nightly` runs the others."""
 
 import ast
 import functools
@@ -12,13 +12,13 @@ from _pytest.mark.expression import Expression
 
 ROOT = Path(__file__).parents[2]
 TARGETS = ("test", "drills", "test-vllm", "test-triton")
+SMOKE_FOLDERS = ("browser", "contracts", "flows", "on_ray", "triton")
 FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py"))
 
 
 def commands(makefile: str) -> Iterator[tuple[str, list[str]]]:
     """(target, words after ``-m pytest``) of every command that runs pytest, variables filled in."""
     values = dict(re.findall(r"^(\w+) \??= (.*)$", makefile, re.MULTILINE))
-    values["BUDGET"] = ""  # without MINUTES a target runs all
     target = ""
     for line in makefile.splitlines():
         if head := re.match(r"([a-z-]+):", line):
@@ -90,14 +90,26 @@ def is_mark(node: ast.expr) -> bool:
     return isinstance(node, ast.Attribute) and node.attr == "mark" and getattr(node.value, "id", "") == "pytest"
 
 
-COMMANDS = list(commands((ROOT / "Makefile").read_text()))
+MAKEFILE = (ROOT / "Makefile").read_text()
+COMMANDS = [(target, words) for target, words in commands(MAKEFILE) if target != "smoke"]
 
 
-def test_the_targets_that_run_tests_are_known_and_ci_runs_each() -> None:
+def test_the_targets_that_run_tests_are_known_and_ci_or_the_nightly_run_has_each() -> None:
     assert {target for target, _ in COMMANDS} == set(TARGETS)
-    run = (ROOT / ".ci" / "run").read_text()
-    assert re.findall(r"^make ([a-z-]+) MINUTES=", run, re.MULTILINE) == ["drills", "test-vllm"]
-    assert all(re.search(rf"^make {target}\b(?!-)", run, re.MULTILINE) for target in TARGETS)
+    in_ci = re.findall(r"^make ([a-z -]+)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    at_night = re.search(r"^nightly:([a-z -]+)##", MAKEFILE, re.MULTILINE)
+    assert at_night is not None and {"test", "smoke"} <= {target for line in in_ci for target in line.split()}
+    assert {"test", *at_night[1].split()} == set(TARGETS)
+
+
+def test_ci_runs_one_drill_of_each_kind_at_least() -> None:
+    """Marked test by test, so that a new one of a file that is all drills is not run by CI by accident."""
+    smoke = {file: [has for _, has in marked((ROOT / file).read_text()) if "smoke" in has] for file in FILES}
+    assert [
+        file for file, found in smoke.items() for has in found if "drill" not in has and "/triton/" not in file
+    ] == []
+    for folder in SMOKE_FOLDERS:
+        assert any(found for file, found in smoke.items() if file.startswith(f"tests/{folder}/")), folder
 
 
 def test_every_test_is_run_by_exactly_one_command() -> None:

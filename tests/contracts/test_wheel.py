@@ -168,6 +168,7 @@ def look(url: str) -> None:
         assert http.get("/ui/service").status_code == 200
 
 
+@pytest.mark.smoke
 def test_it_serves_a_model_and_the_pages_from_one_process(home: Path, model: Path) -> None:
     with service(home, "--no-ray") as url:
         look(url)

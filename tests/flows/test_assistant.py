@@ -59,6 +59,7 @@ def worth_of(minutes: float) -> str:
     return f"after {minutes} minutes an exit's likeliest word is full depth's"
 
 
+@pytest.mark.smoke
 @pytest.mark.drill
 def test_open_weights_become_an_assistant_and_a_second_call_goes_on(tmp_path: Path) -> None:
     """The first ends after the answers, the second by Ctrl-C."""

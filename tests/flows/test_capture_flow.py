@@ -48,6 +48,7 @@ def service(model: Path, *options: object) -> Iterator[tuple[subprocess.Popen[st
             process.kill()
 
 
+@pytest.mark.smoke
 def test_a_service_that_is_killed_loses_no_row_of_a_request_that_had_ended(model: Path, tmp_path: Path) -> None:
     """Nor of one whose answer somebody has read to its end. Some run when the kill comes; their clients are cut off. The log
     ends when the scribe has ended too, which has made a part by then."""

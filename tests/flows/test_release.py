@@ -315,7 +315,7 @@ def test_a_person_decides_where_nothing_else_was_said(models: dict[str, Path], t
     ("candidate", "kind", "named"),
     [
         ("two", Crashing, ""),
-        pytest.param("nan", AsyncEngine, "failures", marks=pytest.mark.drill),
+        pytest.param("nan", AsyncEngine, "failures", marks=[pytest.mark.drill, pytest.mark.smoke]),
         pytest.param("two", Silent, "failures", marks=pytest.mark.drill),  # one answer of such a canary: below
         pytest.param("two", Slow, "slow answers", marks=pytest.mark.drill),  # most of it waits for slow answers
     ],

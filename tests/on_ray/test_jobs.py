@@ -129,6 +129,7 @@ def head() -> Iterator[Head]:
             node.stop()
 
 
+@pytest.mark.smoke
 def test_submitted_jobs_train_and_measure_a_model(head: Head, tmp_path: Path) -> None:
     """They run the uploaded copy, not what is installed, and join the cluster rather than starting their own."""
     data, run = write_corpus(tmp_path / "data", presets.get("test"), heldout=60), tmp_path / "run"

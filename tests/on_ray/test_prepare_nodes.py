@@ -42,6 +42,7 @@ def cluster(s3: Service, tmp_path: Path) -> Iterator[Cluster]:
         yield made
 
 
+@pytest.mark.smoke
 def test_a_node_is_lost_in_each_pass_and_the_corpus_is_that_of_a_folder(
     s3: Service, cluster: Cluster, tmp_path: Path
 ) -> None:

@@ -60,6 +60,7 @@ def test_boto3_pyarrow_and_ray_data_see_the_same_objects(s3: Service) -> None:
     assert sorted(rows) == keys and rows["ocean/raw/7/0017.txt"].startswith(b"Log 17:")
 
 
+@pytest.mark.smoke
 def test_a_corpus_is_made_from_s3_to_s3_and_trained_on(s3: Service) -> None:
     source, out = SourceSpec("logs", "s3://ocean/raw/7", "CC0-1.0"), "s3://ocean/made"
     operators = Operators(evaluation=("s3://ocean/sets",), languages=("en", "de"))  # what actors hold

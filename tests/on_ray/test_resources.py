@@ -78,6 +78,7 @@ def test_a_folder_for_logs_that_cannot_be_is_told_first(tmp_path: Path) -> None:
         raise AssertionError("it started")
 
 
+@pytest.mark.smoke
 @pytest.mark.ray
 @pytest.mark.drill
 def test_our_own_ray_listens_on_loopback_alone_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,6 +183,7 @@ def test_ten_times_too_many_clients_are_answered_or_told_to_come_again(service: 
     assert {process.pid for process in replicas(ENGINE)} == before
 
 
+@pytest.mark.smoke
 def test_a_killed_replica_takes_no_stream_with_it(service: Service, undisturbed: list[dict[str, Any]]) -> None:
     before = service.stats()["requests_resumed_total"]
     (victim, other) = replicas(ENGINE)

@@ -143,6 +143,7 @@ def test_what_was_said_once_is_there_while_the_run_lasts(calm: Path) -> None:
         assert until_told("calm, told again", lambda found: wanted <= found.keys())[f"ray_{PREFIX}step"] == STEPS
 
 
+@pytest.mark.smoke
 @pytest.mark.drill
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_a_killed_worker_costs_no_step_and_no_bit(calm: Path, data: Path, tmp_path: Path, resume: str) -> None:

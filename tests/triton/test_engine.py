@@ -15,6 +15,7 @@ from shoal.model.net import Net
 pytestmark = pytest.mark.timeout(600)  # the interpreter is slow, and so is a busy machine
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("pattern", ["H", "SDL"])
 def test_answers_are_those_of_the_oracle(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt in chunks, one of a few tokens, other depths, and drafts that are verified."""

@@ -120,6 +120,7 @@ def held(got: Array, want: Array, bound: Rounded) -> float:
     return float(2 / (np.abs(want) / np.maximum(bound.off, 1e-300)).max())
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", SEEN)  # of fp16 there are none (`sparse.usable`)
 @pytest.mark.parametrize("kind", WHOLE)
 def test_gradients_of_whole_rows_are_those_of_the_definition(

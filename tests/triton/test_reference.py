@@ -156,6 +156,7 @@ def test_what_is_stored_is_the_equations(norm: str, biased: bool, variance: bool
             near(got[:, dim:], block.var(0), 32 * U * np.square(block).max(0))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("shape", [(1, 48, 13), (5, 88, 64), (18, 130, 30)])
 def test_int8_is_whole_numbers_by_the_equations_to_the_bit(shape: tuple[int, int, int]) -> None:
     rows, inputs, outputs = shape

@@ -1,30 +1,16 @@
-"""Runs that must end: what is not begun in time is skipped and named, and nothing is left out for ever."""
+"""The order in which two processes run the tests, and what they send each other."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.budget import turned
 from tests.neighbours import BESIDE, COMPILING, EXAMPLES, in_turn, tell_results_alone
 
 ROOT = Path(__file__).parents[2]
-
-
-def test_every_file_comes_first_for_some_commit_and_none_is_torn_or_left_out() -> None:
-    items: list[Any] = [SimpleNamespace(path=file, name=name) for file in "abcd" for name in (1, 2)]
-    orders = [[(item.path, item.name) for item in turned(items, f"commit {number}")] for number in range(64)]
-    assert {order[0][0] for order in orders} == set("abcd")
-    given = [(item.path, item.name) for item in items]
-    for order in orders:
-        at = order.index(given[0])
-        assert order[at:] + order[:at] == given, "neighbours stay neighbours"
-    assert turned(items, "") == items and turned([], "word") == []
 
 
 def test_what_compiles_comes_first_and_beside_it_what_needs_nothing_compiled() -> None:
@@ -79,19 +65,3 @@ def test_of_a_test_that_passes_its_result_is_sent_and_of_others_all(asked: str) 
 
 def test_who_runs_alone_sends_nothing() -> None:
     tell_results_alone(SimpleNamespace())  # type: ignore[arg-type]
-
-
-def run(minutes: str) -> str:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--begin-within", minutes, "--turn", "word"]
-    done = subprocess.run(
-        [*command, "tests/contracts/test_upload.py"], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-@pytest.mark.drill
-def test_what_is_not_begun_is_skipped_and_named() -> None:
-    late, early = run("0"), run("60")
-    assert "not begun: 2 of tests/contracts/test_upload.py" in late and "2 skipped" in late
-    assert "not begun" not in early and "2 passed" in early
