@@ -107,7 +107,8 @@ class ResponseAnswer(BlockAnswer):
         }
 
     def _item(self, block: Block, running: bool = False) -> dict[str, Any]:
-        cut = self.choices[0].reason == "length" and block is self.blocks.all[-1]
+        (choice,) = self.choices
+        cut = block is self.blocks.all[-1] and (choice.reader.cut if block.call else choice.reason == "length")
         status = "in_progress" if running else "incomplete" if cut else "completed"
         head = {"id": self._item_id(block), "status": status}
         if block.call is None:
