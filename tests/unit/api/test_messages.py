@@ -279,7 +279,7 @@ class TestErrors:
             ({"tools": [LOG], "tool_choice": {"type": "tool"}}, "tool_choice"),
             ({"tools": [LOG], "tool_choice": {"type": "tool", "name": "dig"}}, "tool_choice"),
             ({"tool_choice": {"type": "any"}}, "tool_choice"),
-            ({"messages": [*HI, {"role": "system", "content": "x"}]}, "messages[1].role"),
+            ({"messages": [*HI, {"role": "system", "content": [IMAGE]}]}, "messages[1].content[0]"),
             ({"system": "s", "messages": [*HI, user({**IMAGE, "source": {**SOURCE, "data": "!"}})]}, "messages[1]"),
             ({"messages": [user({"type": "image", "source": {"type": "url", "url": "http://x"}})]}, f"{FIRST}.source.url"),
             ({"messages": [{"role": "assistant", "content": [IMAGE]}]}, FIRST),
