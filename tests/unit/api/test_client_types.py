@@ -195,7 +195,10 @@ def histories() -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 # What servers of these clients do, which none here does: to leave it out would change the chat.
-_SERVERS = r"(_call|_result|_output|_search|_use|mcp_.*|computer.*|program.*|compaction.*|fallback|container_upload|_listing|additional_tools|configuration_update)$"
+_SERVERS = (
+    r"(_call|_result|_output|_search|_use|_listing|mcp_.*|computer.*|program.*|compaction.*|fallback|container_upload"
+    r"|additional_tools|configuration_update)$"
+)
 _OURS = r" (function_call|tool_use)$"
 
 
