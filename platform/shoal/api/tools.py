@@ -224,7 +224,7 @@ def with_allowed(body: ChatRequest) -> ChatRequest:
     odd = allowed - {tool.function.name for tool in body.tools}
     if odd:
         known = [tool.function.name for tool in body.tools]
-        raise RequestError("tool_choice", param="tool_choice", got=min(odd)[:64], allowed=known)
+        raise RequestError("tool_choice", param="tool_choice", got=min(odd)[:64], allowed=known or "one of tools")
     tools = [tool for tool in body.tools if tool.function.name in allowed]
     return body.model_copy(update={"tools": tools, "tool_choice": choice.allowed_tools.mode})
 

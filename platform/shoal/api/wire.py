@@ -14,7 +14,7 @@ import codecs
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, get_args
 
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, PrivateAttr, ValidationError, model_validator
@@ -133,7 +133,7 @@ class Wire(BaseModel):
                     kept[name] = value
             elif name in cls.ignored:
                 ignored += [name] if value else []
-            elif not cls.reads:
+            elif not cls.reads or cls._is_other(values):
                 continue
             elif name not in cls.refused:
                 hint = did_you_mean(name, known) or f"known: {', '.join(sorted(known))}"
@@ -145,6 +145,13 @@ class Wire(BaseModel):
         made = validate(kept)
         made._ignored = tuple(ignored)
         return made
+
+    @classmethod
+    def _is_other(cls, values: Mapping[str, Any]) -> bool:
+        """Whether `values` are of another type, which is at fault then, and not its fields."""
+        kind = cls.model_fields.get("type")
+        allowed = () if kind is None else get_args(kind.annotation)
+        return bool(allowed) and "type" in values and values["type"] not in allowed
 
 
 class Unread(Wire):

@@ -222,7 +222,7 @@ class TestErrors:
             ({"max_tokens": 7}, "max_tokens"),
             ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
             ({"depth": "full", "reasoning": {"effort": "low"}}, "depth"),
-            ({"tools": [{"type": "computer"}]}, "tools[0].type"),
+            ({"tools": [{"type": "file_search", "vector_store_ids": ["v"]}]}, "tools[0].type"),
             ({"tools": [LOG, {"type": "web_search"}], "tool_choice": {"type": "web_search"}}, "tool_choice.type"),
             ({"tools": [LOG], "tool_choice": {"type": "function", "name": "dig"}}, "tool_choice"),
             ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format"),
