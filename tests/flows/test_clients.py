@@ -302,6 +302,25 @@ class TestAnthropic:
         last = claude.messages.create(**{**ASKED, "messages": history}, tools=[LOG_CATCH], tool_choice={"type": "none"})
         assert last.content[0].type == "text"
 
+    def test_its_tool_runner_runs_a_tool_and_goes_on(self, claude: Any) -> None:
+        """It asks for a thread of the server first, and goes on without one where that is refused as it knows it."""
+        caught = []
+
+        @package("anthropic").beta_tool
+        def log_catch(kind: Literal["cod", "eel"]) -> str:
+            """Logs one.
+
+            Args:
+                kind: of fish
+            """
+            caught.append(kind)
+            return "noted"
+
+        choice = {"type": "tool", "name": "log_catch"}
+        asked = {**ASKED, "max_tokens": 200, "tools": [log_catch], "tool_choice": choice, "max_iterations": 2}
+        turns = [message.stop_reason for message in claude.beta.messages.tool_runner(**asked)]
+        assert turns == ["tool_use", "tool_use"] and {*caught} <= {"cod", "eel"} and caught
+
     def test_an_answer_goes_on_stops_and_follows_a_schema(self, claude: Any) -> None:
         free = claude.messages.create(**ASKED).content[0].text
         begun = {**ASKED, "messages": [*MESSAGES, {"role": "assistant", "content": free[:4]}]}

@@ -72,7 +72,8 @@ class Choice:
             return None
         if self.silent:
             return "length"
-        return "tool_calls" if self.reader.calls and self.finished.reason == "stop" else self.finished.reason
+        called = self.reader.calls and not self.reader.cut and self.finished.reason == "stop"
+        return "tool_calls" if called else self.finished.reason
 
     def _lost(self, event: Event) -> float | None:
         """Nats of its tolerance after `event`. Where the engine measured none, it is as before at a depth that loses nothing:
@@ -141,7 +142,8 @@ class Answer(ABC):
         offered = self._call.offered
         if not offered:
             return None
-        calls = [each for choice in self.choices for each in choice.calls]
+        # one that was cut off tells nothing of who wrote it
+        calls = [each for choice in self.choices for each in (choice.calls[:-1] if choice.reader.cut else choice.calls)]
         is_text = any(choice.reader.meant(choice.content) for choice in self.choices)
         if not calls and not is_text:
             return None

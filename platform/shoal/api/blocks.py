@@ -10,13 +10,13 @@ import uuid
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from shoal.api.answers import Answer
 from shoal.api.calls import Delta
 from shoal.api.client import Events
-from shoal.engine.events import Finished
+from shoal.engine.events import Finished, TokenLogprob
 
 Moment = Literal["opened", "more", "closed"]
 
@@ -29,6 +29,8 @@ class Block:
     call: str | None = None  # its id
     name: str = ""
     text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of the tokens of a text, where they are asked for
+    told: int = 0  # of them, to a stream
 
 
 class Blocks:
@@ -36,6 +38,7 @@ class Blocks:
 
     def __init__(self) -> None:
         self.all: list[Block] = []
+        self.held: list[TokenLogprob] = []  # of tokens whose text has not come yet
 
     def take(self, deltas: Iterable[Delta]) -> Iterator[tuple[Moment, Block, str]]:
         """What becomes of the blocks: one opens, has more text, closes before the next."""
@@ -64,6 +67,8 @@ class Blocks:
 
     def _more(self, text: str) -> tuple[Moment, Block, str]:
         self.all[-1].text += text
+        self.all[-1].logprobs += [] if self.all[-1].call is not None else self.held
+        self.held = []
         return "more", self.all[-1], text
 
 
@@ -91,7 +96,10 @@ class BlockAnswer(Answer):
                 sent = [] if begun else [*self._begin()]
                 begun = True
                 for event in ready:
-                    for moment in self.blocks.take(choice.take(event)):
+                    known = len(choice.logprobs)
+                    deltas = choice.take(event)
+                    self.blocks.held += [entry for entry, _ in choice.logprobs[known:]]
+                    for moment in self.blocks.take(deltas):
                         sent += self._block(*moment)
                     if isinstance(event, Finished):
                         for moment in self.blocks.end():

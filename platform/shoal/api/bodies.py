@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
+from shoal.api.client_fields import IGNORED
 from shoal.api.wire import Wire
 from shoal.config import FULL
 from shoal.engine.events import MAX_DRAFTS
@@ -39,6 +40,13 @@ def by_type(*kinds: str) -> Discriminator:
     return tagged(f"objects of type {', '.join(kinds)}", tag)
 
 
+def choice_tag(value: Any) -> str | None:
+    """The tag of what `tool_choice` is: a text, a tool, or several that are allowed."""
+    if isinstance(value, dict) and value.get("type") == "allowed_tools":
+        return "<allowed_tools>"
+    return text_or_object(value)
+
+
 def text_or_object(value: Any) -> str | None:
     """The tag of a text, or of an object."""
     return "<text>" if isinstance(value, str) else "<object>" if isinstance(value, dict) else None
@@ -47,6 +55,13 @@ def text_or_object(value: Any) -> str | None:
 def _part_tag(value: Any) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else None
     return f"<{kind}>" if kind in ("text", "image_url") else None
+
+
+def refusal_as_text(part: Any, kind: str) -> Any:
+    """A part of an assistant's content as one of type `kind` where it is a refusal."""
+    if isinstance(part, dict) and part.get("type") == "refusal" and set(part) == {"type", "refusal"}:
+        return {"type": kind, "text": part["refusal"]}
+    return part
 
 
 def _prompt_tag(value: Any) -> str | None:
@@ -63,6 +78,7 @@ def _prompt_tag(value: Any) -> str | None:
 class CacheControl(Wire):
     type: Literal["ephemeral"]
     ttl: Literal["5m", "1h"] = "5m"
+    ignored: ClassVar[frozenset[str]] = IGNORED["messages.cache_control"]
 
 
 class Cached(Wire):
@@ -81,11 +97,13 @@ class ImageUrl(Wire):
 class TextPart(Cached):
     type: Literal["text"]
     text: str
+    ignored: ClassVar[frozenset[str]] = IGNORED["chat.part"]
 
 
 class ImagePart(Cached):
     type: Literal["image_url"]
     image_url: ImageUrl
+    ignored: ClassVar[frozenset[str]] = IGNORED["chat.part"]
 
 
 Part = Annotated[
@@ -114,12 +132,14 @@ Prompt = Annotated[
 class CalledFunction(Wire):
     name: str
     arguments: str = Field(description="JSON, as text")
+    ignored: ClassVar[frozenset[str]] = IGNORED["chat.call.function"]
 
 
 class ToolCall(Wire):
     id: str
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: CalledFunction
+    ignored: ClassVar[frozenset[str]] = IGNORED["chat.call"]
 
 
 class Message(Wire):
@@ -130,13 +150,26 @@ class Message(Wire):
     tool_calls: list[ToolCall] = Field(default_factory=list, description="of an assistant message")
     tool_call_id: str | None = Field(None, description="of a tool message: the call that it answers")
     name: str | None = Field(None, max_length=256, description=_HINT + "the chat template has no names")
+    refusal: str | None = Field(None, description="of an assistant message without content: read as that")
     hints: ClassVar[Hints] = {"name": ()}
+    ignored: ClassVar[frozenset[str]] = IGNORED["chat.message"]
     refused: ClassVar[Refused] = {
-        "refusal": ((), "only text is read back"),
-        "annotations": (([],), "only text is read back"),
         "audio": ((), "the model reads text and images"),
+        "images": (([],), "send images as parts of a user's content"),
         "function_call": ((), "use tool_calls"),
     }
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refused_is_said(cls, values: Any) -> Any:
+        """What an assistant refused is what it said, as a field or as a part."""
+        if not isinstance(values, dict) or values.get("role") != "assistant":
+            return values
+        content = values.get("content", values.get("refusal"))
+        if isinstance(content, list):
+            content = [refusal_as_text(part, "text") for part in content]
+        kept = {name: value for name, value in values.items() if name != "refusal"}
+        return kept if content is None else {**kept, "content": content}
 
 
 # ---- tools and formats -----------------------------------------------------------------------------------------------
@@ -156,6 +189,7 @@ class Function(Wire):
 class Tool(Wire):
     type: Literal["function"]
     function: Function
+    ignored: ClassVar[frozenset[str]] = IGNORED["chat.tool"]
 
 
 class FunctionName(Wire):
@@ -167,9 +201,21 @@ class NamedTool(Wire):
     function: FunctionName
 
 
+class AllowedTools(Wire):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1)
+
+
+class AllowedChoice(Wire):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools = Field(description="the model is shown these of `tools`, and calls no others")
+
+
 ToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("<text>")] | Annotated[NamedTool, Tag("<object>")],
-    tagged('none, auto, required, or {"type": "function", "function": {"name": ...}}', text_or_object),
+    Annotated[Literal["none", "auto", "required"], Tag("<text>")]
+    | Annotated[NamedTool, Tag("<object>")]
+    | Annotated[AllowedChoice, Tag("<allowed_tools>")],
+    tagged('none, auto, required, or {"type": "function", "function": {"name": ...}}', choice_tag),
 ]
 
 
@@ -325,8 +371,8 @@ class ChatRequest(GenerationRequest):
         "prediction": ((), "predicted outputs are not supported"),
         "web_search_options": ((), "the server fetches nothing"),
         "moderation": ((), "nothing is moderated here"),
-        "prompt_cache_options": (({},), "the prefix cache has no options"),
     }
+    ignored: ClassVar[frozenset[str]] = IGNORED["chat"]
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
@@ -361,6 +407,7 @@ class EmbeddingRequest(Wire):
     model: str = Field(description="a name that /v1/models lists")
     input: Prompt = Field(description="each at least one token")
     encoding_format: Literal["float", "base64"] = Field("float", description="base64: of float32, little-endian")
+    dimensions: int | None = Field(None, description="the model's width: a shortened vector would mean nothing")
     user: str | None = Field(None, max_length=256, description="written to the access log beside the request id")
     depth: str | int | None = Field(
         None, description="exit whose hidden states are pooled: its name, or its layers [full]"
@@ -370,7 +417,6 @@ class EmbeddingRequest(Wire):
     def pooled_at(self) -> str | int:
         return FULL if self.depth is None else self.depth
 
-    refused: ClassVar[Refused] = {"dimensions": ((), "the width is the model's: a shortened vector would mean nothing")}
     model_config = ConfigDict(json_schema_extra={"examples": [{"model": "shoal", "input": ["the sea", "def f(x):"]}]})
 
 

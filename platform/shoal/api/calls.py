@@ -22,6 +22,7 @@ class Reader(ABC):
     """Turns the text of one answer, as it comes, into OpenAI's deltas: ``content`` or ``tool_calls``."""
 
     calls = 0  # so far
+    cut = False  # the answer ended before the arguments of the last of them did
     opens = ""  # what opens a call that nothing guides
 
     @abstractmethod
@@ -32,7 +33,8 @@ class Reader(ABC):
         return bool(self.opens) and self.opens in said
 
     def finish(self, *, whole: bool) -> list[Delta]:
-        """The rest, once the text has ended; `whole`: not cut off by its length."""
+        """The rest, once the text has ended; `whole`: not cut off by its length. Of a call that was cut off before its name
+        nothing is shown: neither what frames it nor a part of its JSON is text."""
         return []
 
     def _call(self, name: str, arguments: str) -> Delta:
@@ -56,12 +58,17 @@ class Named(Reader):
     """The whole answer is the arguments of one tool."""
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self._name, self._inside = name, _Inside()
 
     def push(self, text: str) -> list[Delta]:
         if not text:
             return []
+        self._inside.take(text)
         return self._more(text) if self.calls else [self._call(self._name, text)]
+
+    def finish(self, *, whole: bool) -> list[Delta]:
+        self.cut = bool(self.calls) and not self._inside.ended
+        return []
 
 
 class Whole(Reader):
@@ -85,19 +92,19 @@ class Whole(Reader):
         return [self._call(head[1], ""), *self._more(self._inside.take(rest))]
 
     def finish(self, *, whole: bool) -> list[Delta]:
-        # One that was cut off before its name was whole: nothing that was written is lost.
-        return [{"content": self._held}] if self._held else []
+        self.cut = bool(self.calls) and not self._inside.ended
+        return []
 
 
 class _Inside:
     """Where in a JSON object a text is that comes in pieces."""
 
     def __init__(self) -> None:
-        self._depth, self._text, self._escaped, self._ended = 0, False, False, False
+        self._depth, self._text, self._escaped, self.ended = 0, False, False, False
 
     def take(self, text: str) -> str:
         """`text` up to where the object ends; nothing of what comes after it."""
-        for at, char in enumerate("" if self._ended else text):
+        for at, char in enumerate("" if self.ended else text):
             if self._text:
                 self._text = self._escaped or char != '"'
                 self._escaped = not self._escaped and char == "\\"
@@ -105,9 +112,9 @@ class _Inside:
             self._text = char == '"'
             self._depth += (char in "{[") - (char in "}]")
             if char in "}]" and self._depth <= 0:
-                self._ended = True
+                self.ended = True
                 return text[: at + 1]
-        return "" if self._ended else text
+        return "" if self.ended else text
 
 
 class Tagged(Reader):
@@ -125,8 +132,7 @@ class Tagged(Reader):
         opened = self._written.open
         deltas = self._closed(ended=False)
         if opened not in self._held:
-            kept = next((k for k in range(len(opened) - 1, 0, -1) if self._held.endswith(opened[:k])), 0)
-            sure = self._held[: len(self._held) - kept].rstrip()  # what follows may be a call
+            sure = self._held[: len(self._held) - _begun(opened, self._held)].rstrip()  # what follows may be a call
             self._held = self._held[len(sure) :]
             deltas += [{"content": sure}] if sure else []
         return deltas
@@ -143,8 +149,19 @@ class Tagged(Reader):
             deltas += self._made(said + before, found[0])
             said, rest = "", found[1]
         rest = said + rest
+        if not whole:
+            rest = self._uncut(rest)
         # White space behind a call is no more said than that before one.
         return deltas + ([{"content": rest}] if rest.strip() or (rest and not self.calls) else [])
+
+    def _uncut(self, rest: str) -> str:
+        """The `rest` of an answer that was cut off, without a call that is not whole."""
+        opened, at = self._written.open, -1
+        while (at := rest.find(opened, at + 1)) >= 0:
+            if rest[at + len(opened) :].lstrip(SPACE)[:1] in ("", "{", "["):  # else the text is about calls
+                return rest[:at].rstrip()
+        begun = _begun(opened, rest)
+        return rest[: len(rest) - begun].rstrip() if begun > 1 else rest  # one letter may be anything
 
     def _closed(self, *, ended: bool) -> list[Delta]:
         """What is in front of, and in, the calls in what is held that have come to their end."""
@@ -224,6 +241,8 @@ class Bare(Tagged):
     def finish(self, *, whole: bool) -> list[Delta]:
         text, self._begun = self._begun, ""
         called = self._bare and self._written.read(text, self._tools) is not None
+        if self._bare and not called and not whole and self._may_be_call(text.lstrip(SPACE)):
+            return []
         return [*super().push(self._written.open + text if called else text), *super().finish(whole=whole)]
 
     def _may_be_call(self, start: str) -> bool:
@@ -253,12 +272,18 @@ class Either(Reader):
 
     def finish(self, *, whole: bool) -> list[Delta]:
         if self._inner is None:
-            return [{"content": self._begun}] if self._begun else []
+            self._inner = self._tagged
+            self._inner.push(self._begun)
         return self._count(self._inner.finish(whole=whole))
 
     def _count(self, deltas: list[Delta]) -> list[Delta]:
         self.calls = 0 if self._inner is None else self._inner.calls
         return deltas
+
+
+def _begun(opened: str, text: str) -> int:
+    """How many letters at the end of `text` may begin `opened`."""
+    return next((k for k in range(len(opened) - 1, 0, -1) if text.endswith(opened[:k])), 0)
 
 
 def rewritten(text: str, tools: Iterable[Mapping[str, Any]], written: CallFormat) -> str:

@@ -333,7 +333,7 @@ def _beginning(fields: Mapping[str, Any]) -> str:
     turns: Any = fields.get("messages") or fields.get("input") or fields.get("prompt", "")
     if isinstance(turns, str):
         return turns[:BEGINS]
-    if turns and not hasattr(turns[0], "role"):
+    if turns and isinstance(turns[0], (int, str, list)):
         return str(turns[:BEGINS] if isinstance(turns[0], int) else turns[0])[:BEGINS]
     found: list[str] = []
     for turn in turns:

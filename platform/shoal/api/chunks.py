@@ -179,16 +179,7 @@ class ChatAnswer(ChunkAnswer):
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, tokens: list[tuple[TokenLogprob, int]], index: int) -> ChatLogprobs:
-        return {"content": [self._token(entry) for entry, _ in tokens], "refusal": None}
-
-    def _token(self, entry: TokenLogprob) -> ChatLogprob:
-        top = [self._top(token, logprob) for token, logprob in entry.top]
-        return {**self._top(entry.token, entry.logprob), "top_logprobs": top}
-
-    def _top(self, token: int, logprob: float) -> TopLogprob:
-        data = self._served.tokenizer.token_bytes(token)
-        name = token_name(self._served.tokenizer, token)
-        return {"token": name, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(data)}
+        return {"content": [chat_logprob(self._served.tokenizer, entry) for entry, _ in tokens], "refusal": None}
 
 
 class TextAnswer(ChunkAnswer):
@@ -284,6 +275,17 @@ class TextAnswer(ChunkAnswer):
 def _own(entry: TokenLogprob) -> list[tuple[int, float]]:
     """The token itself, where it is none of its likeliest alternatives."""
     return [] if any(token == entry.token for token, _ in entry.top) else [(entry.token, entry.logprob)]
+
+
+def chat_logprob(tokenizer: Tokenizer, entry: TokenLogprob) -> ChatLogprob:
+    """What is known of a token, as OpenAI has it in a chat and in a response."""
+
+    def top(token: int, logprob: float) -> TopLogprob:
+        data, name = tokenizer.token_bytes(token), token_name(tokenizer, token)
+        return {"token": name, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(data)}
+
+    alternatives = [top(token, logprob) for token, logprob in entry.top]
+    return {**top(entry.token, entry.logprob), "top_logprobs": alternatives}
 
 
 def token_name(tokenizer: Tokenizer, token: int) -> str:

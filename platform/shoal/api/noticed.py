@@ -80,7 +80,7 @@ class Noticed(Reader):
         return [*deltas, {"content": self._notice.of_json(self._held)}]
 
     def _put(self, deltas: list[Delta]) -> list[Delta]:
-        self.calls = self._inner.calls
+        self.calls, self.cut = self._inner.calls, self._inner.cut
         if self._whole:
             self._held += "".join(delta.get("content", "") for delta in deltas)
             return [delta for delta in deltas if "content" not in delta]

@@ -29,7 +29,7 @@ from shoal.api.noticed import depth_by_policy, is_json, notice_of, noticed, said
 from shoal.api.policy import WORKLOAD
 from shoal.api.prompts import check_ids, encode_messages, fit, prompt_ids, prompts_of, template_settings, truncated
 from shoal.api.served import ServedModel
-from shoal.api.tools import Offer
+from shoal.api.tools import Offer, with_allowed
 from shoal.api.wire import Wire, parse
 from shoal.config import AUTO, FULL
 from shoal.engine.events import Guide, Request, Sampling
@@ -104,13 +104,13 @@ def chat_call(body: ChatRequest, served: ServedModel, limits: Limits) -> EngineC
 
 
 def _chat_call(body: ChatRequest, served: ServedModel, limits: Limits) -> EngineCall:
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise RequestError("top_logprobs", param="top_logprobs", do="set logprobs to true as well")
     if body.reasoning_effort and body.depth is not None:
         raise RequestError("reasoning_effort and depth", param="depth", do="give one of them")
     at_most("tools", len(body.tools), limits.tools)
     _check_choices(1, body.n, limits)
-    said, body = said_by_user(body.messages), without_notices(body, served)
+    said, body = said_by_user(body.messages), without_notices(with_allowed(body), served)
     offer = Offer(body, served.tokenizer)
     guide, guided_by = _chat_guide(body, offer)
     told = "\n\n".join(text for text in (offer.system(), _format_told(body.response_format)) if text)
@@ -187,6 +187,10 @@ def completion_call(body: CompletionRequest, served: ServedModel, limits: Limits
 def embedding_ids(body: EmbeddingRequest, served: ServedModel, limits: Limits) -> list[list[int]]:
     """The token ids of each input. Raises as `chat_call`."""
     served.config.asked(body.pooled_at, auto=False)
+    if body.dimensions not in (None, served.config.width):
+        raise RequestError(
+            "dimensions", param="dimensions", got=body.dimensions, allowed=f"{served.config.width}, or none"
+        )
     inputs = prompts_of(body.input)
     at_most("input", len(inputs), limits.inputs)
     ids = [prompt_ids(given, served, "input") for given in inputs]

@@ -18,7 +18,7 @@ from typing import Any
 
 from llguidance import StructTag
 
-from shoal.api.bodies import ChatRequest, Function, Message, NamedTool, ResponseFormat
+from shoal.api.bodies import AllowedChoice, ChatRequest, Function, Message, NamedTool, ResponseFormat
 from shoal.api.calls import Named, Plain, Reader, Whole, reader
 from shoal.api.said import may_be_called, unsaid
 from shoal.engine.events import Guide
@@ -62,7 +62,7 @@ class Offer:
         )
         if odd is not None:
             raise RequestError(f"tools: parameters of {odd}", param="tools", allowed="a JSON schema of type object")
-        if not self.tools and choice not in (None, "none"):
+        if not self.tools and choice not in (None, "none", "auto"):
             raise RequestError("tool_choice without tools", param="tool_choice", do="give tools, or leave it out")
         self.named = choice.function.name if isinstance(choice, NamedTool) else None
         if self.named is not None and self.named not in self.tools:
@@ -213,6 +213,20 @@ class Offer:
 
     def _functions(self) -> list[dict[str, Any]]:
         return [tool.model_dump(exclude={"strict"}) for tool in self.tools.values()]
+
+
+def with_allowed(body: ChatRequest) -> ChatRequest:
+    """`body` with those of its tools alone that its tool_choice allows. Raises RequestError for one that it does not have."""
+    choice = body.tool_choice
+    if not isinstance(choice, AllowedChoice):
+        return body
+    allowed = {tool.function.name for tool in choice.allowed_tools.tools}
+    odd = allowed - {tool.function.name for tool in body.tools}
+    if odd:
+        known = [tool.function.name for tool in body.tools]
+        raise RequestError("tool_choice", param="tool_choice", got=min(odd)[:64], allowed=known or "one of tools")
+    tools = [tool for tool in body.tools if tool.function.name in allowed]
+    return body.model_copy(update={"tools": tools, "tool_choice": choice.allowed_tools.mode})
 
 
 def as_native(messages: Sequence[Message], system: str = "") -> list[dict[str, Any]]:

@@ -1,10 +1,11 @@
 """How the wire speaks: bodies parsed field by field, errors in OpenAI's envelope, SSE lines. What may be in a body is in
 `bodies`.
 
-Notable: nothing is accepted and ignored. A field is known and used; or it is known to OpenAI's API but not here, and then
-only its "off" values pass and anything else is a 400 that says why; or it is unknown, and a 400 asks "did you mean". A
-null means "not given". A hint that changes nothing here is taken, and the answer's header names it. Ranges are checked where
-values are used (`engine.events.Sampling`), so each is written once.
+Notable: nothing is ignored in silence. A field is known and used; or it would change the answer and cannot be honoured, and
+then only its "off" values pass and anything else is a 400 that says why; or it is unknown, and a 400 asks "did you mean". A
+null means "not given". What changes nothing here is taken, and the answer's header names it: hints, and what clients put into
+histories by themselves (`client_fields`). Ranges are checked where values are used (`engine.events.Sampling`), so each is
+written once.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import codecs
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, get_args
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, PrivateAttr, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from shoal.errors import RequestError, did_you_mean
@@ -110,23 +111,30 @@ def dumps(payload: Any) -> bytes:
 class Wire(BaseModel):
     """A part of a request body. `refused`: field of OpenAI's API -> (the values that mean "off", why nothing else). `hints`:
     field that clients send and that changes nothing here -> the values that ask for nothing; with another it is named in the
-    header ``X-Shoal-Unused``."""
+    header ``X-Shoal-Unused``. `ignored`: fields that may have any value, which are named there unless they are empty."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     refused: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
     hints: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[bool] = True  # False: of whatever else it holds nothing is read
+    _ignored: tuple[str, ...] = PrivateAttr(())
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _known_fields(cls, values: Any) -> Any:
+    def _known_fields(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(values, dict):
-            return values
+            return validate(values)
         known = {field.alias or name for name, field in cls.model_fields.items()}
-        kept = {}
+        kept, ignored = {}, []
         for name, value in values.items():
             if name in known:
                 if value is not None:
                     kept[name] = value
+            elif name in cls.ignored:
+                ignored += [name] if value else []
+            elif not cls.reads or cls._is_other(values):
+                continue
             elif name not in cls.refused:
                 hint = did_you_mean(name, known) or f"known: {', '.join(sorted(known))}"
                 raise _problem("unknown field", name, hint)
@@ -134,7 +142,23 @@ class Wire(BaseModel):
                 value == off and type(value) is type(off) for off in cls.refused[name][0]
             ):
                 raise _problem("not supported", name, cls.refused[name][1])
-        return kept
+        made = validate(kept)
+        made._ignored = tuple(ignored)
+        return made
+
+    @classmethod
+    def _is_other(cls, values: Mapping[str, Any]) -> bool:
+        """Whether `values` are of another type, which is at fault then, and not its fields."""
+        kind = cls.model_fields.get("type")
+        allowed = () if kind is None else get_args(kind.annotation)
+        return bool(allowed) and "type" in values and values["type"] not in allowed
+
+
+class Unread(Wire):
+    """A part that no model here reads: whatever it holds, it is left out."""
+
+    type: str
+    reads: ClassVar[bool] = False
 
 
 def unused(body: Wire) -> list[str]:
@@ -142,6 +166,10 @@ def unused(body: Wire) -> list[str]:
     found: dict[str, None] = {}
 
     def look(part: Wire, path: str) -> None:
+        if isinstance(part, Unread):
+            found[f"{path}{part.type}"] = None
+            return
+        found.update(dict.fromkeys(f"{path}{name}" for name in part._ignored))
         for name in type(part).model_fields:
             if name not in part.model_fields_set:
                 continue
@@ -225,6 +253,7 @@ _WORDS = {
     "string_pattern_mismatch": "text of the pattern {pattern}",
     "greater_than_equal": "at least {ge}",
     "less_than": "below {lt}",
+    "less_than_equal": "at most {le}",
 }
 
 

@@ -162,7 +162,7 @@ class Responses(Texts):
     ) -> bool:
         """As `put`: the `items` of this turn's input, and what was answered; `conversation` is that of the captured rows."""
         asked, answered = Counter[str](), Counter[str]()
-        output = _scrubbed(response["output"], answered)
+        output = _scrubbed([_item_worded(item) for item in response["output"]], answered)
         found = {
             "previous": previous,
             "conversation": conversation,
@@ -210,6 +210,13 @@ def _worded(completion: Mapping[str, Any]) -> dict[str, Any]:
                for one in completion["choices"]]  # fmt: skip
     kept = {name: value for name, value in completion.items() if name not in ("prompt_token_ids", "prompt_logprobs")}
     return kept | {"choices": choices}
+
+
+def _item_worded(item: Mapping[str, Any]) -> dict[str, Any]:
+    """As `_worded`, of an item of a response."""
+    if "content" not in item:
+        return dict(item)
+    return {**item, "content": [{**part, "logprobs": []} for part in item["content"]]}
 
 
 def _scrubbed(value: Any, counts: Counter[str]) -> Any:

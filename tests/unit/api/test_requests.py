@@ -257,7 +257,7 @@ async def test_an_answer_is_stored_once_when_all_of_it_has_come(served: ServedMo
 
 def test_calls_come_in_pieces(served: ServedModel) -> None:
     class Pieces:
-        calls = True
+        calls, cut = True, False
 
         def __init__(self) -> None:
             self.left = [

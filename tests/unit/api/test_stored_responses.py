@@ -537,3 +537,30 @@ def test_items_in_two_turns_are_read_as_the_same_in_one(
     whole = responses_call(body([*first, *second]), served, Limits())
     split = responses_call(body(second), served, Limits(), before)
     assert split.requests[0].prompt == whole.requests[0].prompt
+
+
+async def test_a_reference_to_a_stored_item_is_read_as_the_item(client: Any, engine: Any) -> None:
+    """As clients send, that take what they have stored for known."""
+    shop, other = client("shop-key"), client("other-key")
+    first = await shop.responses.create(**ASK, top_logprobs=1)
+    asked = await shop.responses.input_items.list(first.id)
+    items: list[Any] = [{"type": "item_reference", "id": item.id} for item in (*asked.data, *first.output)]
+    items.append({"role": "user", "content": "And wide?"})
+    second = await shop.responses.create(model="fish", input=items, store=True)
+    await shop.responses.create(model="fish", input="And wide?", previous_response_id=first.id)
+    assert engine.requests[1].prompt.ids == engine.requests[2].prompt.ids
+    copied = await shop.responses.input_items.list(second.id, order="asc")
+    assert [item.content[0].text for item in copied.data] == ["How deep?", engine.reply, "And wide?"]
+    for who, id_ in ((other, items[0]["id"]), (shop, "msg_" + "0" * 34), (shop, "rs_1")):
+        with pytest.raises(openai.BadRequestError) as wrong:
+            await who.responses.create(model="fish", input=[{"type": "item_reference", "id": id_}])
+        assert wrong.value.param == "input[0]"
+
+
+async def test_log_probabilities_are_not_stored_since_they_spell_what_was_scrubbed(
+    shop: openai.AsyncOpenAI, engine: Any, folder: Path
+) -> None:
+    engine.reply = "Write to ann@example.com."
+    first = await shop.responses.create(**ASK, top_logprobs=1)
+    assert to_dict(first)["output"][0]["content"][0]["logprobs"]
+    assert to_dict(await shop.responses.retrieve(first.id))["output"][0]["content"][0]["logprobs"] == []

@@ -381,7 +381,7 @@ def follows(guide: Guide, text: str) -> bool:
         ({"tools": [LOG, LOG]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]}, "tools"),
         ({"tools": [LOG] * 129}, "tools"),
-        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [LOOK], "tool_choice": NAMED}, "tool_choice"),
         ({"tools": [LOG], "structured_outputs": {"regex": "a"}}, "structured_outputs"),
         (

@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, Tag
 
 from shoal.api.bodies import NAME, Cached, Hints, Refused, by_type, tagged, text_or_list
-from shoal.api.wire import Wire
+from shoal.api.client_fields import IGNORED
+from shoal.api.wire import Unread, Wire
 
 _HINT = "taken, changes nothing: "
 
@@ -18,7 +19,7 @@ _HINT = "taken, changes nothing: "
 class TextBlock(Cached):
     type: Literal["text"]
     text: str
-    refused: ClassVar[Refused] = {"citations": (([],), "the model cites nothing")}
+    ignored: ClassVar[frozenset[str]] = IGNORED["messages.text"]
 
 
 class ImageSource(Wire):
@@ -38,10 +39,7 @@ class ToolUseBlock(Cached):
     id: str
     name: str
     input: dict[str, Any]
-    refused: ClassVar[Refused] = {
-        "caller": (({"type": "direct"},), "tools are the client's"),
-        "toolset_name": ((), "tools are the client's"),
-    }
+    ignored: ClassVar[frozenset[str]] = IGNORED["messages.use"]
 
 
 ResultPart = Annotated[
@@ -62,15 +60,21 @@ class ToolResultBlock(Cached):
     tool_use_id: str
     content: Result = ""
     is_error: bool = Field(False, description="the model is told that the call failed")
-    refused: ClassVar[Refused] = {"toolset_name": ((), "tools are the client's")}
+    ignored: ClassVar[frozenset[str]] = IGNORED["messages.use"]
+
+
+class Thought(Unread):
+    type: Literal["thinking", "redacted_thinking"] = Field(description=_HINT + "thoughts are not read back")
 
 
 Block = Annotated[
     Annotated[TextBlock, Tag("<text>")]
     | Annotated[ImageBlock, Tag("<image>")]
     | Annotated[ToolUseBlock, Tag("<tool_use>")]
-    | Annotated[ToolResultBlock, Tag("<tool_result>")],
-    by_type("text", "image", "tool_use", "tool_result"),
+    | Annotated[ToolResultBlock, Tag("<tool_result>")]
+    | Annotated[Thought, Tag("<thinking>")]
+    | Annotated[Thought, Tag("<redacted_thinking>")],
+    by_type("text", "image", "tool_use", "tool_result", "thinking", "redacted_thinking"),
 ]
 Content = Annotated[
     Annotated[str, Tag("<text>")] | Annotated[list[Block], Tag("<list>")],
@@ -79,7 +83,7 @@ Content = Annotated[
 
 
 class Message(Wire):
-    role: Literal["user", "assistant"]
+    role: Literal["user", "assistant", "system"] = Field(description="system: text alone")
     content: Content
 
 
@@ -87,18 +91,18 @@ class Message(Wire):
 
 
 class Tool(Cached):
+    type: Literal["custom"] = Field("custom", description="others are the server's own, which has none")
     name: str = Field(pattern=NAME)
     description: str | None = None
     input_schema: dict[str, Any] = Field(description="JSON schema of the input")
-    type: Literal["custom"] = Field("custom", description="others are the server's own, which has none")
     strict: bool = Field(False, description="calls that the model makes by itself follow the schema too")
     eager_input_streaming: bool = Field(False, description=_HINT + "a call's input is sent when it is whole")
     hints: ClassVar[Hints] = {**Cached.hints, "eager_input_streaming": (False,)}
     refused: ClassVar[Refused] = {
-        "defer_loading": ((False,), "all tools are shown"),
         "input_examples": (([],), "put them into the description"),
         "allowed_callers": ((["direct"],), "tools are the client's"),
     }
+    ignored: ClassVar[frozenset[str]] = IGNORED["messages.tool"]
 
 
 class ToolChoice(Wire):
@@ -114,7 +118,8 @@ class Metadata(Wire):
 class Thinking(Wire):
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: int | None = None
-    display: Literal["summarized", "omitted"] | None = None
+    display: Literal["summarized", "omitted", "updates"] | None = None
+    ignored: ClassVar[frozenset[str]] = IGNORED["messages.thinking"]
 
 
 class OutputFormat(Wire):
@@ -127,6 +132,16 @@ class OutputConfig(Wire):
         None, description="low: depth shallow; medium: auto; high and above: full. Not together with depth"
     )
     format: OutputFormat | None = None
+    refused: ClassVar[Refused] = {"task_budget": ((), "the model is told of no budget: use max_tokens")}
+
+
+class ContextEdit(Wire):
+    type: str = Field(pattern=r"^clear_thinking_\d{8}$", description=_HINT + "thoughts are not read back")
+    ignored: ClassVar[frozenset[str]] = frozenset({"keep"})
+
+
+class ContextManagement(Wire):
+    edits: list[ContextEdit] = Field(default_factory=list, description="nothing else of a chat is edited here")
 
 
 # ---- bodies ----------------------------------------------------------------------------------------------------------
@@ -143,14 +158,18 @@ class CountRequest(Cached):
     thinking: Thinking | None = Field(None, description=_HINT + "the model thinks in its layers: see depth")
     output_config: OutputConfig | None = None
     speed: Literal["standard", "fast"] = Field("standard", description=_HINT + "there is one speed")
+    context_management: ContextManagement | None = Field(None, description=_HINT + "thoughts are not read back")
     hints: ClassVar[Hints] = {
         **Cached.hints,
         "thinking": (Thinking.model_validate({"type": "disabled"}),),
         "speed": ("standard",),
+        "context_management": (ContextManagement.model_validate({}),),
     }
+    ignored: ClassVar[frozenset[str]] = IGNORED["messages"]
     refused: ClassVar[Refused] = {
-        "context_management": ((), "nothing of a chat is edited here"),
+        "compaction": ((), "nothing of a chat is summarised here"),
         "mcp_servers": (([],), "the server calls nothing"),
+        "thread": ((), "no chats are kept here: send all messages, without it"),
     }
     model_config = ConfigDict(
         json_schema_extra={
@@ -177,7 +196,6 @@ class MessagesRequest(CountRequest):
     refused: ClassVar[Refused] = {
         **CountRequest.refused,
         "container": ((), "the server runs no code"),
-        "diagnostics": ((), "none are made"),
         "user_profile_id": ((), "use metadata.user_id"),
         "workspace_id": ((), "there are none"),
     }

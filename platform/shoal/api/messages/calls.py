@@ -16,6 +16,7 @@ from shoal.api.messages.bodies import (
     MessagesRequest,
     OutputConfig,
     TextBlock,
+    Thought,
     Tool,
     ToolChoice,
     ToolResultBlock,
@@ -99,6 +100,8 @@ def _message(message: Message, where: str, called: set[str]) -> list[dict[str, A
             raise RequestError(here, param=here, got="tool_use", allowed="it in a message of the assistant")
         if isinstance(block, (ToolResultBlock, ImageBlock)) and message.role != "user":
             raise RequestError(here, param=here, got=block.type, allowed="it in a message of the user")
+        if isinstance(block, Thought):
+            continue
         if isinstance(block, TextBlock):
             parts.append({"type": "text", "text": block.text})
         elif isinstance(block, ImageBlock):

@@ -17,5 +17,7 @@ def is_theirs(path: str) -> bool:
 
 def as_theirs(envelope: dict[str, Any], status: int, request_id: str) -> dict[str, Any]:
     """OpenAI's `envelope` of an error as that of this protocol; `param` and `code` stay in it."""
-    kind = _TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {**envelope["error"], "type": kind}, "request_id": request_id}
+    error = {**envelope["error"], "type": _TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")}
+    if status == 400 and error["param"] == "thread":  # by which their client knows to go on without one
+        error["details"] = {"error_code": "thread_unsupported_request"}
+    return {"type": "error", "error": error, "request_id": request_id}

@@ -31,16 +31,21 @@ class MessageAnswer(BlockAnswer):
         yield named_sse({"type": "message_start", "message": self._message([], None, None)})
 
     def _block(self, moment: Moment, block: Block, text: str) -> Iterator[bytes]:
-        at = {"index": block.index}
-        if moment == "opened":
-            empty = _shown(block) if block.call is None else {**_shown(block), "input": {}}
+        shown, more = None, {"type": "text_delta", "text": text}
+        if block.call is None:
+            shown = _shown(block)
+        elif moment == "closed":  # it is sent when it is whole: clients run what they have of one that is cut off
+            shown = _shown(block)
+            more = {"type": "input_json_delta", "partial_json": block.text}
+        if shown is None:
+            return
+        at, whole = {"index": block.index}, block.call is not None
+        if moment == "opened" or whole:
+            empty = {**shown, "input": {}} if whole else shown
             yield named_sse({"type": "content_block_start", **at, "content_block": empty})
-        elif moment == "more" and block.call is None:
-            yield named_sse({"type": "content_block_delta", **at, "delta": {"type": "text_delta", "text": text}})
-        elif moment == "more":
-            delta = {"type": "input_json_delta", "partial_json": text}
-            yield named_sse({"type": "content_block_delta", **at, "delta": delta})
-        else:
+        if moment == "more" or whole:
+            yield named_sse({"type": "content_block_delta", **at, "delta": more})
+        if moment == "closed":
             yield named_sse({"type": "content_block_stop", **at})
 
     def _end(self) -> Iterator[bytes]:
@@ -50,7 +55,7 @@ class MessageAnswer(BlockAnswer):
         yield named_sse({"type": "message_stop"})
 
     def _whole(self) -> dict[str, Any]:
-        return self._message([_shown(block) for block in self.blocks.all], *self._reason())
+        return self._message([shown for block in self.blocks.all if (shown := _shown(block))], *self._reason())
 
     def _message(self, content: list[dict[str, Any]], reason: str | None, stop: str | None) -> dict[str, Any]:
         return {
@@ -89,18 +94,19 @@ class MessageAnswer(BlockAnswer):
         return ("end_turn", None) if stop is None else ("stop_sequence", stop)
 
 
-def _shown(block: Block) -> dict[str, Any]:
-    """A block as it stands."""
+def _shown(block: Block) -> dict[str, Any] | None:
+    """A block as it stands; None for a call that was cut off, of which there is no input."""
     if block.call is None:
         return {"type": "text", "text": block.text, "citations": None}
-    return {"type": "tool_use", "id": block.call, "name": block.name, "input": _input(block.text)}
+    given = _input(block.text)
+    return None if given is None else {"type": "tool_use", "id": block.call, "name": block.name, "input": given}
 
 
 def _input(arguments: str) -> Any:
-    """Arguments as a value that can be sent: half of a surrogate pair becomes "?", a number that is too large the largest. What
-    was cut in its middle is no JSON, and so no input."""
+    """Arguments as a value that can be sent: half of a surrogate pair becomes "?", a number that is too large the largest. None
+    for what is no JSON, since it was cut off."""
     try:
         value = json.loads(arguments, parse_float=lambda number: max(-_MOST, min(_MOST, float(number))))
         return json.loads(json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace"))
     except (ValueError, RecursionError):
-        return {}
+        return None

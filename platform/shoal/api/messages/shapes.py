@@ -60,7 +60,15 @@ class TokenCount(TypedDict):
     input_tokens: int
 
 
+class ErrorDetails(TypedDict):
+    error_code: str
+
+
+class MessageError(Error):
+    details: NotRequired[ErrorDetails]  # by which their client tells what it may do
+
+
 class MessageErrorEnvelope(TypedDict):
     type: Literal["error"]
-    error: Error
+    error: MessageError
     request_id: str

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, Tag
+from pydantic import ConfigDict, Field, Tag, model_validator
 
-from shoal.api.bodies import NAME, Effort, Hints, Metadata, Refused, by_type, tagged, text_or_list, text_or_object
-from shoal.api.wire import Wire
+from shoal.api.bodies import (
+    NAME,
+    Effort,
+    Hints,
+    Metadata,
+    Refused,
+    by_type,
+    choice_tag,
+    refusal_as_text,
+    tagged,
+    text_or_list,
+)
+from shoal.api.client_fields import IGNORED
+from shoal.api.wire import Unread, Wire
 
 _HINT = "taken, changes nothing: "
+LOGPROBS = "message.output_text.logprobs"
 KEPT = "texts are not kept here: send the items of the turns before as `input`"
 NO_TALKS = "there are none here: go on by previous_response_id, or send the items of the turns before as `input`"
 
@@ -20,6 +33,7 @@ NO_TALKS = "there are none here: go on by previous_response_id, or send the item
 class InputText(Wire):
     type: Literal["input_text"]
     text: str
+    ignored: ClassVar[frozenset[str]] = IGNORED["responses.text"]
 
 
 class InputImage(Wire):
@@ -27,6 +41,7 @@ class InputImage(Wire):
     image_url: str = Field(description="data:image/png;base64,... ; URLs are not fetched")
     detail: Literal["auto", "low", "high", "original"] = Field("auto", description=_HINT + "images have one size")
     hints: ClassVar[Hints] = {"detail": ("auto",)}
+    ignored: ClassVar[frozenset[str]] = IGNORED["responses.text"]
     refused: ClassVar[Refused] = {"file_id": ((), "no files are kept here")}
 
 
@@ -35,10 +50,7 @@ class OutputText(Wire):
 
     type: Literal["output_text"]
     text: str
-    refused: ClassVar[Refused] = {
-        "annotations": (([],), "only text is read back"),
-        "logprobs": (([],), "only text is read back"),
-    }
+    ignored: ClassVar[frozenset[str]] = IGNORED["responses.text"]
 
 
 Part = Annotated[
@@ -58,13 +70,21 @@ class Item(Wire):
 
     id: str | None = Field(None, max_length=256)
     status: Literal["in_progress", "completed", "incomplete"] | None = None
+    ignored: ClassVar[frozenset[str]] = IGNORED["responses.item"]
 
 
 class MessageItem(Item):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: Content
-    refused: ClassVar[Refused] = {"phase": ((), "an answer has one phase")}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refused_is_said(cls, values: Any) -> Any:
+        """What an assistant refused is what it said."""
+        if isinstance(values, dict) and values.get("role") == "assistant" and isinstance(values.get("content"), list):
+            return {**values, "content": [refusal_as_text(part, "output_text") for part in values["content"]]}
+        return values
 
 
 class CallItem(Item):
@@ -72,31 +92,42 @@ class CallItem(Item):
     call_id: str
     name: str
     arguments: str = Field(description="JSON, as text")
-    refused: ClassVar[Refused] = {
-        "namespace": ((), "tools have plain names"),
-        "caller": ((), "tools are the client's"),
-        "async": ((False,), "tools are the client's"),
-    }
+    ignored: ClassVar[frozenset[str]] = IGNORED["responses.call"]
 
 
 class OutputItem(Item):
     type: Literal["function_call_output"]
     call_id: str
     output: Content
+    ignored: ClassVar[frozenset[str]] = IGNORED["responses.output"]
+
+
+class ReasoningItem(Unread):
+    type: Literal["reasoning"] = Field(description=_HINT + "thoughts are not read back")
+
+
+class ItemReference(Wire):
+    type: Literal["item_reference"] = "item_reference"
+    id: str = Field(max_length=256, description="of an item of a stored response: it is read in its place")
+
+
+_ITEMS = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
 
 
 def _item_tag(value: Any) -> str | None:
     if not isinstance(value, dict):
         return None
-    kind = value.get("type", "message" if "role" in value else None)
-    return f"<{kind}>" if kind in ("message", "function_call", "function_call_output") else None
+    kind = value.get("type") or ("message" if "role" in value else "item_reference" if "id" in value else None)
+    return f"<{kind}>" if kind in _ITEMS else None
 
 
 AnyItem = Annotated[
     Annotated[MessageItem, Tag("<message>")]
     | Annotated[CallItem, Tag("<function_call>")]
-    | Annotated[OutputItem, Tag("<function_call_output>")],
-    tagged("items of type message, function_call or function_call_output", _item_tag),
+    | Annotated[OutputItem, Tag("<function_call_output>")]
+    | Annotated[ReasoningItem, Tag("<reasoning>")]
+    | Annotated[ItemReference, Tag("<item_reference>")],
+    tagged(f"items of type {', '.join(_ITEMS)}", _item_tag),
 ]
 Input = Annotated[
     Annotated[str, Tag("<text>")] | Annotated[list[AnyItem], Field(min_length=1), Tag("<list>")],
@@ -108,7 +139,9 @@ Input = Annotated[
 
 
 class FunctionTool(Wire):
-    type: Literal["function"] = Field(description="others are the server's own, which has none")
+    type: Literal["function"] = Field(
+        description="others are the server's own, which has none, but for the offer to search"
+    )
     name: str = Field(pattern=NAME)
     description: str | None = None
     parameters: dict[str, Any] = Field(
@@ -116,10 +149,30 @@ class FunctionTool(Wire):
     )
     strict: bool = Field(False, description="calls that the model makes by itself follow the parameters too")
     refused: ClassVar[Refused] = {
-        "defer_loading": ((False,), "all tools are shown"),
         "allowed_callers": ((["direct"],), "tools are the client's"),
+        "async": ((False,), "tools are the client's"),
         "output_schema": ((), "put it into the description"),
     }
+    ignored: ClassVar[frozenset[str]] = IGNORED["responses.tool"]
+
+
+class OfferedSearch(Unread):
+    """Codex offers it in every request; a model that may search and does not is what it gets."""
+
+    type: Literal["web_search"] = Field(
+        description=_HINT + "the server fetches nothing; forced by tool_choice it is refused"
+    )
+
+
+def _tool_tag(value: Any) -> str | None:
+    search = isinstance(value, dict) and value.get("type") == "web_search"
+    return "<web_search>" if search else "<function>"
+
+
+AnyTool = Annotated[
+    Annotated[FunctionTool, Tag("<function>")] | Annotated[OfferedSearch, Tag("<web_search>")],
+    tagged("tools of type function", _tool_tag),
+]
 
 
 class NamedFunction(Wire):
@@ -127,9 +180,19 @@ class NamedFunction(Wire):
     name: str
 
 
+class AllowedFunctions(Wire):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[NamedFunction] = Field(
+        min_length=1, description="the model is shown these of `tools`, and calls no others"
+    )
+
+
 ToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("<text>")] | Annotated[NamedFunction, Tag("<object>")],
-    tagged('none, auto, required, or {"type": "function", "name": ...}', text_or_object),
+    Annotated[Literal["none", "auto", "required"], Tag("<text>")]
+    | Annotated[NamedFunction, Tag("<object>")]
+    | Annotated[AllowedFunctions, Tag("<allowed_tools>")],
+    tagged('none, auto, required, or {"type": "function", "name": ...}', choice_tag),
 ]
 
 
@@ -156,6 +219,8 @@ class Reasoning(Wire):
     )
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
     hints: ClassVar[Hints] = {"summary": (), "generate_summary": ()}
+    ignored: ClassVar[frozenset[str]] = IGNORED["responses.reasoning"]
+    refused: ClassVar[Refused] = {"mode": (("standard",), "there is one")}
 
 
 class ResponseStreamOptions(Wire):
@@ -180,7 +245,7 @@ class ResponsesRequest(Wire):
     max_output_tokens: int | None = Field(None, ge=1, description="default: what the prompt leaves of the context")
     temperature: float = Field(1.0, description="0 is greedy")
     top_p: float = 1.0
-    tools: list[FunctionTool] = Field(default_factory=list)
+    tools: list[AnyTool] = Field(default_factory=list)
     tool_choice: ToolChoice | None = Field(
         None, description="default auto. required, or a name: exactly one call, its arguments guided by their schema"
     )
@@ -194,7 +259,15 @@ class ResponsesRequest(Wire):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     depth: str | int | None = Field(None, description="auto (the router decides), an exit name, or an exit's layers")
     quality_tolerance: float | None = Field(None, ge=0, allow_inf_nan=False, description="as of a chat")
-    include: list[str] = Field(default_factory=list, max_length=32, description=_HINT + "there is no more to include")
+    truncation: Literal["auto", "disabled"] = Field(
+        "disabled", description="auto: the oldest turns are left out where all do not fit the context"
+    )
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="alternatives beside each token's log-probability")
+    include: list[str] = Field(
+        default_factory=list,
+        max_length=32,
+        description=f"{LOGPROBS}: log-probabilities of the answer's text; there is no more to include",
+    )
     max_tool_calls: int | None = Field(None, description=_HINT + "it counts the server's own tools, which has none")
     service_tier: str = Field("auto", max_length=64, description=_HINT + "there is one tier")
     prompt_cache_key: str | None = Field(None, max_length=1024, description=_HINT + "the prefix cache needs no key")
@@ -203,7 +276,7 @@ class ResponsesRequest(Wire):
     )
     safety_identifier: str | None = Field(None, max_length=256, description=_HINT + "use `user`")
     hints: ClassVar[Hints] = {
-        "include": ([],),
+        "include": ([], [LOGPROBS]),
         "max_tool_calls": (),
         "service_tier": ("auto", "default"),
         "prompt_cache_key": (),
@@ -214,11 +287,10 @@ class ResponsesRequest(Wire):
         "conversation": ((), NO_TALKS),
         "background": ((False,), "an answer is sent to who asks for it"),
         "prompt": ((), "no prompts are kept here"),
-        "truncation": (("disabled",), "leave out items yourself: no more than the context holds is read"),
-        "top_logprobs": ((0,), "ask /v1/chat/completions for them"),
         "context_management": (([],), "nothing of the input is edited here"),
         "moderation": ((), "nothing is moderated here"),
     }
+    ignored: ClassVar[frozenset[str]] = IGNORED["responses"]
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [

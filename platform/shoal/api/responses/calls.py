@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from shoal.api.bodies import ChatRequest
 from shoal.api.limits import Limits, at_most
 from shoal.api.requests import EngineCall, chat_call, said, told_as
 from shoal.api.responses.bodies import (
+    KEPT,
+    LOGPROBS,
+    AllowedFunctions,
     AnyItem,
     CallItem,
     Format,
+    FunctionTool,
     InputImage,
+    ItemReference,
     MessageItem,
     NamedFunction,
     OutputItem,
     Part,
+    ReasoningItem,
     ResponsesRequest,
 )
 from shoal.api.served import ServedModel
-from shoal.errors import RequestError
+from shoal.errors import ContextLengthError, RequestError
 from shoal.inputs.tools import parts
 
 NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}  # of a chat's fields
@@ -38,9 +45,7 @@ def responses_call(
     if effort is not None and body.depth is not None:
         raise RequestError("reasoning.effort and depth", param="depth", do="give one of them")
     messages, sources = _chat(body, limits, before)
-    choice: Any = body.tool_choice
-    if isinstance(choice, NamedFunction):
-        choice = {"type": "function", "function": {"name": choice.name}}
+    told = LOGPROBS in body.include
     chat = {
         "model": body.model,
         "messages": messages,
@@ -51,14 +56,60 @@ def responses_call(
         "depth": body.depth,
         "quality_tolerance": body.quality_tolerance,
         "reasoning_effort": effort,
-        "tools": [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in body.tools],
-        "tool_choice": choice,
+        "tools": [
+            {"type": "function", "function": tool.model_dump(exclude={"type"})}
+            for tool in body.tools
+            if isinstance(tool, FunctionTool)
+        ],
+        "tool_choice": _choice(body.tool_choice),
+        "logprobs": bool(told or body.top_logprobs),
+        "top_logprobs": body.top_logprobs,
         "parallel_tool_calls": body.parallel_tool_calls,
         "response_format": _format(body.text.format if body.text else None),
     }
     with told_as(NAMES, sources):
-        call = chat_call(ChatRequest.model_validate(chat), served, limits)
+        made = partial(_fitting, limits=limits) if body.truncation == "auto" else partial(chat_call, limits=limits)
+        call = made(ChatRequest.model_validate(chat), served)
     return replace(call, guided_by=NAMES.get(call.guided_by, call.guided_by))
+
+
+def _fitting(chat: ChatRequest, served: ServedModel, limits: Limits) -> EngineCall:
+    """The call of `chat` without as many of its oldest turns as it takes for the rest to fit the context: what the system says
+    at the beginning stays, and so does the last turn. Raises as `chat_call`."""
+    roles = [message.role for message in chat.messages]
+    head = next((at for at, role in enumerate(roles) if role not in ("system", "developer")), 0)
+    turns = [head, *(at for at, role in enumerate(roles) if role == "user" and at > head)]
+
+    def call(turn: int) -> EngineCall | None:
+        messages = chat.messages[:head] + chat.messages[turns[turn] :]
+        try:
+            return chat_call(chat.model_copy(update={"messages": messages}), served, limits)
+        except ContextLengthError:
+            if turn == len(turns) - 1:
+                raise
+            return None
+
+    whole = call(0)
+    if whole is not None:
+        return whole
+    low, high = 1, len(turns) - 1
+    fits = call(high)
+    while low < high:  # from `high` on all fit
+        middle = (low + high) // 2
+        tried = call(middle)
+        low, high, fits = (middle + 1, high, fits) if tried is None else (low, middle, tried)
+    assert fits is not None  # else it was raised
+    return fits
+
+
+def _choice(choice: Any) -> Any:
+    """A tool_choice as a chat has it."""
+    if isinstance(choice, NamedFunction):
+        return {"type": "function", "function": {"name": choice.name}}
+    if isinstance(choice, AllowedFunctions):
+        tools = [_choice(tool) for tool in choice.tools]
+        return {"type": choice.type, "allowed_tools": {"mode": choice.mode, "tools": tools}}
+    return choice
 
 
 def _chat(body: ResponsesRequest, limits: Limits, before: Sequence[AnyItem]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -76,6 +127,8 @@ def _chat(body: ResponsesRequest, limits: Limits, before: Sequence[AnyItem]) -> 
     )
     places = [(item, "previous_response_id") for item in before]
     for item, where in (*places, *((item, f"input[{index}]") for index, item in enumerate(new))):
+        if isinstance(item, ReasoningItem):
+            continue
         if isinstance(item, CallItem):
             called.add(item.call_id)
             function = {"name": item.name, "arguments": item.arguments}
@@ -84,6 +137,8 @@ def _chat(body: ResponsesRequest, limits: Limits, before: Sequence[AnyItem]) -> 
                 chat[-1].setdefault("tool_calls", []).append(call)
                 continue
             chat.append({"role": "assistant", "content": None, "tool_calls": [call]})
+        elif isinstance(item, ItemReference):  # those that are stored have been put in its place
+            raise RequestError(where, param=where, got=item.id[:100], do=f"send the item itself; {KEPT}")
         elif isinstance(item, OutputItem):
             chat.append(_result(item, where, called))
         else:
@@ -93,6 +148,8 @@ def _chat(body: ResponsesRequest, limits: Limits, before: Sequence[AnyItem]) -> 
                 continue
             chat.append(message)
         sources.append(where)
+    if not chat and not isinstance(body.input, str):
+        raise RequestError("input", param="input", got="no message", allowed="at least one")
     if isinstance(body.input, str):
         return [*chat, {"role": "user", "content": body.input}], [*sources, "input"]
     return chat, sources

@@ -8,10 +8,12 @@ from typing import Any
 
 from shoal.api.answers import measured
 from shoal.api.blocks import Block, BlockAnswer, Moment
+from shoal.api.chunks import chat_logprob
 from shoal.api.requests import EngineCall
-from shoal.api.responses.bodies import NamedFunction, ResponsesRequest
+from shoal.api.responses.bodies import FunctionTool, ResponsesRequest
 from shoal.api.served import ServedModel
-from shoal.api.wire import named_sse
+from shoal.api.shapes import ChatLogprob
+from shoal.api.wire import Wire, named_sse
 
 
 class ResponseAnswer(BlockAnswer):
@@ -33,9 +35,11 @@ class ResponseAnswer(BlockAnswer):
             "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
             "temperature": drawn.temperature,
             "text": {"format": shape},
-            "tool_choice": choice.model_dump() if isinstance(choice, NamedFunction) else choice or "auto",
-            "tools": [tool.model_dump() for tool in body.tools],
+            "tool_choice": choice.model_dump() if isinstance(choice, Wire) else choice or "auto",
+            "tools": [tool.model_dump() for tool in body.tools if isinstance(tool, FunctionTool)],
+            "top_logprobs": body.top_logprobs,
             "top_p": drawn.top_p,
+            "truncation": body.truncation,
             "user": body.user,
         }
 
@@ -65,12 +69,15 @@ class ResponseAnswer(BlockAnswer):
         if moment == "opened":
             shown["content"] = []
             yield self._event("response.output_item.added", **item)
-            yield self._event("response.content_part.added", **at, part=_part(""))
+            yield self._event("response.content_part.added", **at, part=self._part(Block(0)))
         elif moment == "more":
-            yield self._event("response.output_text.delta", **at, delta=text, logprobs=[])
+            yield self._event(
+                "response.output_text.delta", **at, delta=text, logprobs=self._logprobs(block, block.told)
+            )
+            block.told = len(block.logprobs)
         else:
-            yield self._event("response.output_text.done", **at, text=block.text, logprobs=[])
-            yield self._event("response.content_part.done", **at, part=_part(block.text))
+            yield self._event("response.output_text.done", **at, text=block.text, logprobs=self._logprobs(block))
+            yield self._event("response.content_part.done", **at, part=self._part(block))
             yield self._event("response.output_item.done", **item)
 
     def _end(self) -> Iterator[bytes]:
@@ -101,17 +108,17 @@ class ResponseAnswer(BlockAnswer):
             "previous_response_id": self._previous,
             "store": self.stored,
             "background": False,
-            "truncation": "disabled",
             "usage": self._usage() if ended else None,
             **self._asked,
         }
 
     def _item(self, block: Block, running: bool = False) -> dict[str, Any]:
-        cut = self.choices[0].reason == "length" and block is self.blocks.all[-1]
+        (choice,) = self.choices
+        cut = block is self.blocks.all[-1] and (choice.reader.cut if block.call else choice.reason == "length")
         status = "in_progress" if running else "incomplete" if cut else "completed"
         head = {"id": self._item_id(block), "status": status}
         if block.call is None:
-            return {**head, "type": "message", "role": "assistant", "content": [_part(block.text)]}
+            return {**head, "type": "message", "role": "assistant", "content": [self._part(block)]}
         call = {"call_id": block.call, "name": block.name, "arguments": block.text}
         return {**head, "type": "function_call", **call}
 
@@ -131,6 +138,8 @@ class ResponseAnswer(BlockAnswer):
             **measured(usage),
         }
 
+    def _part(self, block: Block) -> dict[str, Any]:
+        return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": self._logprobs(block)}
 
-def _part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    def _logprobs(self, block: Block, start: int = 0) -> list[ChatLogprob]:
+        return [chat_logprob(self._served.tokenizer, entry) for entry in block.logprobs[start:]]

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from shoal.api.responses.bodies import AnyItem, CallItem, InputImage, OutputItem, Part, ResponsesRequest
+from shoal.api.responses.bodies import (
+    AnyItem,
+    CallItem,
+    InputImage,
+    MessageItem,
+    OutputItem,
+    Part,
+    ResponsesRequest,
+)
 
 _ITEMS: TypeAdapter[list[AnyItem]] = TypeAdapter(list[AnyItem])
 
@@ -17,7 +26,14 @@ def kept_items(body: ResponsesRequest, id_: str) -> list[dict[str, Any]]:
     hexa = id_.removeprefix("resp_")
     if isinstance(body.input, str):
         return [_message(f"msg_{hexa}_0", "user", [_text("user", body.input)])]
-    return [_kept(item, f"{hexa}_{index}") for index, item in enumerate(body.input)]
+    kept = (item for item in body.input if isinstance(item, (MessageItem, CallItem, OutputItem)))
+    return [_kept(item, f"{hexa}_{index}") for index, item in enumerate(kept)]
+
+
+def response_of(item_id: str) -> str | None:
+    """The response that has the item with this id, of its input or output; None for an id that was not given here."""
+    found = re.fullmatch(r"(?:msg|fc|fco)_([0-9a-f]{32})(?:_\d+|\d\d+)", item_id)
+    return f"resp_{found[1]}" if found else None
 
 
 def read_items(stored: list[dict[str, Any]]) -> list[AnyItem]:
@@ -25,7 +41,7 @@ def read_items(stored: list[dict[str, Any]]) -> list[AnyItem]:
     return _ITEMS.validate_python(stored)
 
 
-def _kept(item: AnyItem, end: str) -> dict[str, Any]:
+def _kept(item: MessageItem | CallItem | OutputItem, end: str) -> dict[str, Any]:
     head = {"status": item.status or "completed", "type": item.type}
     if isinstance(item, CallItem):
         called = {"call_id": item.call_id, "name": item.name, "arguments": item.arguments}

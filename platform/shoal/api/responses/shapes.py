@@ -11,14 +11,14 @@ from typing import (
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
-from shoal.api.shapes import Quality
+from shoal.api.shapes import ChatLogprob, Quality
 
 
 class OutputTextOut(TypedDict):
     type: Literal["output_text"]
     text: str
     annotations: list[Any]  # empty
-    logprobs: list[Any]  # empty
+    logprobs: list[ChatLogprob]  # where they are asked for
 
 
 class MessageItemOut(TypedDict):
@@ -75,7 +75,6 @@ class ResponseOut(TypedDict):
     previous_response_id: str | None
     store: bool  # whether it is kept; in the first events of a stream, whether it is to be
     background: Literal[False]
-    truncation: Literal["disabled"]
     usage: ResponseUsage | None
     instructions: str | None
     max_output_tokens: int | None
@@ -86,7 +85,9 @@ class ResponseOut(TypedDict):
     text: dict[str, Any]
     tool_choice: str | dict[str, Any]
     tools: list[dict[str, Any]]
+    top_logprobs: int | None
     top_p: float
+    truncation: Literal["auto", "disabled"]
     user: str | None
 
 

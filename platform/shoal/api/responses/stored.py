@@ -6,6 +6,7 @@ and "[image]" for an image. Every gateway looks into the same folder, so it does
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -15,8 +16,8 @@ from fastapi import APIRouter, Request, Response
 from shoal.api.access import Access
 from shoal.api.document import ASKED, answered, refused
 from shoal.api.limits import Limits
-from shoal.api.responses.bodies import KEPT, AnyItem, ResponsesRequest
-from shoal.api.responses.items import read_items
+from shoal.api.responses.bodies import KEPT, AnyItem, ItemReference, ResponsesRequest
+from shoal.api.responses.items import read_items, response_of
 from shoal.api.responses.shapes import InputItems, ResponseDeleted, ResponseOut
 from shoal.api.service import Service
 from shoal.api.storing import Storing, kept
@@ -68,6 +69,33 @@ async def items_before(service: Service, access: Access, body: ResponsesRequest)
     if chain[0]["conversation"] is not None:
         access.columns["conversation"] = chain[0]["conversation"]
     return await kept(lambda: read_items([item for one in chain for item in _items(one)]))  # a thousand take a while
+
+
+async def with_referred(service: Service, access: Access, body: ResponsesRequest) -> ResponsesRequest:
+    """`body` with the items that are stored in place of the references to them. A reference to another one stays."""
+    storing = service.storing
+    named = [] if isinstance(body.input, str) else [item for item in body.input if isinstance(item, ItemReference)]
+    if storing is None or not named or not storing.may_store(access):
+        return body
+    found = await kept(partial(_referred, storing, storing.owner(access), {item.id for item in named}, service.limits))
+    items = [found.get(item.id, item) if isinstance(item, ItemReference) else item for item in body.input]
+    return body.model_copy(update={"input": items})
+
+
+def _referred(storing: Storing, owner: str, ids: set[str], limits: Limits) -> dict[str, AnyItem]:
+    """The stored items of these ids, as far as they are there. Raises RequestError for more than a body may have."""
+    found: dict[str, AnyItem] = {}
+    size = 0
+    for name in sorted({response for id_ in ids if (response := response_of(id_)) is not None}):
+        one = storing.responses.get(owner, name)
+        size += 0 if one is None else len(json.dumps(one))
+        if size > limits.body_bytes:
+            raise RequestError(
+                "the items referred to are too long", param="input", allowed=f"{limits.body_bytes} bytes"
+            )
+        wanted = [] if one is None else [item for item in _items(one) if item["id"] in ids]
+        found |= dict(zip((item["id"] for item in wanted), read_items(wanted), strict=True))
+    return found
 
 
 def _items(one: Stored) -> list[Any]:
