@@ -12,10 +12,11 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from shoal.api.document import ASKED, POSTED, answered, body_of, refused
+from shoal.api.json_text import dumps
 from shoal.api.service import Service
 from shoal.api.shapes import Deleted, FeedbackSettings, FeedbackTaken, StoredCompletion, StoredList, StoredMessages
 from shoal.api.storing import FeedbackRequest, StoredUpdate, Storing, kept
-from shoal.api.wire import NotFoundError, dumps
+from shoal.api.wire import NotFoundError
 from shoal.errors import RequestError
 from shoal.loop.texts import Stored, clean
 from shoal.loop.votes import Vote

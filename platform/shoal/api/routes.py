@@ -25,6 +25,7 @@ from shoal.api.bodies import (
 )
 from shoal.api.chunks import ChatAnswer, TextAnswer
 from shoal.api.document import ASKED, POSTED, answered, body_of, refused
+from shoal.api.json_text import dumps
 from shoal.api.metrics import text
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted, Service
@@ -42,7 +43,7 @@ from shoal.api.shapes import (
     TokenizerInfo,
     Version,
 )
-from shoal.api.wire import NotFoundError, dumps
+from shoal.api.wire import NotFoundError
 from shoal.engine.metrics import Samples, infos, sample
 from shoal.errors import EngineDeadError
 

@@ -28,6 +28,7 @@ from shoal.api.capture import Recorder
 from shoal.api.client import ClientGone, EngineClient, Events, gather, while_connected
 from shoal.api.entry import Entry
 from shoal.api.fresh import Fresh
+from shoal.api.json_text import dumps
 from shoal.api.last_look import LastLook
 from shoal.api.limits import Limits
 from shoal.api.messages import errors
@@ -38,7 +39,7 @@ from shoal.api.responses.bodies import ResponsesRequest
 from shoal.api.served import ServedModel
 from shoal.api.split import Note, Split
 from shoal.api.storing import Storing
-from shoal.api.wire import MediaTypeError, ModelNotFoundError, RateLimitError, W, Wire, dumps, envelope, parse, unused
+from shoal.api.wire import MediaTypeError, ModelNotFoundError, RateLimitError, W, Wire, envelope, parse, unused
 from shoal.engine.events import Finished, Token
 from shoal.engine.metrics import Samples
 from shoal.errors import ConfigError, DeadlineError, RequestError, ShoalError, frames

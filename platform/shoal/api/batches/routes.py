@@ -17,8 +17,9 @@ from shoal.api.batches.store import ANYBODY, Page, Store, room
 from shoal.api.batches.worker import Worker
 from shoal.api.client import ClientGone, while_connected
 from shoal.api.document import POSTED, answered, body_of, refused
+from shoal.api.json_text import dumps
 from shoal.api.service import SEND_SECONDS, Service
-from shoal.api.wire import NotFoundError, dumps
+from shoal.api.wire import NotFoundError
 from shoal.errors import RequestError
 
 PURPOSES: tuple[str, ...] = get_args(Purpose)

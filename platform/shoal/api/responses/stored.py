@@ -14,13 +14,14 @@ from fastapi import APIRouter, Request, Response
 
 from shoal.api.access import Access
 from shoal.api.document import ASKED, answered, refused
+from shoal.api.json_text import dumps
 from shoal.api.limits import Limits
 from shoal.api.responses.bodies import KEPT, AnyItem, ResponsesRequest
 from shoal.api.responses.items import read_items
 from shoal.api.responses.shapes import InputItems, ResponseDeleted, ResponseOut
 from shoal.api.service import Service
 from shoal.api.storing import Storing, kept
-from shoal.api.wire import NotFoundError, dumps
+from shoal.api.wire import NotFoundError
 from shoal.errors import RequestError
 from shoal.loop.texts import Stored
 

@@ -13,13 +13,13 @@ from typing_extensions import TypedDict  # pydantic reads typing's own only from
 
 from shoal.api.bodies import EmbeddingRequest
 from shoal.api.document import POSTED, answered, body_of
+from shoal.api.json_text import dumps
 from shoal.api.limits import Limits
 from shoal.api.requests import embedding_ids, told_as
 from shoal.api.scores.bodies import Compared, RerankRequest, ScoreRequest
 from shoal.api.served import ServedModel
 from shoal.api.service import Service
 from shoal.api.shapes import EmbeddingUsage
-from shoal.api.wire import dumps
 from shoal.errors import RequestError
 
 
