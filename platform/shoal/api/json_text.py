@@ -16,6 +16,7 @@ import re
 import sys
 import time
 from collections.abc import AsyncGenerator, Iterator
+from itertools import islice
 from typing import Any
 
 import pydantic_core
@@ -30,6 +31,7 @@ LONGEST_PLACE = 200  # characters of a place that an error repeats
 PIECE_BYTES = 2**16
 PIECE_SECONDS = 0.005  # of the event loop, before others have their turn
 SLICE = 1024  # values that are written at once
+MADE = 16  # items of an iterator that are made at once
 
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{},:]|[^\s\[\]{},:"]+', re.DOTALL)
 _NUMBER = re.compile(rb"-?([0-9]|inf|nan)", re.IGNORECASE)
@@ -175,9 +177,11 @@ def dumps(payload: Any) -> bytes:
 
 
 def pieces(value: Any) -> Iterator[bytes]:
-    """As `dumps`, in pieces. Items of an iterator are made as they are written, each as one piece; one that is bytes is JSON
-    already."""
-    if isinstance(value, dict):
+    """As `dumps`, in pieces. Items of an iterator are made as they are written. Bytes are JSON already; an iterator gives
+    nothing but those, or none."""
+    if isinstance(value, bytes):
+        yield value
+    elif isinstance(value, dict):
         before = b"{"
         for key, each in value.items():
             yield before + dumps(key) + b":"
@@ -186,8 +190,8 @@ def pieces(value: Any) -> Iterator[bytes]:
         yield b"{}" if before == b"{" else b"}"
     elif isinstance(value, Iterator):
         before = b"["
-        for each in value:
-            yield before + (each if isinstance(each, bytes) else dumps(each))
+        while some := [*islice(value, MADE)]:
+            yield before + (b",".join(some) if isinstance(some[0], bytes) else dumps(some)[1:-1])
             before = b","
         yield b"[]" if before == b"[" else b"]"
     elif isinstance(value, (list, tuple)) and any(isinstance(each, (dict, list, tuple, Iterator)) for each in value):
@@ -202,6 +206,15 @@ def pieces(value: Any) -> Iterator[bytes]:
         yield b"[" + b",".join(dumps(some)[1:-1] for some in slices) + b"]"
     else:
         yield dumps(value)
+
+
+def value_of(made: Any) -> Any:
+    """The value that `pieces` would write."""
+    if isinstance(made, bytes):
+        return json.loads(made)
+    if isinstance(made, dict):
+        return {key: value_of(each) for key, each in made.items()}
+    return [value_of(each) for each in made] if isinstance(made, (list, tuple, Iterator)) else made
 
 
 async def paced(made: Iterator[bytes]) -> AsyncGenerator[bytes, None]:

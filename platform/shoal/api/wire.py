@@ -10,13 +10,13 @@ values are used (`engine.events.Sampling`), so each is written once.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError, model_validator
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 
-from shoal.api.json_text import dumps, loads, place_of
+from shoal.api.json_text import dumps, loads, pieces, place_of
 from shoal.errors import RequestError, did_you_mean
 
 W = TypeVar("W", bound="Wire")
@@ -93,7 +93,24 @@ def sse(payload: Mapping[str, Any]) -> bytes:
 
 def named_sse(payload: Mapping[str, Any]) -> bytes:
     """One server-sent event, named by its type."""
-    return f"event: {payload['type']}\n".encode() + sse(payload)
+    return _name_of(payload) + sse(payload)
+
+
+def sse_pieces(payload: Mapping[str, Any]) -> Iterator[bytes]:
+    """As `sse`, of what may be long."""
+    yield b"data: "
+    yield from pieces(payload)
+    yield b"\n\n"
+
+
+def named_sse_pieces(payload: Mapping[str, Any]) -> Iterator[bytes]:
+    """As `named_sse`, of what may be long."""
+    yield _name_of(payload)
+    yield from sse_pieces(payload)
+
+
+def _name_of(payload: Mapping[str, Any]) -> bytes:
+    return f"event: {payload['type']}\n".encode()
 
 
 # ---- request bodies --------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from shoal.api.batches import lines
 from shoal.api.bodies import ChatRequest, EmbeddingRequest
 from shoal.api.capture import CaptureArgs
 from shoal.api.document import BODIES
-from shoal.api.json_text import dumps, loads, pieces
+from shoal.api.json_text import dumps, loads, pieces, value_of
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
 from shoal.api.wire import parse
@@ -186,7 +186,9 @@ def test_pieces_are_the_same_json_as_the_whole() -> None:
         return {
             "a": 1,
             "many": list(range(5000)),
-            "lazy": iter([{"x": [1, "é"]}, b'{"raw":true}', None]),
+            "lazy": iter([{"x": [1, "é"]}, *range(40), None]),
+            "raw": iter([b'{"raw":true}', b"7"]),
+            "told": b'{"a": "b"}',
             "none": iter([]),
             "empty": {},
             "lists": [[], [1], {"b": iter([2, 3])}, "t"],
@@ -196,10 +198,13 @@ def test_pieces_are_the_same_json_as_the_whole() -> None:
     told = b"".join(pieces(made()))
     assert json.loads(told) == {
         **made(),
-        "lazy": [{"x": [1, "é"]}, {"raw": True}, None],
+        "lazy": [{"x": [1, "é"]}, *range(40), None],
+        "raw": [{"raw": True}, 7],
+        "told": {"a": "b"},
         "none": [],
         "lists": [[], [1], {"b": [2, 3]}, "t"],
     }
+    assert value_of(made()) == json.loads(told)
     assert dumps({"a": iter([1, iter("b")])}) == b'{"a":[1,["b"]]}'
     with pytest.raises(ValueError):
         b"".join(pieces({"a": iter([float("nan")])}))
