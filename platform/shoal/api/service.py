@@ -336,10 +336,19 @@ def _conversation(request: Request, body: object) -> bytes:
     empty where `body` is no chat."""
     said = [*_shares(request, request.state.access)]
     for message in getattr(body, "messages", ()):
-        said.append(repr(message)[:LONGEST_SAID])
+        said.append(repr(_beginning(message))[:LONGEST_SAID])
         if getattr(message, "role", None) == "user":
             return "\0".join(said).encode("utf-8", "surrogatepass")
     return b""
+
+
+def _beginning(value: Any) -> Any:
+    """A message, or a part of one, without the ends of long texts: an image may be one of megabytes."""
+    if isinstance(value, Wire):
+        return [_beginning(each) for each in vars(value).values()]
+    if isinstance(value, list):
+        return [_beginning(each) for each in value[:LONGEST_SAID]]
+    return value[:LONGEST_SAID] if isinstance(value, str) else value
 
 
 def _told_of(depth: str | None, note: Note) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +209,10 @@ def test_pieces_are_the_same_json_as_the_whole() -> None:
     assert dumps({"a": iter([1, iter("b")])}) == b'{"a":[1,["b"]]}'
     with pytest.raises(ValueError):
         b"".join(pieces({"a": iter([float("nan")])}))
+
+
+def test_a_name_of_megabytes_is_not_compared_with_every_field() -> None:
+    began = time.thread_time()
+    with pytest.raises(RequestError, match="unknown field"):
+        parse(ChatRequest, b'{"' + b"temperatur" * 200_000 + b'": 1}')
+    assert time.thread_time() - began < 0.2

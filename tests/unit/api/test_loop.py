@@ -14,17 +14,21 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
 from shoal import presets
 from shoal.api.app import build_app
+from shoal.api.bodies import ChatRequest
 from shoal.api.capture import CaptureArgs
 from shoal.api.limits import Limits
 from shoal.api.served import ServedModel
-from shoal.api.service import Hosted
+from shoal.api.service import LONGEST_SAID, Hosted, _conversation
+from shoal.api.wire import parse
 from shoal.engine.events import Event, Finished, Request, Token, TokenLogprob
 from shoal.inputs.chat import Encoded
 from shoal.inputs.tokenizer import Tokenizer
@@ -33,7 +37,7 @@ from tests.unit.api.conftest import Scripted
 pytestmark = pytest.mark.anyio
 
 MOST_SECONDS = 0.05  # that the loop may be kept by one callback
-CONTEXT, WIDTH = 2**15, 4096
+CONTEXT, WIDTH = 2**14, 4096
 TOKENS = 64  # of an answer
 LIMITS = Limits()
 TOP = tuple((token, -0.5 - token / 100) for token in range(70, 90))
@@ -88,7 +92,7 @@ LARGEST: dict[str, tuple[str, dict[str, Any]]] = {
     "echo": ("/v1/completions", {**TEXT, "echo": True, "logprobs": 20, "return_token_ids": True}),
     "echo-stream": ("/v1/completions", {**TEXT, "echo": True, "logprobs": 20, "stream": True}),
     "prompt-logprobs": ("/v1/completions", {**TEXT, "prompt_logprobs": 20}),
-    "ids": ("/v1/completions", {**TEXT, "prompt": [[70] * 20_000] * 32, "return_token_ids": True, "stream": True}),
+    "ids": ("/v1/completions", {**TEXT, "prompt": [[70] * 16_000] * 32, "return_token_ids": True, "stream": True}),
     "wrong": ("/v1/completions", {**TEXT, "prompt": ["a", *[1] * 2**20]}),
     "tools": ("/v1/responses", RESPONSE),
     "tools-stream": ("/v1/responses", {**RESPONSE, "stream": True}),
@@ -162,3 +166,54 @@ async def test_no_request_keeps_the_loop_from_others(app: Any, name: str) -> Non
         await asyncio.sleep(0)
     assert status == (400 if name in ("wrong", "image") else 200)
     assert max(found, default=(0.0, ""))[0] < MOST_SECONDS, sorted(found, reverse=True)[:3]
+
+
+async def test_what_tells_a_chat_from_others_is_found_without_reading_all_of_it() -> None:
+    """Where a canary is on trial each request is told from others by its beginning."""
+    request: Any = SimpleNamespace(
+        client=None, state=SimpleNamespace(access=SimpleNamespace(key=None, priority=0, facts={}))
+    )
+    image, other = (
+        parse(ChatRequest, json.dumps(said([{"type": "text", "text": text}, IMAGE])).encode()) for text in ("a", "b")
+    )
+    began = time.thread_time()
+    found = _conversation(request, image)
+    assert time.thread_time() - began < 0.005
+    assert found and found != _conversation(request, other)
+    assert len(found) < 2 * LONGEST_SAID
+
+
+@pytest.mark.parametrize(
+    "name", ["choices", "texts", "echo", "prompt-logprobs", "tools", "embeddings", "base64", "rerank"]
+)
+async def test_an_answer_in_pieces_is_one_json_of_the_length_that_its_header_says(app: Any, name: str) -> None:
+    path, large = LARGEST[name]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+        reply = await http.post(path, json=large)
+    assert (reply.status_code, reply.headers["content-type"]) == (200, "application/json")
+    assert int(reply.headers["content-length"]) == len(reply.content) > 2**16
+    whole = reply.json()
+    if name == "choices":
+        assert [len(choice["logprobs"]["content"]) for choice in whole["choices"]] == [TOKENS] * LIMITS.choices
+        assert all(len(one["top_logprobs"]) == 20 for one in whole["choices"][-1]["logprobs"]["content"])
+    elif name in ("texts", "echo"):
+        columns, text = whole["choices"][0]["logprobs"], whole["choices"][0]["text"]
+        assert len({len(column) for column in columns.values()}) == 1 and columns["text_offset"][-1] == len(text) - 1
+    elif name == "prompt-logprobs":
+        assert len(whole["choices"][0]["prompt_logprobs"]) == CONTEXT - 1000
+    elif name == "tools":
+        assert len(whole["tools"]) == LIMITS.tools and whole["tools"][-1]["parameters"] == SCHEMA
+    elif name == "embeddings":
+        assert [one["index"] for one in whole["data"]] == [*range(512)]
+        assert all(one["embedding"] == np.roll(VECTOR, -at).tolist() for at, one in enumerate(whole["data"]))
+
+
+async def test_a_vector_that_is_not_finite_is_no_answer(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def embed(*given: Any, **more: Any) -> list[list[float]]:
+        return [[0.5, float("nan")]]
+
+    monkeypatch.setattr(Large, "embed", embed)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+        for how in ("float", "base64"):
+            reply = await http.post("/v1/embeddings", json={"model": "fish", "input": "a", "encoding_format": how})
+            assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal_error")
