@@ -16,7 +16,7 @@ from typing import Any, Literal
 from shoal.api.answers import Answer
 from shoal.api.calls import Delta
 from shoal.api.client import Events
-from shoal.api.json_text import paced
+from shoal.api.json_text import paced, spread
 from shoal.engine.events import Event, Finished
 
 Moment = Literal["opened", "more", "closed"]
@@ -95,7 +95,7 @@ class BlockAnswer(Answer):
                     await self.ended()
                     end = [part async for part in paced(self._end())]
                     sent[-1:] = [b"".join((*sent[-1:], end[0])), *end[1:]]
-                for part in sent:
+                async for part in spread(sent):
                     yield part
 
     def _sent(self, ready: Iterable[Event], begun: bool) -> Iterator[bytes]:

@@ -20,7 +20,7 @@ from shoal.api.answers import Answer, Choice
 from shoal.api.bodies import NO_OPTIONS, StreamOptions
 from shoal.api.calls import Delta
 from shoal.api.client import Events
-from shoal.api.json_text import paced
+from shoal.api.json_text import paced, spread
 from shoal.api.requests import EngineCall
 from shoal.api.served import ServedModel
 from shoal.api.shapes import ChatLogprob, TopLogprob
@@ -60,7 +60,7 @@ class ChunkAnswer(Answer):
                 started |= {index} if ready else set()
                 sent = [part async for part in paced(self._sent(index, opening, ready))]
                 await self.ended()
-                for part in sent:  # none: part of a character, or of a call
+                async for part in spread(sent):  # none: part of a character, or of a call
                     yield part
         usage = {**self._head, "object": self._chunk_object, "choices": [], "usage": self.usage()}
         yield (sse(usage) if self._options.include_usage else b"") + DONE

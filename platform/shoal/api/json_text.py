@@ -15,7 +15,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -229,3 +229,11 @@ async def paced(made: Iterator[bytes]) -> AsyncGenerator[bytes, None]:
             part, size, until = [], 0, time.perf_counter() + PIECE_SECONDS
     if part:
         yield b"".join(part)
+
+
+async def spread(parts: Sequence[bytes]) -> AsyncGenerator[bytes, None]:
+    """`parts`, with a turn of others between two, whose sender may never wait: one for a client that has left does not."""
+    for number, part in enumerate(parts):
+        if number:
+            await asyncio.sleep(0)
+        yield part

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from shoal.api.access import Access
 from shoal.api.client import ClientGone, while_connected
-from shoal.api.json_text import paced, pieces
+from shoal.api.json_text import paced, pieces, spread
 
 JSON = "application/json"
 SEND_SECONDS = 60.0  # for a client to read what fills the buffers up to it; the request's deadline bounds its units
@@ -53,10 +53,5 @@ async def in_json(request: Request, value: Any, headers: Mapping[str, str] | Non
     parts = [part async for part in paced(pieces(value))]
     if len(parts) == 1:
         return Response(parts[0], media_type=JSON, headers=headers)
-
-    async def chunks() -> AsyncGenerator[bytes, None]:
-        for part in parts:
-            yield part
-
     length = {"Content-Length": str(sum(map(len, parts)))}
-    return Sent(chunks(), {**length, **(headers or {})}, request.state.access, JSON)
+    return Sent(spread(parts), {**length, **(headers or {})}, request.state.access, JSON)
