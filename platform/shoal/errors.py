@@ -123,7 +123,7 @@ class EngineDeadError(RequestError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     """``did you mean 'x'?`` for the nearest known word, or None when nothing is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word[:LONGEST_GOT], list(known), n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else None
 
 

@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from shoal import Engine, Model, Request
-from shoal.api import auth, wire
+from shoal.api import auth, json_text
 from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
 from shoal.api.batches import lines, worker
@@ -220,7 +220,7 @@ def test_a_line_that_is_no_request_is_told_with_its_number(
         13: ("duplicate_custom_id", "custom_id"), 15: ("invalid_line", "JSON"), 16: ("line_too_long", "line"), 
        17: ("invalid_line", "colons"),
     }  # fmt: skip
-    monkeypatch.setattr(wire, "MOST_COLONS", 1000)
+    monkeypatch.setattr(json_text, "MOST_COLONS", 1000)
     with serving(model, tmp_path, body_bytes=4096) as thread:
         client = client_of(thread)
         batch = ended(client, started(client, content))

@@ -143,7 +143,7 @@ class TestSlowReader:
 
     def test_it_does_not_hold_units_beyond_its_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Nor its connection: when nothing could be sent for a while, that is closed."""
-        monkeypatch.setattr("shoal.api.service.SEND_SECONDS", 1.0)
+        monkeypatch.setattr("shoal.api.sent.SEND_SECONDS", 1.0)
         small_buffers(monkeypatch)
         model = Model.from_preset("test", seed=3)
         with running(model, max_batch=4, backlog=4, limits=Limits(seconds=1.0)) as service:

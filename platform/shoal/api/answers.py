@@ -14,6 +14,7 @@ from typing import Any
 
 from shoal.api.calls import Delta, Reader
 from shoal.api.client import Events
+from shoal.api.json_text import value_of
 from shoal.api.requests import EngineCall
 from shoal.api.served import ServedModel
 from shoal.api.shapes import Usage
@@ -117,7 +118,7 @@ class Answer(ABC):
         return self._served
 
     async def whole(self, events: Events) -> dict[str, Any]:
-        """The complete answer."""
+        """The complete answer, as `json_text.pieces` takes it."""
         async with aclosing(events):
             async for index, ready in events:
                 for event in ready:
@@ -151,7 +152,8 @@ class Answer(ABC):
 
     def complete(self) -> dict[str, Any]:
         """The complete answer, once all of it has come, streamed or not."""
-        return self._whole()
+        found: dict[str, Any] = value_of(self._whole())
+        return found
 
     def failed(self, envelope: dict[str, Any]) -> bytes:
         """The event that ends a stream in which an error came: its `envelope` as it is."""

@@ -16,7 +16,8 @@ from typing import Any, Literal
 from shoal.api.answers import Answer
 from shoal.api.calls import Delta
 from shoal.api.client import Events
-from shoal.engine.events import Finished, TokenLogprob
+from shoal.api.json_text import paced, spread
+from shoal.engine.events import Event, Finished, TokenLogprob
 
 Moment = Literal["opened", "more", "closed"]
 
@@ -93,21 +94,28 @@ class BlockAnswer(Answer):
         async with aclosing(events):
             async for _, ready in events:
                 choice.depth = ready[0].depth
-                sent = [] if begun else [*self._begin()]
+                sent = [part async for part in paced(self._sent(ready, begun))]
                 begun = True
-                for event in ready:
-                    known = len(choice.logprobs)
-                    deltas = choice.take(event)
-                    self.blocks.held += [entry for entry, _ in choice.logprobs[known:]]
-                    for moment in self.blocks.take(deltas):
-                        sent += self._block(*moment)
-                    if isinstance(event, Finished):
-                        for moment in self.blocks.end():
-                            sent += self._block(*moment)
-                        await self.ended()
-                        sent += self._end()
-                if sent:
-                    yield b"".join(sent)
+                if choice.finished is not None:
+                    await self.ended()
+                    end = [part async for part in paced(self._end())]
+                    sent[-1:] = [b"".join((*sent[-1:], end[0])), *end[1:]]
+                async for part in spread(sent):
+                    yield part
+
+    def _sent(self, ready: Iterable[Event], begun: bool) -> Iterator[bytes]:
+        (choice,) = self.choices
+        if not begun:
+            yield from self._begin()
+        for event in ready:
+            known = len(choice.logprobs)
+            deltas = choice.take(event)
+            self.blocks.held += [entry for entry, _ in choice.logprobs[known:]]
+            for moment in self.blocks.take(deltas):
+                yield from self._block(*moment)
+            if isinstance(event, Finished):
+                for moment in self.blocks.end():
+                    yield from self._block(*moment)
 
     @abstractmethod
     def _begin(self) -> Iterator[bytes]:

@@ -154,8 +154,17 @@ class Recorder:
         """Keep the request though it never ran; `answered` takes its place where it does."""
         access.ended = self._guarded(self._keep)
 
-    def answered(self, access: Access, body: Any, call: EngineCall, answer: Answer, client: EngineClient) -> None:
+    def bytes_of(self, call: EngineCall, served: ServedModel) -> int:
+        """Of its prompts, for `answered`. Of many tokens this takes long."""
+        vocabulary = self._vocabulary(served)
+        prompts = [cast(Encoded, request.prompt) for request in call.requests[:: call.n]]
+        return sum(vocabulary.bytes_of(prompt.ids) for prompt in prompts)
+
+    def answered(
+        self, access: Access, body: Any, call: EngineCall, answer: Answer, client: EngineClient, prompt_bytes: int
+    ) -> None:
         """Keep the request when it has ended, with what it has then of its `answer` by `client`."""
+        access.columns["prompt_bytes"] = prompt_bytes
         access.ended = self._guarded(partial(self._keep, body=body, call=call, answer=answer, client=client))
 
     def shadowed(
@@ -183,6 +192,7 @@ class Recorder:
             "answer_tokens": len(meter.tokens),
             "finish": None if end is None else end.reason,
             **self._of_call(call, answer.served),
+            "prompt_bytes": access.columns.get("prompt_bytes"),
             "weights": None,  # the version says which
             "version": version,
             "role": SHADOW,
@@ -260,7 +270,7 @@ class Recorder:
 
     def _of_call(self, call: EngineCall, served: ServedModel) -> dict[str, Any]:
         """What was asked."""
-        first, vocabulary = call.requests[0], self._vocabulary(served)
+        first = call.requests[0]
         prompts = [cast(Encoded, request.prompt) for request in call.requests[:: call.n]]
         return {
             "weights": served.weights or None,
@@ -272,7 +282,6 @@ class Recorder:
             "tools": len(call.offered),
             "images": sum(len(prompt.images) for prompt in prompts),
             "prompt_tokens": call.prompt_tokens,
-            "prompt_bytes": sum(vocabulary.bytes_of(prompt.ids) for prompt in prompts),
         }
 
     def _vocabulary(self, served: ServedModel) -> _Vocabulary:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 import uuid
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 from shoal import __version__
@@ -19,15 +20,17 @@ from shoal.api.answers import Answer, Choice
 from shoal.api.bodies import NO_OPTIONS, StreamOptions
 from shoal.api.calls import Delta
 from shoal.api.client import Events
+from shoal.api.json_text import paced, spread
 from shoal.api.requests import EngineCall
 from shoal.api.served import ServedModel
-from shoal.api.shapes import ChatLogprob, ChatLogprobs, TextLogprobs, TopLogprob
-from shoal.api.wire import DONE, sse
+from shoal.api.shapes import ChatLogprob, TopLogprob
+from shoal.api.wire import DONE, sse, sse_pieces
 from shoal.engine.events import Event, Finished, TokenLogprob
 from shoal.inputs.chat import Encoded
 from shoal.inputs.tokenizer import Tokenizer
 
 LEAST_LOGPROB = -9999.0  # JSON has no -Infinity
+Row = tuple[int, TokenLogprob | None]  # a token, and what is known of it
 
 
 class ChunkAnswer(Answer):
@@ -55,13 +58,19 @@ class ChunkAnswer(Answer):
                 ready = self._due(index, ready)
                 opening = () if index in started or not ready else self._opening(index, ready[-1])
                 started |= {index} if ready else set()
-                sent = [self._sse(chunk) for chunk in opening]
-                sent += [self._sse(chunk) for event in ready for chunk in self._chunks(index, event)]
+                sent = [part async for part in paced(self._sent(index, opening, ready))]
                 await self.ended()
-                if sent:  # else part of a character, or of a call
-                    yield b"".join(sent)
+                async for part in spread(sent):  # none: part of a character, or of a call
+                    yield part
         usage = {**self._head, "object": self._chunk_object, "choices": [], "usage": self.usage()}
         yield (sse(usage) if self._options.include_usage else b"") + DONE
+
+    def _sent(self, index: int, opening: Iterable[dict[str, Any]], ready: Iterable[Event]) -> Iterator[bytes]:
+        for chunk in opening:
+            yield from sse_pieces(self._chunk_of(chunk))
+        for event in ready:
+            for chunk in self._chunks(index, event):
+                yield sse(self._chunk_of(chunk))
 
     def _chunks(self, index: int, event: Event) -> Iterator[dict[str, Any]]:
         """What a stream sends of `event`, as the choice of a chunk each."""
@@ -94,7 +103,7 @@ class ChunkAnswer(Answer):
             found["prompt_token_ids"] = ids
         if self._call.prompt_logprobs and finished is not None:
             entries = finished.prompt_logprobs
-            found["prompt_logprobs"] = [entry and self._ranked(entry) for entry in entries]
+            found["prompt_logprobs"] = (entry and self._ranked(entry) for entry in entries)
         return found
 
     def _ranked(self, entry: TokenLogprob) -> dict[str, Any]:
@@ -112,11 +121,11 @@ class ChunkAnswer(Answer):
             for token, (value, rank) in known.items()
         }
 
-    def _sse(self, choice: dict[str, Any], **beside: Any) -> bytes:
+    def _chunk_of(self, choice: dict[str, Any], **beside: Any) -> dict[str, Any]:
         chunk = {**self._head, "object": self._chunk_object, **beside, "choices": [choice]}
         if self._options.continuous_usage_stats:
-            return sse({**chunk, "usage": self.usage()})
-        return sse({**chunk, "usage": None} if self._options.include_usage else chunk)
+            return {**chunk, "usage": self.usage()}
+        return {**chunk, "usage": None} if self._options.include_usage else chunk
 
     _chunk_object: str
 
@@ -159,9 +168,9 @@ class ChatAnswer(ChunkAnswer):
     def _opening(self, index: int, last: Event) -> list[dict[str, Any]]:
         return [{**self._chunk(index, {"role": "assistant", "content": ""}), **self._prompt(index)}]
 
-    def _sse(self, choice: dict[str, Any], **beside: Any) -> bytes:
+    def _chunk_of(self, choice: dict[str, Any], **beside: Any) -> dict[str, Any]:
         beside = {"prompt_token_ids": choice.pop("prompt_token_ids")} if "prompt_token_ids" in choice else {}
-        return super()._sse(choice, **beside)
+        return super()._chunk_of(choice, **beside)
 
     def _piece(self, index: int, delta: Delta, logprobs: Any) -> dict[str, Any]:
         return self._chunk(index, delta, logprobs)
@@ -178,8 +187,9 @@ class ChatAnswer(ChunkAnswer):
     def _chunk(self, index: int, delta: Delta, logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, tokens: list[tuple[TokenLogprob, int]], index: int) -> ChatLogprobs:
-        return {"content": [chat_logprob(self._served.tokenizer, entry) for entry, _ in tokens], "refusal": None}
+    def _logprobs(self, tokens: list[tuple[TokenLogprob, int]], index: int) -> Any:
+        """`ChatLogprobs`, whose list is made as it is written."""
+        return {"content": (chat_logprob(self._served.tokenizer, entry) for entry, _ in tokens), "refusal": None}
 
 
 class TextAnswer(ChunkAnswer):
@@ -225,50 +235,55 @@ class TextAnswer(ChunkAnswer):
     def _end(self, index: int) -> dict[str, Any]:
         return {"index": index, "text": "", "logprobs": None, "finish_reason": self.choices[index].reason}
 
-    def _logprobs(self, tokens: list[tuple[TokenLogprob, int]], index: int) -> TextLogprobs:
+    def _logprobs(self, tokens: list[tuple[TokenLogprob, int]], index: int) -> Any:
+        """`TextLogprobs`, whose lists are made as they are written."""
+        return self._columns([(entry.token, entry) for entry, _ in tokens], self._offsets(tokens, index))
+
+    def _offsets(self, tokens: list[tuple[TokenLogprob, int]], index: int) -> Iterator[int]:
         choice = self.choices[index]
         # what a policy put before the answer has no tokens
         at = len(self._call.echo[index]) + max(0, len(choice.content) - len(choice.text))
-        return self._columns([(entry.token, entry, at + offset) for entry, offset in tokens])
+        return (at + offset for _, offset in tokens)
 
-    def _all_logprobs(self, index: int) -> TextLogprobs:
+    def _all_logprobs(self, index: int) -> Any:
         """Of the echoed prompt, where there is one, and of the answer."""
-        answer, finished = self._logprobs(self.choices[index].logprobs, index), self.choices[index].finished
-        prompt = self._prompt_logprobs(index, finished) if finished and self._call.echo[index] else None
-        if prompt is None:
-            return answer
-        return {
-            "tokens": prompt["tokens"] + answer["tokens"],
-            "token_logprobs": prompt["token_logprobs"] + answer["token_logprobs"],
-            "top_logprobs": prompt["top_logprobs"] + answer["top_logprobs"],
-            "text_offset": prompt["text_offset"] + answer["text_offset"],
-        }
+        tokens, finished = self.choices[index].logprobs, self.choices[index].finished
+        rows: list[Row] = [(entry.token, entry) for entry, _ in tokens]
+        offsets = self._offsets(tokens, index)
+        if finished is None or not self._call.echo[index] or not finished.prompt_logprobs:
+            return self._columns(rows, offsets)
+        prompt = self._prompt_rows(index, finished)
+        return self._columns(prompt + rows, chain(self._prompt_offsets(prompt), offsets))
 
-    def _prompt_logprobs(self, index: int, finished: Finished) -> TextLogprobs | None:
+    def _prompt_logprobs(self, index: int, finished: Finished) -> Any:
         """Of the prompt of choice `index`, where they were asked for."""
         if not finished.prompt_logprobs:
             return None
-        ids = cast(Encoded, self._call.requests[index].prompt).ids
-        decoder, at, rows = self._served.tokenizer.stream(), 0, list[tuple[int, TokenLogprob | None, int]]()
-        for token, entry in zip(ids, finished.prompt_logprobs, strict=True):
-            rows.append((token, entry, at))
-            at += len(decoder.push(token))
-        return self._columns(rows)
+        rows = self._prompt_rows(index, finished)
+        return self._columns(rows, self._prompt_offsets(rows))
 
-    def _columns(self, rows: list[tuple[int, TokenLogprob | None, int]]) -> TextLogprobs:
-        """Rows of (token, what is known of it, characters before it)."""
+    def _prompt_rows(self, index: int, finished: Finished) -> list[Row]:
+        ids = cast(Encoded, self._call.requests[index].prompt).ids
+        return list(zip(ids, finished.prompt_logprobs, strict=True))
+
+    def _prompt_offsets(self, rows: list[Row]) -> Iterator[int]:
+        decoder, at = self._served.tokenizer.stream(), 0
+        for token, _ in rows:
+            yield at
+            at += len(decoder.push(token))
+
+    def _columns(self, rows: list[Row], offsets: Iterator[int]) -> dict[str, Iterator[Any]]:
         name = partial(token_name, self._served.tokenizer)
-        entries = [entry for _, entry, _ in rows]
         return {
-            "tokens": [name(token) for token, _, _ in rows],
-            "token_logprobs": [None if e is None else max(e.logprob, LEAST_LOGPROB) for e in entries],
-            "top_logprobs": [
+            "tokens": (name(token) for token, _ in rows),
+            "token_logprobs": (None if e is None else max(e.logprob, LEAST_LOGPROB) for _, e in rows),
+            "top_logprobs": (
                 None
                 if e is None
                 else {name(token): max(logprob, LEAST_LOGPROB) for token, logprob in (*e.top, *_own(e))}
-                for e in entries
-            ],
-            "text_offset": [at for _, _, at in rows],
+                for _, e in rows
+            ),
+            "text_offset": offsets,
         }
 
 

@@ -12,10 +12,11 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from shoal.api.document import ASKED, POSTED, answered, body_of, refused
+from shoal.api.sent import in_json
 from shoal.api.service import Service
 from shoal.api.shapes import Deleted, FeedbackSettings, FeedbackTaken, StoredCompletion, StoredList, StoredMessages
 from shoal.api.storing import FeedbackRequest, StoredUpdate, Storing, kept
-from shoal.api.wire import NotFoundError, dumps
+from shoal.api.wire import NotFoundError
 from shoal.errors import RequestError
 from shoal.loop.texts import Stored, clean
 from shoal.loop.votes import Vote
@@ -65,7 +66,7 @@ def feedback_routes(service: Service) -> APIRouter:
         await to.need_own(access, body.id)
         whose = to.voter(access, body.user)
         await to.vote(Vote(body.id, whose, body.rating, body.score, texts["correction"], texts["comment"]))
-        return _json({"object": "shoal.feedback", "id": body.id, "rating": body.rating})
+        return await in_json(request, {"object": "shoal.feedback", "id": body.id, "rating": body.rating})
 
     _add_stored(router, service, there)
     return router
@@ -79,8 +80,8 @@ def _add_stored(router: APIRouter, service: Service, there: Callable[[], Storing
         stored = await kept(partial(to.texts.get, to.owner(request.state.access), id_))
         return _there(stored, id_)
 
-    @router.get("/chat/completions", responses=refused(400, *ASKED), openapi_extra=_QUERY)
-    async def stored_completions(request: Request) -> StoredList:
+    @router.get("/chat/completions", responses=answered(StoredList, 400, *ASKED), openapi_extra=_QUERY)
+    async def stored_completions(request: Request) -> Response:
         """The stored completions of the key, by the time of their answer; ``metadata[NAME]=VALUE`` chooses among them."""
         to, owner = there(), there().owner(request.state.access)
         after, limit, model, order, tags = _asked(request.query_params)
@@ -97,19 +98,19 @@ def _add_stored(router: APIRouter, service: Service, there: Callable[[], Storing
             )
         page = [_shown(one) for one in every[at : at + limit]]
         ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
-        return {"object": "list", "data": page, **ends, "has_more": len(every) > at + limit}  # type: ignore[typeddict-item]
+        return await in_json(request, {"object": "list", "data": page, **ends, "has_more": len(every) > at + limit})
 
-    @router.get(HERE, responses=refused(*ASKED))
-    async def stored_completion(request: Request, id: str) -> StoredCompletion:
-        return _shown(await found(request, id))  # type: ignore[return-value]
+    @router.get(HERE, responses=answered(StoredCompletion, *ASKED))
+    async def stored_completion(request: Request, id: str) -> Response:
+        return await in_json(request, _shown(await found(request, id)))
 
-    @router.get(HERE + "/messages", responses=refused(*ASKED))
-    async def stored_messages(request: Request, id: str) -> StoredMessages:
+    @router.get(HERE + "/messages", responses=answered(StoredMessages, *ASKED))
+    async def stored_messages(request: Request, id: str) -> Response:
         """What the answer was given to."""
         one = await found(request, id)
         data = [{"id": f"{id}-{at}", **message} for at, message in enumerate(one["messages"])]
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"], "has_more": False}
-        return {"object": "list", "data": data, **ends}  # type: ignore[typeddict-item]
+        return await in_json(request, {"object": "list", "data": data, **ends})
 
     @router.post(HERE, openapi_extra=body_of(StoredUpdate), responses=answered(StoredCompletion, *POSTED))
     async def tag(request: Request, id: str) -> Response:
@@ -119,7 +120,7 @@ def _add_stored(router: APIRouter, service: Service, there: Callable[[], Storing
         rating: Any = body.metadata.get("rating")
         if rating in ("up", "down"):
             await to.vote(Vote(id, one["subject"], rating))
-        return _json(_shown(one))
+        return await in_json(request, _shown(one))
 
     @router.delete(HERE, responses=refused(*ASKED))
     async def delete(request: Request, id: str) -> Deleted:
@@ -159,7 +160,3 @@ def _fits(one: Stored, model: str | None, tags: dict[str, str]) -> bool:
 def _shown(one: Stored) -> dict[str, Any]:
     """A stored completion as OpenAI's clients read one."""
     return {**one["completion"], "metadata": one["metadata"]}
-
-
-def _json(value: Any) -> Response:
-    return Response(dumps(value), media_type="application/json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import cast
@@ -26,6 +27,7 @@ from shoal.api.bodies import (
 from shoal.api.chunks import ChatAnswer, TextAnswer
 from shoal.api.document import ASKED, POSTED, answered, body_of, refused
 from shoal.api.metrics import text
+from shoal.api.sent import in_json
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted, Service
 from shoal.api.shapes import (
@@ -42,7 +44,7 @@ from shoal.api.shapes import (
     TokenizerInfo,
     Version,
 )
-from shoal.api.wire import NotFoundError, dumps
+from shoal.api.wire import NotFoundError
 from shoal.engine.metrics import Samples, infos, sample
 from shoal.errors import EngineDeadError
 
@@ -88,13 +90,12 @@ def openai_routes(service: Service) -> APIRouter:
         ids = await service.prepared(request, work)
         vectors, headers = await service.embed(request, hosted.client, ids, body.pooled_at)
         tokens = sum(map(len, ids))
-        data = [
-            {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
-            for index, vector in enumerate(vectors)
-        ]
+        vectors.reverse()
+        # each goes as soon as it is written: to free all at once takes long
+        data = (_embedding(index, vectors.pop(), body.encoding_format) for index in range(len(vectors)))
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         whole = {"object": "list", "data": data, "model": hosted.served.name, "usage": usage}
-        return Response(dumps(whole), media_type="application/json", headers=headers)
+        return await in_json(request, whole, headers)
 
     _add_models(router, service)
     return router
@@ -258,8 +259,12 @@ def _card(served: ServedModel, name: str, quantization: str) -> ModelCard:
     return card
 
 
-def _encoded(vector: Sequence[float], encoding: str) -> list[float] | str:
-    """A vector as OpenAI's `encoding_format` asks: numbers, or base64 of little-endian float32."""
+def _embedding(index: int, vector: Sequence[float], encoding: str) -> bytes:
+    """As JSON, in OpenAI's `encoding_format`: numbers, or base64 of little-endian float32. Raises ValueError for NaN."""
+    if not math.isfinite(sum(vector)):
+        raise ValueError("a number of an embedding is not finite")
     if encoding == "float":
-        return list(vector)
-    return base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode()
+        told = pydantic_core.to_json(vector)
+    else:
+        told = b'"' + base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()) + b'"'
+    return b'{"object":"embedding","index":%d,"embedding":%b}' % (index, told)

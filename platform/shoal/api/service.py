@@ -19,7 +19,6 @@ from typing import Any, Protocol, TypeVar
 
 from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
 
 from shoal.api.access import Access
 from shoal.api.answers import Answer, Store
@@ -28,6 +27,7 @@ from shoal.api.capture import Recorder
 from shoal.api.client import ClientGone, EngineClient, Events, gather, while_connected
 from shoal.api.entry import Entry
 from shoal.api.fresh import Fresh
+from shoal.api.json_text import dumps
 from shoal.api.last_look import LastLook
 from shoal.api.limits import Limits
 from shoal.api.messages import errors
@@ -35,10 +35,11 @@ from shoal.api.metrics import Metrics
 from shoal.api.policy import WORKLOAD
 from shoal.api.requests import EngineCall
 from shoal.api.responses.bodies import ResponsesRequest
+from shoal.api.sent import Sent, in_json
 from shoal.api.served import ServedModel
 from shoal.api.split import Note, Split
 from shoal.api.storing import Storing
-from shoal.api.wire import MediaTypeError, ModelNotFoundError, RateLimitError, W, Wire, dumps, envelope, parse, unused
+from shoal.api.wire import MediaTypeError, ModelNotFoundError, RateLimitError, W, Wire, envelope, parse, unused
 from shoal.engine.events import Finished, Token
 from shoal.engine.metrics import Samples
 from shoal.errors import ConfigError, DeadlineError, RequestError, ShoalError, frames
@@ -63,7 +64,6 @@ SHORT_BODY = 2**15  # bytes, which take at most 10 ms to parse; one of 16 MiB ta
 # requests that are parsed (longer ones) and encoded at once, short and long ones each: more share Python's lock
 AT_ONCE = 2
 LONGEST_SAID = 4096  # characters of a message that tell its chat from others
-SEND_SECONDS = 60.0  # for a client to read what fills the buffers up to it; the request's deadline bounds its units
 
 
 class Hosted:
@@ -145,15 +145,15 @@ class Service:
             raise ClientGone from None
         request.state.long = len(data) > SHORT_BODY or b"data:image" in data
         if len(data) <= SHORT_BODY:
-            body = parse(kind, data)
+            body, changes_nothing = _read(kind, data)
         else:
-            body = await self.prepared(request, partial(parse, kind, data))
+            body, changes_nothing = await self.prepared(request, partial(_read, kind, data))
         access: Access = request.state.access
         access.facts |= {
             "user": getattr(body, "user", None),
             "model": (getattr(body, "model", None) or "")[:100] or None,
         }
-        access.unused = [name for name in unused(body) if not self._is_used(name, body, access)]
+        access.unused = [name for name in changes_nothing if not self._is_used(name, body, access)]
         return body
 
     def _is_used(self, name: str, body: Wire, access: Access) -> bool:
@@ -188,18 +188,24 @@ class Service:
         """The answer to `body`, in the form of `kind`: `to_call` makes its prompts in the caller's turn, and they run.
         Raises ModelNotFoundError, ClientGone, and what `to_call` and the engine raise."""
         hosted = self.hosted(request, body.model)
-        call = await self.prepared(request, partial(to_call, body, hosted.served, self.limits))
-        answer = kind(call, hosted.served)
+        access: Access = request.state.access
+
+        def work() -> tuple[EngineCall, Answer, int]:
+            call = to_call(body, hosted.served, self.limits)
+            size = 0 if self.recorder is None else self.recorder.bytes_of(call, hosted.served)
+            return call, kind(call, hosted.served), size
+
+        call, answer, prompt_bytes = await self.prepared(request, work)
         if self.recorder is not None:
-            self.recorder.answered(request.state.access, body, call, answer, hosted.client)
+            self.recorder.answered(access, body, call, answer, hosted.client, prompt_bytes)
         if self.storing is not None:
-            self.storing.saw(request.state.access, answer.id)
-        answer.store = self._store_of(body, request.state.access)
+            self.storing.saw(access, answer.id)
+        answer.store = self._store_of(body, access)
         client, note = hosted.client, Note()
         if isinstance(client, Split):
             note.conversation, note.id = _conversation(request, body) if client.trial else b"", answer.id
             if self.recorder is not None:
-                note.shadowed = partial(self.recorder.shadowed, request.state.access, call, answer)
+                note.shadowed = partial(self.recorder.shadowed, access, call, answer)
             client = client.asked(note)
         return await self._answer(request, client, call, answer, note, stream=body.stream)
 
@@ -237,11 +243,11 @@ class Service:
             whole = await while_connected(request.receive, answer.whole(events))
             _tell_calls(answer, note)
             access.facts["depth"] = answer.depth()
-            return Response(dumps(whole), media_type="application/json", headers=_told_of(answer.depth(), note))
+            return await in_json(request, whole, _told_of(answer.depth(), note))
         chunks = answer.chunks(events)
         first = await while_connected(request.receive, anext(chunks))  # until here an error has its own status
-        headers = _told_of(answer.early_depth(), note)
-        return _EventStream(self._guarded(first, chunks, answer, access, note), headers, access)
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **_told_of(answer.early_depth(), note)}
+        return Sent(self._guarded(first, chunks, answer, access, note), headers, access, "text/event-stream")
 
     async def embed(
         self, request: Request, client: EngineClient, ids: list[list[int]], depth: str | int
@@ -304,6 +310,12 @@ class Service:
         return status, errors.as_theirs(body, status, access.id) if errors.is_theirs(access.path) else body
 
 
+def _read(kind: type[W], data: bytes) -> tuple[W, list[str]]:
+    """A body, and the fields in it that change nothing."""
+    body = parse(kind, data)
+    return body, unused(body)
+
+
 def _shares(request: Request, access: Access) -> tuple[str, str]:
     """Whose turn it is: a key's, and of it a user's; without keys an address's, since anybody can say another user. What may
     wait is counted apart: it costs the key's live requests no turn."""
@@ -324,10 +336,19 @@ def _conversation(request: Request, body: object) -> bytes:
     empty where `body` is no chat."""
     said = [*_shares(request, request.state.access)]
     for message in getattr(body, "messages", ()):
-        said.append(repr(message)[:LONGEST_SAID])
+        said.append(repr(_beginning(message))[:LONGEST_SAID])
         if getattr(message, "role", None) == "user":
             return "\0".join(said).encode("utf-8", "surrogatepass")
     return b""
+
+
+def _beginning(value: Any) -> Any:
+    """A message, or a part of one, without the ends of long texts: an image may be one of megabytes."""
+    if isinstance(value, Wire):
+        return [_beginning(each) for each in vars(value).values()]
+    if isinstance(value, list):
+        return [_beginning(each) for each in value[:LONGEST_SAID]]
+    return value[:LONGEST_SAID] if isinstance(value, str) else value
 
 
 def _told_of(depth: str | None, note: Note) -> dict[str, str]:
@@ -360,34 +381,3 @@ def _retry_after(error: Exception) -> str:
     """Whole seconds for the header of that name: when a key's minute has room again; else a guess, from 1 to a minute."""
     seconds = max(1, math.ceil(getattr(error, "retry_after", None) or 0))
     return str(seconds if isinstance(error, RateLimitError) else min(60, seconds))
-
-
-class _EventStream(Response):
-    """Server-sent events. Ends the stream's source when the client leaves, also between two events, or does not read."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, chunks: AsyncGenerator[bytes, None], known: dict[str, str], access: Access) -> None:
-        """`known`: headers beside its own."""
-        self.status_code, self.background = 200, None
-        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **known})
-        self._chunks, self._access = chunks, access
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def part(body: bytes, *, more: bool = True) -> None:
-            async with asyncio.timeout(SEND_SECONDS):
-                await send({"type": "http.response.body", "body": body, "more_body": more})
-
-        async def stream() -> None:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async with aclosing(self._chunks) as chunks:
-                async for chunk in chunks:
-                    await part(chunk)
-            await part(b"", more=False)  # it waits for a client that has not read what went before
-
-        try:
-            await while_connected(receive, stream())
-        except ClientGone:
-            self._access.error = "client_left"
-        except TimeoutError:  # of `send`: errors of the chunks are events; the server closes what is left unfinished
-            self._access.error = "client_stalled"

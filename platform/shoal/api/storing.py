@@ -96,9 +96,10 @@ class Storing:
             self._recorder.outbox.drop("bound", "as much is kept as may be, and texts are not stored")
             return False
         put = self._chat if isinstance(body, ChatRequest) else self._response
-        whole, said, one = answer.complete(), list[bool](), threading.Lock()
+        said, one = list[bool](), threading.Lock()
 
         def work() -> bool:
+            whole = answer.complete()
             stored = put(access, body, whole)  # type: ignore[arg-type]
             with one:  # who comes first says whether it is stored
                 in_time = not said

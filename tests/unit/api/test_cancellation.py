@@ -112,7 +112,7 @@ async def test_who_does_not_read_the_end_of_a_stream_holds_no_place(
     served: ServedModel, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server waits with each part for what went before to be read, with the last one too."""
-    monkeypatch.setattr("shoal.api.service.SEND_SECONDS", 0.2)
+    monkeypatch.setattr("shoal.api.sent.SEND_SECONDS", 0.2)
 
     class Stalled(Caller):
         async def _send(self, message: dict[str, Any]) -> None:

@@ -156,7 +156,8 @@ class TestErrors:
         ("fields", "said"),
         [
             ({"top_k": 2**31 + 1}, "0 to 2147483648"),
-            ({"top_k": 10**400}, "a whole number of 401 digits"),
+            ({"top_k": 10**300}, "a whole number of 301 digits"),
+            ({"top_k": 10**400}, "(401 characters)"),
             ({"min_tokens": 10**9, "max_tokens": 5}, "0 to 5"),
         ],
     )

@@ -13,6 +13,7 @@ import pytest
 
 from shoal import config, presets
 from shoal.api.bodies import ChatRequest, CompletionRequest
+from shoal.api.json_text import value_of
 from shoal.api.limits import Limits
 from shoal.api.messages.bodies import MessagesRequest
 from shoal.api.messages.calls import messages_call
@@ -119,7 +120,7 @@ def test_a_silent_request_is_drawn_as_the_source_says_by_every_protocol(served: 
     ]
     for call in calls:
         assert drawn(call.requests[0].sampling) == DRAWN
-    told = ResponseAnswer(calls[-1], ours, responses)._asked
+    told = value_of(ResponseAnswer(calls[-1], ours, responses)._asked)
     assert (told["temperature"], told["top_p"]) == (0.6, 0.95), "what an answer repeats is what it was drawn with"
     said: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0}
     given = [

@@ -171,6 +171,8 @@ def test_shops_of_other_names_are_untouched_and_a_forgotten_one_is_new(http: htt
         ("POST", "/shops/a/track_order", b"{", 400),
         ("POST", "/shops/a/track_order", b"[1]", 400),
         ("POST", "/shops/a/track_order", b'{"order": "\\ud800"}', 400),
+        ("POST", "/shops/a/track_order", b'{"order": 1e999}', 400),
+        ("POST", "/shops/a/track_order", b'{"order": NaN}', 400),
         ("POST", "/shops/a/track_order", b'{"\\ud800": 1}', 400),
         ("POST", "/shops/a/track_order", b'{"order": "\xff"}', 400),
         ("POST", "/shops/a/track_order", b"[" * 50_000, 400),

@@ -18,10 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, get_args
 
-import pydantic_core
-
 from shoal.api.batches.shapes import Endpoint
-from shoal.api.wire import dumps, must_be_few
+from shoal.api.json_text import dumps, loads
 from shoal.errors import RequestError, did_you_mean
 
 ENDPOINTS: tuple[str, ...] = get_args(Endpoint)
@@ -74,12 +72,9 @@ def parse(number: int, text: bytes | None, url: str | None) -> Line:
     if text is None:
         raise _wrong(None, "the line", code="line_too_long", do="send a shorter one")
     try:
-        must_be_few(text)
-        values = pydantic_core.from_json(text, allow_inf_nan=False)
+        values = loads(text, "the line")
     except RequestError as error:
         raise _wrong(None, error.message) from None
-    except ValueError as error:
-        raise _wrong(None, "the line is not valid JSON", got=str(error)[:200]) from None
     if not isinstance(values, dict):
         raise _wrong(None, "the line", got=type(values).__name__, allowed="a JSON object")
     name = values.get("custom_id")

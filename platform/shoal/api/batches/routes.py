@@ -17,8 +17,9 @@ from shoal.api.batches.store import ANYBODY, Page, Store, room
 from shoal.api.batches.worker import Worker
 from shoal.api.client import ClientGone, while_connected
 from shoal.api.document import POSTED, answered, body_of, refused
-from shoal.api.service import SEND_SECONDS, Service
-from shoal.api.wire import NotFoundError, dumps
+from shoal.api.sent import SEND_SECONDS, in_json
+from shoal.api.service import Service
+from shoal.api.wire import NotFoundError
 from shoal.errors import RequestError
 
 PURPOSES: tuple[str, ...] = get_args(Purpose)
@@ -102,7 +103,7 @@ def _add_files(router: APIRouter, service: Service, kept: Kept) -> None:
                 raise RequestError("purpose is missing", param="purpose")
             if fields["purpose"] != "batch":
                 raise RequestError("purpose", param="purpose", got=fields["purpose"][:80], allowed="batch")
-            return _json(await run_in_threadpool(store.keep, place, _owner(request), name, "batch"))
+            return await in_json(request, await run_in_threadpool(store.keep, place, _owner(request), name, "batch"))
 
     @router.get("/files", openapi_extra=_FILES, responses=answered(FileList, *KEPT))
     async def list_files(request: Request) -> Response:
@@ -111,17 +112,17 @@ def _add_files(router: APIRouter, service: Service, kept: Kept) -> None:
         asked = _asked(request, "after", "limit", "order", "purpose")
         purpose = _one_of(asked, "purpose", PURPOSES)
         page = Page(_limit(asked, MOST_FILES, MOST_FILES), asked.get("after"), _order(asked))
-        return _json(_listed(*await run_in_threadpool(store.files, _owner(request), page, purpose)))
+        return await in_json(request, _listed(*await run_in_threadpool(store.files, _owner(request), page, purpose)))
 
     @router.get("/files/{file_id}", responses=answered(FileObject, *KEPT))
     async def get_file(request: Request, file_id: str) -> Response:
-        return _json(await run_in_threadpool(kept.store.file, _owner(request), file_id))
+        return await in_json(request, await run_in_threadpool(kept.store.file, _owner(request), file_id))
 
     @router.delete("/files/{file_id}", responses=answered(FileDeleted, *KEPT))
     async def delete_file(request: Request, file_id: str) -> Response:
         """Batches that read it go on."""
         await run_in_threadpool(kept.store.delete, _owner(request), file_id)
-        return _json({"id": file_id, "object": "file", "deleted": True})
+        return await in_json(request, {"id": file_id, "object": "file", "deleted": True})
 
     octets = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 
@@ -144,7 +145,7 @@ def _add_batches(router: APIRouter, service: Service, kept: Kept) -> None:
         body = await service.read_body(request, BatchRequest)
         made = await run_in_threadpool(store.create, _owner(request), body)
         kept.wake()
-        return _json(made)
+        return await in_json(request, made)
 
     @router.get("/batches", openapi_extra=_BATCHES, responses=answered(BatchList, *KEPT))
     async def list_batches(request: Request) -> Response:
@@ -152,18 +153,18 @@ def _add_batches(router: APIRouter, service: Service, kept: Kept) -> None:
         store = kept.store
         asked = _asked(request, "after", "limit")
         page = Page(_limit(asked, SOME_BATCHES, MOST_BATCHES), asked.get("after"))
-        return _json(_listed(*await run_in_threadpool(store.batches, _owner(request), page)))
+        return await in_json(request, _listed(*await run_in_threadpool(store.batches, _owner(request), page)))
 
     @router.get("/batches/{batch_id}", responses=answered(Batch, *KEPT))
     async def get_batch(request: Request, batch_id: str) -> Response:
-        return _json(await run_in_threadpool(kept.store.batch, _owner(request), batch_id))
+        return await in_json(request, await run_in_threadpool(kept.store.batch, _owner(request), batch_id))
 
     @router.post("/batches/{batch_id}/cancel", responses=answered(Batch, *KEPT, 413, 415, 503))
     async def cancel_batch(request: Request, batch_id: str) -> Response:
         """Ends a batch; what was answered until then is kept in its files."""
         found = await run_in_threadpool(kept.store.cancel, _owner(request), batch_id)
         kept.wake()
-        return _json(found)
+        return await in_json(request, found)
 
 
 def _owner(request: Request) -> str:
@@ -204,10 +205,6 @@ def _listed(found: list[Any], more: bool) -> dict[str, Any]:
     ids = [each["id"] for each in found]
     ends = {"first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None}
     return {"object": "list", "data": found, **ends, "has_more": more}
-
-
-def _json(value: object) -> Response:
-    return Response(dumps(value), media_type="application/json")
 
 
 class _FileSent(Response):

@@ -7,12 +7,12 @@ from functools import partial
 from fastapi import APIRouter, Request, Response
 
 from shoal.api.document import POSTED, answered, body_of
+from shoal.api.json_text import dumps
 from shoal.api.messages import calls
 from shoal.api.messages.bodies import CountRequest, MessagesRequest
 from shoal.api.messages.events import MessageAnswer
 from shoal.api.messages.shapes import MessageErrorEnvelope, MessageEvent, MessageOut, TokenCount
 from shoal.api.service import Service
-from shoal.api.wire import dumps
 
 
 def messages_routes(service: Service) -> APIRouter:

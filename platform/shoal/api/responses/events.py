@@ -9,11 +9,12 @@ from typing import Any
 from shoal.api.answers import measured
 from shoal.api.blocks import Block, BlockAnswer, Moment
 from shoal.api.chunks import chat_logprob
+from shoal.api.json_text import pieces
 from shoal.api.requests import EngineCall
 from shoal.api.responses.bodies import FunctionTool, ResponsesRequest
 from shoal.api.served import ServedModel
 from shoal.api.shapes import ChatLogprob
-from shoal.api.wire import Wire, named_sse
+from shoal.api.wire import Wire, named_sse, named_sse_pieces
 
 
 class ResponseAnswer(BlockAnswer):
@@ -21,13 +22,13 @@ class ResponseAnswer(BlockAnswer):
 
     def __init__(self, call: EngineCall, served: ServedModel, body: ResponsesRequest) -> None:
         super().__init__(call, served)
-        self._created, self._sent = int(time.time()), 0
+        self._created, self._sent_events = int(time.time()), 0
         self._completed: int | None = None
         self._previous, self.stored = body.previous_response_id, body.store  # what may not be stored never comes here
         text = body.text.format if body.text and body.text.format else None
         choice, drawn = body.tool_choice, call.requests[0].sampling
         shape = {"type": "text"} if text is None else text.model_dump(by_alias=True, exclude_none=True)
-        self._asked = {  # what an answer repeats of its request
+        asked = {
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata,
@@ -42,15 +43,17 @@ class ResponseAnswer(BlockAnswer):
             "truncation": body.truncation,
             "user": body.user,
         }
+        # what an answer repeats of its request, written once: it may be long, and a stream has it three times
+        self._asked = {name: b"".join(pieces(value)) for name, value in asked.items()}
 
     def failed(self, envelope: dict[str, Any]) -> bytes:
         self.stored = False
         error = {"code": "server_error", "message": envelope["error"]["message"]}
-        return self._event("response.failed", response=self._response("failed", error=error))
+        return b"".join(self._long("response.failed", self._response("failed", error=error)))
 
     def _begin(self) -> Iterator[bytes]:
-        yield self._event("response.created", response=self._response("in_progress"))
-        yield self._event("response.in_progress", response=self._response("in_progress"))
+        yield from self._long("response.created", self._response("in_progress"))
+        yield from self._long("response.in_progress", self._response("in_progress"))
 
     def _block(self, moment: Moment, block: Block, text: str) -> Iterator[bytes]:
         at: dict[str, Any] = {"item_id": self._item_id(block), "output_index": block.index}
@@ -82,14 +85,19 @@ class ResponseAnswer(BlockAnswer):
 
     def _end(self) -> Iterator[bytes]:
         whole = self._whole()
-        yield self._event(f"response.{whole['status']}", response=whole)
+        yield from self._long(f"response.{whole['status']}", whole)
 
     def _whole(self) -> dict[str, Any]:
         return self._response("incomplete" if self.choices[0].reason == "length" else "completed")
 
     def _event(self, kind: str, **fields: Any) -> bytes:
-        self._sent += 1
-        return named_sse({"type": kind, "sequence_number": self._sent - 1, **fields})
+        self._sent_events += 1
+        return named_sse({"type": kind, "sequence_number": self._sent_events - 1, **fields})
+
+    def _long(self, kind: str, response: dict[str, Any]) -> Iterator[bytes]:
+        """An event that has the whole response."""
+        self._sent_events += 1
+        yield from named_sse_pieces({"type": kind, "sequence_number": self._sent_events - 1, "response": response})
 
     def _response(self, status: str, *, error: dict[str, Any] | None = None) -> dict[str, Any]:
         ended = status in ("completed", "incomplete")

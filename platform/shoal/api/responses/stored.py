@@ -19,9 +19,10 @@ from shoal.api.limits import Limits
 from shoal.api.responses.bodies import KEPT, AnyItem, ItemReference, ResponsesRequest
 from shoal.api.responses.items import read_items, response_of
 from shoal.api.responses.shapes import InputItems, ResponseDeleted, ResponseOut
+from shoal.api.sent import in_json
 from shoal.api.service import Service
 from shoal.api.storing import Storing, kept
-from shoal.api.wire import NotFoundError, dumps
+from shoal.api.wire import NotFoundError
 from shoal.errors import RequestError
 from shoal.loop.texts import Stored
 
@@ -130,7 +131,7 @@ def add_stored(router: APIRouter, service: Service) -> None:
         asked = _asked(request, _READ)
         if asked.get("stream", "false") != "false":
             raise RequestError("stream", param="stream", got=asked["stream"][:20], allowed="false: it has ended")
-        return _json((await found(request, response_id))["response"])
+        return await in_json(request, (await found(request, response_id))["response"])
 
     @router.get(HERE + "/input_items", responses=answered(InputItems, 400, *ASKED), openapi_extra=_query(_LIST))
     async def input_items(request: Request, response_id: str) -> Response:
@@ -149,7 +150,7 @@ def add_stored(router: APIRouter, service: Service) -> None:
             )
         page = items[at : at + limit]
         ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
-        return _json({"object": "list", "data": page, **ends, "has_more": len(items) > at + limit})
+        return await in_json(request, {"object": "list", "data": page, **ends, "has_more": len(items) > at + limit})
 
     @router.delete(HERE, responses=answered(ResponseDeleted, *ASKED))
     async def delete_response(request: Request, response_id: str) -> Response:
@@ -157,7 +158,7 @@ def add_stored(router: APIRouter, service: Service) -> None:
         to = there(response_id)
         gone = await kept(partial(to.responses.delete, to.owner(request.state.access), response_id))
         _there({} if gone else None, response_id)
-        return _json({"id": response_id, "object": "response", "deleted": True})
+        return await in_json(request, {"id": response_id, "object": "response", "deleted": True})
 
     @router.post(HERE + "/cancel", responses=refused(400, *ASKED))
     async def cancel_response(request: Request, response_id: str) -> Response:
@@ -197,7 +198,3 @@ def _there(stored: Stored | None, id_: str) -> Stored:
         do = "a response is stored with store: true, seen by the key that stored it, and deleted after some days"
         raise NotFoundError("no such response", got=id_[:100], do=do)
     return stored
-
-
-def _json(value: Any) -> Response:
-    return Response(dumps(value), media_type="application/json")

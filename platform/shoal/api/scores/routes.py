@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
+from starlette.concurrency import run_in_threadpool
 from typing_extensions import TypedDict  # pydantic reads typing's own only from Python 3.12 on
 
 from shoal.api.bodies import EmbeddingRequest
@@ -16,10 +17,10 @@ from shoal.api.document import POSTED, answered, body_of
 from shoal.api.limits import Limits
 from shoal.api.requests import embedding_ids, told_as
 from shoal.api.scores.bodies import Compared, RerankRequest, ScoreRequest
+from shoal.api.sent import in_json
 from shoal.api.served import ServedModel
 from shoal.api.service import Service
 from shoal.api.shapes import EmbeddingUsage
-from shoal.api.wire import dumps
 from shoal.errors import RequestError
 
 
@@ -64,9 +65,8 @@ def score_routes(service: Service) -> APIRouter:
         hosted = service.hosted(request, body.model)
         ids = await service.prepared(request, partial(_ids, texts, body, hosted.served, service.limits))
         vectors, headers = await service.embed(request, hosted.client, ids, body.pooled_at)
-        found = iter(np.asarray(vectors, dtype=np.float64))
         tokens = sum(map(len, ids))
-        split = {name: np.stack([next(found) for _ in given]) for name, given in texts.items()}
+        split = await run_in_threadpool(_split, vectors, texts)
         return hosted.served, split, {"prompt_tokens": tokens, "total_tokens": tokens}, headers
 
     @router.post("/score", openapi_extra=body_of(ScoreRequest), responses=answered(ScoreList, *POSTED))
@@ -79,12 +79,12 @@ def score_routes(service: Service) -> APIRouter:
             allowed = f"1, or {len(many)} as of text_2"
             raise RequestError("texts of text_1", param="text_1", got=len(one), allowed=allowed)
         served, found, usage, headers = await compared(request, body, texts)
-        scores = _cosines(found["text_1"], found["text_2"])
+        scores = await run_in_threadpool(_cosines, found["text_1"], found["text_2"])
         data: list[Score] = [{"index": at, "object": "score", "score": value} for at, value in enumerate(scores)]
         whole: ScoreList = {
             "id": f"score-{uuid.uuid4().hex}", "object": "list", "model": served.name, "data": data, "usage": usage,
         }  # fmt: skip
-        return Response(dumps(whole), media_type="application/json", headers=headers)
+        return await in_json(request, whole, headers)
 
     @router.post("/rerank", openapi_extra=body_of(RerankRequest), responses=answered(Reranked, *POSTED))
     async def rerank(request: Request) -> Response:
@@ -93,7 +93,7 @@ def score_routes(service: Service) -> APIRouter:
         served, found, usage, headers = await compared(
             request, body, {"query": [body.query], "documents": body.documents}
         )
-        scores = _cosines(found["query"], found["documents"])
+        scores = await run_in_threadpool(_cosines, found["query"], found["documents"])
         order = sorted(range(len(scores)), key=lambda at: -scores[at])[: body.top_n or None]
         results: list[Ranked] = [
             {
@@ -106,9 +106,16 @@ def score_routes(service: Service) -> APIRouter:
         whole: Reranked = {
             "id": f"rerank-{uuid.uuid4().hex}", "model": served.name, "results": results, "usage": usage,
         }  # fmt: skip
-        return Response(dumps(whole), media_type="application/json", headers=headers)
+        return await in_json(request, whole, headers)
 
     return router
+
+
+def _split(vectors: list[list[float]], texts: dict[str, list[str]]) -> dict[str, np.ndarray]:
+    """The vectors of each field, which are taken out of `vectors`. Each is read and freed by itself: between two other threads
+    run."""
+    vectors.reverse()
+    return {name: np.stack([np.asarray(vectors.pop(), np.float64) for _ in given]) for name, given in texts.items()}
 
 
 def _listed(given: str | list[str], param: str) -> list[str]:

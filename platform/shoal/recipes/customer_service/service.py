@@ -156,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise RequestError("Content-Length", got=length or "none", allowed=f"0 to {MOST_BYTES}")
         try:
             found = json.loads(self.rfile.read(int(length)) or b"{}")
-            json.dumps(found, ensure_ascii=False).encode()  # not of half a surrogate pair, which no answer could repeat
+            json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # what no answer could repeat
         except (ValueError, RecursionError) as error:
             raise RequestError("body", got="no JSON", allowed="a JSON object of arguments") from error
         if not isinstance(found, dict):
