@@ -82,6 +82,10 @@ class Hosted:
         adapter.served, adapter.client, adapter.held = served, client, 0
         return adapter
 
+    def cache_salt(self, access: Access) -> str:
+        """As `Request.cache_salt`, of a request."""
+        return "" if access.key is None or self.served.shared_prefix_cache else access.key.cache_salt
+
     async def _healthy(self) -> str:
         await self.client.check_health()
         return "ok"
@@ -189,6 +193,7 @@ class Service:
         Raises ModelNotFoundError, ClientGone, and what `to_call` and the engine raise."""
         hosted = self.hosted(request, body.model)
         call = await self.prepared(request, partial(to_call, body, hosted.served, self.limits))
+        call = call.salted(hosted.cache_salt(request.state.access))
         answer = kind(call, hosted.served)
         if self.recorder is not None:
             self.recorder.answered(request.state.access, body, call, answer, hosted.client)

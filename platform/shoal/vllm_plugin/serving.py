@@ -43,6 +43,7 @@ from shoal.inputs.chat import Encoded
 from shoal.vllm_plugin import PER_REQUEST
 from shoal.vllm_plugin.counts import GAUGES, Counts
 from shoal.vllm_plugin.images import as_image, collapsed
+from shoal.vllm_plugin.options import cache_salt
 from shoal.vllm_plugin.route import asked
 
 log = logging.getLogger(__name__)
@@ -115,8 +116,8 @@ class VllmEngine:
         inputs: TokensPrompt = {"prompt_token_ids": [*ids, *request.answer]}
         if prompt.images:
             inputs["multi_modal_data"] = {"image": [as_image(image, self._served.config) for image in prompt.images]}
-        if self._per_request:
-            inputs["cache_salt"] = str(layers)
+        if salt := cache_salt(request, layers if self._per_request else None):
+            inputs["cache_salt"] = salt
         writing = _Writing(
             request,
             TextStream(
