@@ -27,6 +27,7 @@ from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 from shoal.api.served import ServedModel
 from shoal.config import FULL
 from shoal.engine.events import Event, Finished, Guide, Request, Sampling, Token, TokenLogprob
+from shoal.engine.guided import need_bounded
 from shoal.engine.metrics import Samples
 from shoal.engine.text import TextStream
 from shoal.errors import (
@@ -238,6 +239,7 @@ def sampling_params(sampling: Sampling, answered: int = 0, layers: int | None = 
 def _structured(guide: Guide | None) -> StructuredOutputsParams | None:
     if guide is None:
         return None
+    need_bounded(guide)
     kinds: dict[str, tuple[str, Any]] = {
         "json_schema": ("json", guide.spec),
         "json_object": ("json_object", True),
