@@ -111,6 +111,9 @@ class Counts(Protocol):
     def leave(self, key: Key) -> None:
         """A request of `key` has ended."""
 
+    def refund(self, key: Key) -> None:
+        """A request of `key` that was admitted was refused after all."""
+
     def spend(self, key: Key, tokens: int) -> None:
         """`key` has read or written `tokens`."""
 
@@ -174,6 +177,15 @@ class Key:
             self.places.taken -= 1
             if self.shared is not None:
                 self.shared.leave(self)
+
+    def refund(self, tokens: int) -> None:
+        """A request that was admitted, and has spent `tokens`, was refused after all: it counts no more."""
+        if self.requests is not None:
+            self.requests.spend(-1)
+            if self.shared is not None:
+                self.shared.refund(self)
+        if tokens:
+            self.spend(-tokens)
 
     def spend(self, tokens: int) -> None:
         """Counts tokens as they are read or written. A request that runs goes on; the next one waits for what it overdrew."""
