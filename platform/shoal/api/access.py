@@ -23,6 +23,9 @@ from shoal.api import spans
 from shoal.api.auth import Key
 from shoal.engine.events import Finished
 
+# of answers that cost a key nothing: what was asked is wrong, too large or too much now. Others, as 404, tell something
+FREE = (400, 413, 415, 429, 503)
+
 log = logging.getLogger("shoal.access")
 
 
@@ -43,6 +46,7 @@ class Access:
     key: Key | None = None
     admitted: bool = False  # by its key's limits
     status: int = 499  # until an answer starts: its client left first
+    spent: int = 0  # tokens, of its key
     error: str | None = None  # OpenAI's code of it, or its type
     unused: list[str] = field(default_factory=list)  # fields of the body that were taken and change nothing here
     priority: int = 0  # as of an engine's request
@@ -61,8 +65,7 @@ class Access:
         """The prompt is accepted: its tokens count, to the key's limit too."""
         self.accepted = time.perf_counter()
         self.facts |= {"prompt_tokens": tokens, "completion_tokens": 0}
-        if self.key is not None:
-            self.key.spend(tokens)
+        self._spend(tokens)
 
     def wrote(self, tokens: int) -> None:
         """So many more tokens of an answer."""
@@ -70,8 +73,19 @@ class Access:
             return
         self.first_token = self.first_token or time.perf_counter()
         self.facts["completion_tokens"] += tokens
+        self._spend(tokens)
+
+    def _spend(self, tokens: int) -> None:
+        self.spent += tokens
         if self.key is not None:
             self.key.spend(tokens)
+
+    def answered(self, status: int) -> None:
+        """Its answer begins with `status`. One that refuses it costs its key nothing but, while it ran, a place."""
+        self.status = status
+        if status in FREE and self.admitted and self.key is not None:
+            self.key.refund(self.spent)
+            self.spent = 0
 
     def end(self) -> None:
         """It ends now; called again it does nothing."""

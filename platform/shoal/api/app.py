@@ -117,6 +117,7 @@ def build_app(
         Gate,
         keys=api_keys,
         body_bytes=limits.body_bytes,
+        bodies_bytes=limits.bodies_bytes,
         failed=service.failed,
         answer_id=answer_request_id,
         longer={"/v1/files": limits.file_bytes + FORM_BYTES} if batches else {},

@@ -6,6 +6,7 @@ its SHA-256 digest may stand:
 
     sk-3kf9...  name=search  requests=60  tokens=20000        a minute; tokens are those of prompt and answer
     sk-81hc...  name=shop  texts=yes                          its requests may have their texts stored
+    sk-5qd2...  name=desk  tenant=shop                        finds in the prefix cache what other keys of its tenant left
     sha256:b0b2d9...  name=batch  at_once=8                   requests that run at the same time
     sk-9x1ab...  name=ann  admin=yes                          may change which version of a release serves
 
@@ -37,7 +38,7 @@ ENVIRONMENT = "SHOAL_API_KEYS"  # as in a file, with commas in place of line end
 RATES = ("requests", "tokens")  # a minute
 MAY = ("texts", "admin")  # what a key is allowed only where its line says yes
 COUNTS = (*RATES, "at_once")
-SETTINGS = ("name", *COUNTS, *MAY)
+SETTINGS = ("name", "tenant", *COUNTS, *MAY)
 AGAIN_SECONDS = 1.0  # between two tries to read a file that cannot be read
 GRACE_SECONDS = 10.0  # a key that came back within them was never gone
 
@@ -110,6 +111,9 @@ class Counts(Protocol):
     def leave(self, key: Key) -> None:
         """A request of `key` has ended."""
 
+    def refund(self, key: Key) -> None:
+        """A request of `key` that was admitted was refused after all."""
+
     def spend(self, key: Key, tokens: int) -> None:
         """`key` has read or written `tokens`."""
 
@@ -125,7 +129,13 @@ class Key:
     places: Places | None = None
     texts: bool = False  # may its requests have their texts stored?
     admin: bool = False  # may change what is served
+    tenant: str = ""  # keys of one tenant share the prefix cache; "": a tenant of its own
     shared: Counts | None = None  # where several gateways serve it
+
+    @property
+    def cache_salt(self) -> str:
+        """Whose part of the prefix cache its requests use: as `Request.cache_salt`."""
+        return f"tenant {self.tenant}" if self.tenant else f"key {self.digest.hex()[:32]}"
 
     async def admitted(self) -> None:
         """`admit`, in the count of all gateways."""
@@ -168,6 +178,15 @@ class Key:
             if self.shared is not None:
                 self.shared.leave(self)
 
+    def refund(self, tokens: int) -> None:
+        """A request that was admitted, and has spent `tokens`, was refused after all: it counts no more."""
+        if self.requests is not None:
+            self.requests.spend(-1)
+            if self.shared is not None:
+                self.shared.refund(self)
+        if tokens:
+            self.spend(-tokens)
+
     def spend(self, tokens: int) -> None:
         """Counts tokens as they are read or written. A request that runs goes on; the next one waits for what it overdrew."""
         if self.tokens is not None:
@@ -190,6 +209,7 @@ class Key:
         limits = [f"{what}={bucket.per_minute}" for what, bucket in self._buckets()]
         limits += [] if self.places is None else [f"at_once={self.places.most}"]
         limits += [f"{what}=yes" for what in MAY if getattr(self, what)]
+        limits += [f"tenant={self.tenant}"] if self.tenant else []
         return " ".join([f"sha256:{self.digest.hex()}", f"name={self.name}", *limits])
 
     def _buckets(self) -> list[tuple[str, Bucket]]:
@@ -338,7 +358,7 @@ def parsed(line: str, number: int, clock: Clock, shared: Counts | None = None) -
             hint = did_you_mean(name, SETTINGS)  # the setting itself may be part of a key
             raise ConfigError(
                 f"{where}: a setting",
-                allowed="name=TEXT requests=N tokens=N at_once=N texts=yes admin=yes, each once",
+                allowed="name=TEXT tenant=TEXT requests=N tokens=N at_once=N texts=yes admin=yes, each once",
                 do=hint,
             )
         given[name] = value
@@ -356,7 +376,8 @@ def parsed(line: str, number: int, clock: Clock, shared: Counts | None = None) -
     requests, tokens = (Bucket(int(given[name]), clock) if name in given else None for name in RATES)
     places = Places(int(given["at_once"])) if "at_once" in given else None
     may = {what: given.get(what) == "yes" for what in MAY}
-    return Key(given.get("name", f"key-{digest.hex()[:6]}"), digest, requests, tokens, places, **may, shared=shared)
+    name, tenant = given.get("name", f"key-{digest.hex()[:6]}"), given.get("tenant", "")
+    return Key(name, digest, requests, tokens, places, **may, tenant=tenant, shared=shared)
 
 
 def _is_count(text: str) -> bool:

@@ -12,6 +12,7 @@ class Limits:
     """Besides these, tokens are bounded by the model's context and an image's pixels by `inputs.media`."""
 
     body_bytes: int = 16 * 2**20  # counted as they arrive, before anything is parsed
+    bodies_bytes: int = 256 * 2**20  # of all requests that one process answers now, but for files
     messages: int = 1024
     images: int = 16
     tools: int = 128

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from shoal.api.access import Access, told
 from shoal.api.auth import ApiKeys
 from shoal.api.client import ClientGone, must_be_there
-from shoal.api.wire import BodyTooLargeError, MediaTypeError
+from shoal.api.wire import BodyTooLargeError, MediaTypeError, OverloadedError
 from shoal.errors import RequestError
 
 # need no key; all else does
@@ -108,7 +108,7 @@ class Present:
 
 
 class Gate:
-    """ASGI middleware around the whole app. Refuses with 401, 413, 415 and 429; echoes or makes ``X-Request-Id``; answers
+    """ASGI middleware around the whole app. Refuses with 401, 413, 415, 429 and 503; echoes or makes ``X-Request-Id``; answers
     with what `failed` makes of an error that no handler took."""
 
     def __init__(
@@ -117,13 +117,16 @@ class Gate:
         *,
         keys: ApiKeys | None,
         body_bytes: int,
+        bodies_bytes: int,
         failed: Failed,
         answer_id: bool = True,
         longer: Mapping[str, int] | None = None,
     ) -> None:
-        """`longer`: path -> bytes of a body, where these are others."""
+        """`bodies_bytes`: of all bodies at once; `longer`: path -> bytes of a body, where these are others: of files, which are
+        not held in memory."""
         self._app, self._keys, self._body_bytes, self._longer = app, keys, body_bytes, longer or {}
         self._failed, self._answer_id = failed, answer_id
+        self._bodies = _Bodies(bodies_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # the start and end of the server; there are no websockets
@@ -149,7 +152,8 @@ class Gate:
         async def named(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
-                started, access.status = True, message["status"]
+                started = True
+                access.answered(message["status"])
                 seconds = 0.0 if access.status == 408 else DISCARD_SECONDS  # 408: it has been waited for
                 rest = [] if await body.read_out(seconds) else [(b"connection", b"close")]
                 message = {**message, "headers": [*message["headers"], *self._told(access), *rest]}
@@ -157,7 +161,9 @@ class Gate:
                 access.end()  # who has read the answer to its end knows that its row is kept
             await send(message)
 
-        body = _Body(receive, headers, self._longer.get(_path(scope), self._body_bytes), self._body_bytes)
+        longer = self._longer.get(_path(scope))
+        held = self._bodies if longer is None else _Bodies(longer)
+        body = _Body(receive, headers, longer or self._body_bytes, self._body_bytes, held)
         try:
             try:
                 await self._check(scope, headers, access)
@@ -170,6 +176,8 @@ class Gate:
             answer = self._failed(error, access)  # logs it
             if not started:
                 await answer(scope, receive, named)
+        finally:
+            body.release()
 
     def _told(self, access: Access) -> list[tuple[bytes, bytes]]:
         """The headers that every answer has, under the names that OpenAI's clients read."""
@@ -203,11 +211,20 @@ def _path(scope: Scope) -> str:
     return path.removeprefix(scope.get("root_path", ""))
 
 
+class _Bodies:
+    """The bodies of the requests that are answered now, which are in memory until they are."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.held = most, 0  # bytes
+
+
 class _Body:
     """The request's body, counted as it arrives: the client may have given no length, or a wrong one."""
 
-    def __init__(self, receive: Receive, headers: Mapping[bytes, str], limit: int, usual: int) -> None:
-        """`usual`: as `limit`, of bodies that are no files; of one that is refused no more is read than of these."""
+    def __init__(self, receive: Receive, headers: Mapping[bytes, str], limit: int, usual: int, bodies: _Bodies) -> None:
+        """`usual`: as `limit`, of bodies that are no files; of one that is refused no more is read than of these. `bodies`: all
+        that there are, this one among them until `release`."""
+        self._bodies, self._held = bodies, 0
         self._receive, self._limit, self._usual, self._read = receive, limit, usual, 0
         self._length = headers.get(b"content-length", "0")
         self._ended = self._length == "0" and b"transfer-encoding" not in headers
@@ -224,7 +241,18 @@ class _Body:
         self._ended, self._waits = not message.get("more_body"), False
         if self._read > self._limit:
             raise self._too_large(f"more than {self._limit}")
+        size = len(message.get("body", b""))
+        if self._bodies.held + size > self._bodies.most:
+            do, most = "try again in a moment", f"{self._bodies.most} bytes"
+            raise OverloadedError("too many large bodies at once", allowed=most, do=do)
+        self._held += size
+        self._bodies.held += size
         return message
+
+    def release(self) -> None:
+        """It is in memory no more."""
+        self._bodies.held -= self._held
+        self._held = 0
 
     async def read_out(self, seconds: float) -> bool:
         """Reads on, so that a client that is still sending sees the answer instead of a broken connection. False when the end

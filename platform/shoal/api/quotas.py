@@ -111,6 +111,12 @@ class Quotas:
         if held is not None and held[line] > 0:
             held[line] -= 1
 
+    def refund(self, gateway: str, line: str) -> None:
+        """A request that was admitted was refused after all: it is none of its minute."""
+        key = self._keys.get(line)
+        if key is not None and key.requests is not None:
+            key.requests.spend(-1)
+
     def tell(self, gateway: str, spent: Mapping[str, int]) -> dict[str, Left] | None:
         """Counts the tokens of each key, and returns what all these have left; None as of `admit`."""
         if not self._knows(gateway):
@@ -164,9 +170,11 @@ class Link(Protocol):
     def tell(self, gateway: str, spent: Mapping[str, int]) -> Awaitable[dict[str, Left] | None]: ...
 
     def come(self, gateway: str, line: str) -> None:
-        """Waits for nothing, and raises nothing; nor does `leave`."""
+        """Waits for nothing, and raises nothing; nor do `leave` and `refund`."""
 
     def leave(self, gateway: str, line: str) -> None: ...
+
+    def refund(self, gateway: str, line: str) -> None: ...
 
 
 class Shared:
@@ -178,8 +186,9 @@ class Shared:
         self._spent = Counter[str]()  # tokens that it has not been told of
         self._joins = self._begun = 0  # those that have ended well, and all
         self._joining = asyncio.Lock()
-        # requests that were admitted here alone, and requests that ended, while we joined without or with them
-        self._came, self._left = Counter[str](), Counter[str]()
+        # requests that were admitted here alone, requests that ended, and requests that were refused, while we joined without
+        # or with them
+        self._came, self._left, self._refunded = Counter[str](), Counter[str](), Counter[str]()
         self._alone = False  # the count does not answer
         self._told = -BEAT_SECONDS
 
@@ -212,6 +221,12 @@ class Shared:
             self._left[key.line] += 1
         elif self._joins and not self._alone:
             self._link.leave(self._gateway, key.line)
+
+    def refund(self, key: Key) -> None:
+        if self._joining.locked():
+            self._refunded[key.line] += 1
+        elif self._joins and not self._alone:
+            self._link.refund(self._gateway, key.line)
 
     def spend(self, key: Key, tokens: int) -> None:
         self._known[key.line] = key
@@ -304,6 +319,7 @@ class Shared:
                 self._spent.clear()  # what is left here is without it
                 self._came.clear()
                 self._left.clear()
+                self._refunded.clear()
                 await self._link.join(self._gateway, held)
                 self._joins += 1
                 if self._alone:
@@ -313,6 +329,8 @@ class Shared:
                     self._link.come(self._gateway, line)
                 for line in self._left.elements():
                     self._link.leave(self._gateway, line)
+                for line in self._refunded.elements():
+                    self._link.refund(self._gateway, line)
 
     async def _joined(self) -> None:
         """Waits for a join that is under way: what overtakes it is forgotten, and what follows it at once does not know yet who

@@ -65,6 +65,10 @@ class EngineCall:
     reader: Callable[[], Reader] = Plain
     readers: tuple[Callable[[], Reader], ...] = ()  # of each prompt, where they differ
 
+    def salted(self, salt: str) -> EngineCall:
+        """It, as it finds what requests of that cache `salt` left in the prefix cache."""
+        return replace(self, requests=[replace(each, cache_salt=salt) for each in self.requests])
+
     def read_by(self, choice: int) -> Reader:
         """What reads the answer of a choice."""
         return self.readers[choice // self.n]() if self.readers else self.reader()

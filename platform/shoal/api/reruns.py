@@ -102,7 +102,15 @@ class Reruns:
             speculative=0, logprobs=None, prompt_logprobs=None,
         )  # fmt: skip
         again = Request(
-            first.prompt, how, FULL, deadline=DEADLINE, priority=LATER + 1, payer="rerun", signals=True, gaps=True
+            first.prompt,
+            how,
+            FULL,
+            deadline=DEADLINE,
+            priority=LATER + 1,
+            payer="rerun",
+            cache_salt=first.cache_salt,
+            signals=True,
+            gaps=True,
         )
         self._waiting.append(_Asked(again, client, row, exits, told.tolerance, time.monotonic()))
         if len(self._waiting) > WAITING:

@@ -52,6 +52,8 @@ class ServeArgs:
     seconds: float = 600.0  # longest time of one request
     # file of keys, one a line; "$SHOAL_API_KEYS": that variable of who starts it; None: the same if it is set, or open to all
     api_keys: str | None = None
+    # all keys share the prefix cache: a client sees by the time, and in ``cached_tokens``, what others have asked
+    shared_prefix_cache: bool = False
     metrics: bool = True  # answer /metrics
     cors: tuple[str, ...] = ()  # origins of other sites whose pages may call the API; ("*",): any
     runs: str | None = None  # folder of training runs to show, on the gateway's node; None: none
@@ -182,6 +184,7 @@ class ServeArgs:
         CheckpointError for one that the engine cannot serve, ConfigError for a `policy` that is none of this model's."""
         place = models.here(directory, weights=False)
         found = stock.load(str(place), name) if self.engine == "vllm" else ServedModel.load(place, name)
+        found = replace(found, shared_prefix_cache=self.shared_prefix_cache)
         if self.policy is None:
             return found
         policy = Policy.load(self.policy)

@@ -34,6 +34,7 @@ class ServedModel:
     sampling: Mapping[str, Any] = field(default_factory=dict)  # of `described.DRAWN`, where a request is silent
     adapted: Mapping[str, Any] | None = None  # of exits that an imported model was given: `described.adapted`
     policy: Policy | None = None  # what its operator adds to its answers
+    shared_prefix_cache: bool = False  # by all keys
 
     @property
     def names(self) -> tuple[str, ...]:

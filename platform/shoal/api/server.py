@@ -23,6 +23,7 @@ from shoal.api.adapters import loaded
 from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
 from shoal.api.client import EngineClient
+from shoal.api.connection import KEEP_ALIVE_SECONDS, Connection
 from shoal.api.door import Door
 from shoal.api.drain import STREAM_SECONDS, Drain
 from shoal.api.follow import Follower
@@ -234,10 +235,11 @@ async def serving(app: FastAPI, host: str = "127.0.0.1", port: int = 0) -> Async
         Door(app),
         host=host,
         port=port,
-        http="h11",  # httptools keeps headers of any length, and loses the body of a request that asks for h2c
+        http=Connection,  # by h11: httptools keeps headers of any length, and loses the body where h2c is offered
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=CLOSE_SECONDS,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         backlog=ACCEPTED,
     )
     server = _Server(config)

@@ -82,6 +82,10 @@ class Hosted:
         adapter.served, adapter.client, adapter.held = served, client, 0
         return adapter
 
+    def cache_salt(self, access: Access) -> str:
+        """As `Request.cache_salt`, of a request."""
+        return "" if access.key is None or self.served.shared_prefix_cache else access.key.cache_salt
+
     async def _healthy(self) -> str:
         await self.client.check_health()
         return "ok"
@@ -191,7 +195,7 @@ class Service:
         access: Access = request.state.access
 
         def work() -> tuple[EngineCall, Answer, int]:
-            call = to_call(body, hosted.served, self.limits)
+            call = to_call(body, hosted.served, self.limits).salted(hosted.cache_salt(access))
             size = 0 if self.recorder is None else self.recorder.bytes_of(call, hosted.served)
             return call, kind(call, hosted.served), size
 

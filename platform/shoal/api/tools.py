@@ -4,8 +4,8 @@ How they, their calls and their results are written is `inputs.tools`, or what a
 (`inputs.call_formats`), which then is given them as they are.
 
 With tool_choice "auto" calls are looked for in free text, and what is not a whole call of a known tool stays text; where a tool
-is strict, or has arguments that must have been said (`said`), a grammar guides what follows ``<tool_call>``. With "required" or
-a name the whole answer is one call that a grammar guides. Where it has a format, a grammar allows calls or JSON of that.
+is strict, a grammar guides what follows ``<tool_call>``. With "required" or a name the whole answer is one call that a grammar
+guides. Where it has a format, a grammar allows calls or JSON of that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from llguidance import StructTag
 
 from shoal.api.bodies import AllowedChoice, ChatRequest, Function, Message, NamedTool, ResponseFormat
 from shoal.api.calls import Named, Plain, Reader, Whole, reader
-from shoal.api.said import may_be_called, unsaid
 from shoal.engine.events import Guide
 from shoal.engine.guided import JSON_OPTIONS
 from shoal.errors import RequestError
@@ -40,8 +39,6 @@ _PLAIN = {
     "description",
     "$schema",
 }
-
-_ANY_TEXT = r"TAG_TEXT: /(.|\n)*/"  # as llguidance writes what stands around calls
 
 
 class Offer:
@@ -69,24 +66,11 @@ class Offer:
             raise RequestError("tool_choice", param="tool_choice", got=self.named[:64], allowed=list(self.tools))
         self.forced = choice == "required" or self.named is not None
         self.told = bool(self.tools) and choice != "none"
-        self._callable = may_be_called(self.tools, body.messages)
-        self._unsaid = unsaid(self.tools, body.messages)
-        self._check_forced()
         self.single = self.told and not body.parallel_tool_calls
-        guided = len(self._callable) < len(self.tools) or any(tool.strict for tool in self._callable.values())
-        self.strict = self.told and guided
+        self.strict = self.told and any(tool.strict for tool in self.tools.values())
         if self.strict and not self.forced and self._may_answer_as_called(body.response_format):
             # What opens a call elsewhere tells one from an answer, which must be no way around a strict tool.
             self.format = replace(self.format, bare=False)
-
-    def _check_forced(self) -> None:
-        """Raises RequestError where a call is forced and none can be made."""
-        wanted = [*self.tools] if self.named is None else [self.named]
-        if self.forced and not self._callable.keys() & set(wanted):
-            do = f"leave tool_choice out, so that the model can ask for what is marked {tools.SAID}"
-            raise RequestError(
-                "tool_choice: nothing was said that a call needs", param="tool_choice", got=wanted, do=do
-            )
 
     @property
     def guide(self) -> Guide | None:
@@ -97,7 +81,7 @@ class Offer:
         if self._taught is not None:
             return self._lark("call", strictly=True, names=[] if self.named is None else [self.named])
         if self.named is not None:
-            return Guide("json_schema", json.dumps(_arguments(self._callable[self.named])))
+            return Guide("json_schema", json.dumps(_arguments(self.tools[self.named])))
         return Guide("json_schema", json.dumps({"anyOf": self._schemas(_arguments)}))
 
     def _schemas(self, arguments_of: Callable[[Function], dict[str, Any]]) -> list[dict[str, Any]]:
@@ -111,13 +95,11 @@ class Offer:
                 "required": ["name", key],
                 "additionalProperties": False,
             }
-            for name, tool in self._callable.items()
+            for name, tool in self.tools.items()
         ]
 
     def or_answer(self, answer: Guide) -> Guide:
         """Of a free answer that has a format: calls, or JSON as `answer` guides it; one call where only one is wanted."""
-        if not self._callable:
-            return answer
         schema = json.loads(str(answer.spec)) if answer.spec else {"type": "object"}
         if self.format.bare:  # both are JSON, which one schema tells apart
             answers = [{"$id": "/.answer", **schema}, *self._schemas(_guided)]
@@ -129,14 +111,11 @@ class Offer:
     def _calls_in_text(self) -> Guide:
         """Text, and calls as their tools have them: no text spells what opens one, in whichever tokens."""
         opened = self.format.open
-        but = "".join(f" & ~{name}" for name in self._unsaid)
-        if self.format.bare or self._is_control(opened) or not self._callable:
+        if self.format.bare or self._is_control(opened):
             begun = r"[ \t\r\n]*([^ \t\r\n{](?s:.*))?" if self.format.bare else "(?s:.*)"
             spelt = re.escape(opened).replace("/", r"\/")
-            text = [f"TEXT: /{begun}/ & ~/(?s:.*){spelt}(?s:.*)/{but}", *self._unsaid.values()]
-            if not self._callable:
-                return Guide("lark", "\n".join(["start: TEXT", *text]))
-            return self._lark("call | TEXT" if self.format.bare else "TEXT call?", *text)
+            text = f"TEXT: /{begun}/ & ~/(?s:.*){spelt}(?s:.*)/"
+            return self._lark("call | TEXT" if self.format.bare else "TEXT call?", text)
         tags = [
             StructTag(
                 trigger=opened,
@@ -144,20 +123,17 @@ class Offer:
                 grammar={**_guided(tool), "x-guidance": JSON_OPTIONS},
                 end=self.format.end,
             )
-            for name, tool in self._callable.items()
+            for name, tool in self.tools.items()
         ]
-        grammar = StructTag.to_grammar(tags, assume_special=False)
-        before, any_text, behind = grammar.partition(_ANY_TEXT)
-        assert any_text
-        return Guide("lark", "\n".join([before + any_text + but + behind, *self._unsaid.values()]))
+        return Guide("lark", StructTag.to_grammar(tags, assume_special=False))
 
     def _lark(self, start: str, *more: str, strictly: bool = False, names: Sequence[str] = ()) -> Guide:
         """A grammar in which ``call`` is one of the tools `names` [all that may be called], `strictly`: with arguments as its
         parameters say."""
-        called = [*(names or self._callable)]
+        called = [*(names or self.tools)]
         rules = [f"start: {start}", *more, f"call: {' | '.join(f'call_{at}' for at in range(len(called)))}"]
         for at, name in enumerate(called):
-            tool = self._callable[name]
+            tool = self.tools[name]
             rules.append(
                 f"call_{at}: {self._literal(self.format.begin(name))} arguments_{at} {self._literal(self.format.end)}"
             )

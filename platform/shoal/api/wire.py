@@ -71,6 +71,11 @@ class MediaTypeError(RequestError):
     code = "unsupported_media_type"
 
 
+class OverloadedError(RequestError):
+    status = 503
+    code = "overloaded"
+
+
 class RateLimitError(RequestError):
     status = 429
     code = "rate_limit_exceeded"

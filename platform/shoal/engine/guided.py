@@ -7,8 +7,10 @@ they end. So a preemption, a rejected draft or a cancelled request leaves nothin
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -35,6 +37,14 @@ _NAMES = {
     "choice": "choice",
     "lark": "grammar",
 }
+# What takes llguidance long of a whole number's divisor is the part of it that is coprime to 10: a second of a core for this
+# much, hours for a thousand times as much. In ``allOf`` divisors multiply.
+MOST_DIVISOR = 100_000
+# Characters of all expressions of a guide. Parts that may be empty take time by the square of their number:
+# half a second of a core for so many, minutes for ten times as many.
+LONGEST_PATTERNS = 8192
+_PATTERN = re.compile(r'"pattern": ?"((?:[^"\\]|\\.)*)"')
+_DIVISOR = re.compile(r'"multipleOf": ?(-?[0-9.]+(?:[eE][+-]?[0-9]+)?)')
 _EXCERPT = re.compile(r"^( *\d+ \|.*| *\^ *)$", re.MULTILINE)  # llguidance's own of what it compiles
 
 
@@ -62,6 +72,7 @@ class Grammars:
     def compile(self, guide: Guide) -> Grammar:
         """The state at an answer's beginning. Raises RequestError (param ``guided``) with what is wrong with the guide."""
         try:
+            need_bounded(guide)
             matcher = llguidance.LLMatcher(self._tokenizer, _source(guide), log_level=0)
             if matcher.is_error():
                 raise ValueError(matcher.get_error())
@@ -110,6 +121,29 @@ class Grammar:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise GrammarError(self._matcher.get_error().splitlines()[0][:300])
+
+
+def need_bounded(guide: Guide) -> None:
+    """Raises ValueError for what would take a grammar minutes or hours to compile: long expressions, and large values of
+    ``multipleOf``."""
+    if not isinstance(guide.spec, str):
+        return
+    # keys of patternProperties are expressions as well, and their schemas are counted with them
+    whole = guide.kind == "regex" or '"patternProperties"' in guide.spec
+    patterns = len(guide.spec) if whole else sum(map(len, _PATTERN.findall(guide.spec)))
+    if patterns > LONGEST_PATTERNS:
+        raise ValueError(f"its expressions have {patterns} characters, more than {LONGEST_PATTERNS}")
+    together = 1
+    for given in set(_DIVISOR.findall(guide.spec)):
+        divisor = int("0" + "".join(map(str, Decimal(given).as_tuple().digits)))
+        for factor in (2, 5):
+            while divisor and divisor % factor == 0:
+                divisor //= factor
+        together = math.lcm(together, divisor or 1)
+        if together > MOST_DIVISOR:
+            raise ValueError(
+                f"the values of multipleOf, without their factors 2 and 5, have a least common multiple above {MOST_DIVISOR}"
+            )
 
 
 class _Pieces:

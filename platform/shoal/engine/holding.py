@@ -34,6 +34,7 @@ class Holding:
     tokens: list[int]  # the request's own: its prompt, then its answer
     images: PromptImages | None  # of the prompt
     adapter: str  # identity of its adapter; "": none
+    salt: str  # `Request.cache_salt`
     page: int  # P
     tables: np.ndarray  # int64 [G, M]: units of its pages, 0 where it owns none
     owned: list[int] = field(default_factory=_none)  # units a group
@@ -48,10 +49,16 @@ class Holding:
 
     @classmethod
     def nothing(
-        cls, tokens: list[int], images: PromptImages | None, page: int, longest: int, adapter: str = ""
+        cls,
+        tokens: list[int],
+        images: PromptImages | None,
+        page: int,
+        longest: int,
+        adapter: str = "",
+        salt: str = "",
     ) -> Holding:
         """Of a request that may grow to `longest` tokens."""
-        return cls(tokens, images, adapter, page, np.zeros((GROUPS, -(-longest // page)), dtype=np.int64))
+        return cls(tokens, images, adapter, salt, page, np.zeros((GROUPS, -(-longest // page)), dtype=np.int64))
 
     def ahead(self, tokens: list[int]) -> Holding:
         """The same units as they would be held if the tokens were `tokens`, with no states after group 1 but those from the
@@ -150,7 +157,7 @@ class Holding:
             start = len(self.keys) * self.page
             runs = [] if self.images is None else self.images.runs(start, start + self.page)
             parent = self.keys[-1] if self.keys else None
-            self.keys.append(pages.key(parent, self.tokens[start : start + self.page], runs, self.adapter))
+            self.keys.append(pages.key(parent, self.tokens[start : start + self.page], runs, self.adapter, self.salt))
 
     # --- releasing ---------------------------------------------------------------------------------------------------
 

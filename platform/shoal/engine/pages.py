@@ -11,9 +11,9 @@ out. Every other unit is in exactly one state:
 Sharing is by whole pages, and the scheduler runs a row whose K/V already stand without writing it again. So a shared unit
 is never written, and copy-on-write has nothing to copy.
 
-A page is found by the digest of (parent's digest, token ids, images, adapter's identity), chained from the first page on, in
-the group's own index. What was stored is then compared page by page, so a collision is a miss. Whoever holds a page holds all
-pages before it, so a page is never evicted while one that hangs on it can still be found.
+A page is found by the digest of (parent's digest, token ids, images, adapter's identity, cache salt), chained from the first
+page on, in the group's own index. What was stored is then compared page by page, so a collision is a miss. Whoever holds a page
+holds all pages before it, so a page is never evicted while one that hangs on it can still be found.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class PageKey:
     tokens: tuple[int, ...]
     images: tuple[PatchRun, ...]  # each run of patches in this page, in order: equal ids do not make equal patches
     adapter: str = ""  # identity of the one that K/V were made with
+    salt: str = ""  # `Request.cache_salt`
 
 
 class Pages:
@@ -68,12 +69,18 @@ class Pages:
         return len(self._cached)
 
     def key(
-        self, parent: PageKey | None, tokens: Sequence[int], images: Iterable[PatchRun] = (), adapter: str = ""
+        self,
+        parent: PageKey | None,
+        tokens: Sequence[int],
+        images: Iterable[PatchRun] = (),
+        adapter: str = "",
+        salt: str = "",
     ) -> PageKey:
-        """The key of a full page of `tokens` after `parent` (None: the first page), made with an `adapter`."""
+        """The key of a full page of `tokens` after `parent` (None: the first page), made with an `adapter` for a request of
+        that cache `salt`."""
         before, runs = parent.digest if parent else self._root, tuple(images)
-        data = before + array("q", tokens).tobytes() + repr(runs).encode() + adapter.encode()
-        return PageKey(self._digest(data), before, tuple(tokens), runs, adapter)
+        data = before + array("q", tokens).tobytes() + repr((runs, adapter, salt)).encode()
+        return PageKey(self._digest(data), before, tuple(tokens), runs, adapter, salt)
 
     def allocate(self, count: int) -> list[int]:
         """`count` units, each with one reference. The caller has checked `available`."""

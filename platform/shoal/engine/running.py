@@ -65,7 +65,8 @@ class Running:
 
     def __post_init__(self, page: int) -> None:
         longest = self.prompt_len + self.request.sampling.max_tokens
-        self.holding = Holding.nothing(self.tokens, self.images, page, longest, self.request.adapter)
+        asked = self.request
+        self.holding = Holding.nothing(self.tokens, self.images, page, longest, asked.adapter, asked.cache_salt)
 
     def resume(self, answer: Sequence[int]) -> None:
         """Go on after the tokens `answer`, which another engine gave. The last of them is taken in as if it were drawn now,

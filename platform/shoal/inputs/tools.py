@@ -16,8 +16,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-SAID = "x-said"  # in the schema of an argument that must have been said (`api.said`); no model reads it
-SAID_IN_TEXT = "x-said-in-text"  # beside it: what must have been said in words too
 NO_PARAMETERS = {"type": "object", "properties": {}}  # of a function that says nothing of them
 _INTRO = f"""You can call functions. To call one, write
 {OPEN}{{"name": NAME, "arguments": {{...}}}}{CLOSE}
@@ -32,35 +30,13 @@ def told(given: Iterable[Mapping[str, Any]]) -> str:
 
 
 def functions(given: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What a model may know of functions: ``name``, ``parameters`` without marks, and ``description`` where there is one."""
+    """What a model may know of functions: ``name``, ``parameters``, and ``description`` where there is one."""
     shown = []
     for function in given:
         values = {"name": function["name"], "description": function.get("description")}
-        values["parameters"] = (
-            NO_PARAMETERS if function.get("parameters") is None else _unmarked(function["parameters"])
-        )
+        values["parameters"] = NO_PARAMETERS if function.get("parameters") is None else function["parameters"]
         shown.append({key: value for key, value in values.items() if value is not None})
     return shown
-
-
-def marked(parameters: Any) -> dict[str, Mapping[str, Any]]:
-    """The arguments in the schema `parameters` that must have been said."""
-    properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
-    every = properties.items() if isinstance(properties, Mapping) else ()
-    return {name: schema for name, schema in every if isinstance(schema, Mapping) and SAID in schema}
-
-
-def unmarked(argument: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of one argument without marks."""
-    return {key: value for key, value in argument.items() if key not in (SAID, SAID_IN_TEXT)}
-
-
-def _unmarked(parameters: Any) -> Any:
-    marks = marked(parameters)
-    if not marks:
-        return parameters
-    plain = {name: unmarked(one) for name, one in marks.items()}
-    return {**parameters, "properties": {**parameters["properties"], **plain}}
 
 
 def call(name: str, arguments: Any) -> str:

@@ -65,6 +65,10 @@ class ActorLink:
         with suppress(Exception):  # what Ray raises of an actor that is gone: it counts nothing any more
             self._actor.leave.remote(gateway, line)
 
+    def refund(self, gateway: str, line: str) -> None:
+        with suppress(Exception):  # as of `leave`
+            self._actor.refund.remote(gateway, line)
+
     def _found(self) -> Any:
         options: dict[str, Any] = {
             "name": self._name, "namespace": NAMESPACE, "get_if_exists": True, "lifetime": "detached",

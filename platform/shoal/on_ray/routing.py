@@ -46,15 +46,15 @@ KNOWN = 65_536  # beginnings that are remembered
 
 
 def beginnings(request: Request, page: int) -> list[bytes]:
-    """A hash for each of the first full pages of `page` tokens: equal if all tokens and images up to its end are, and
-    the adapter. A prompt
-    shorter than a page has one, of all its tokens; a prompt of text, which nobody has encoded, has none."""
+    """A hash for each of the first full pages of `page` tokens: equal if all tokens and images up to its end are, the adapter
+    and the cache salt. A prompt shorter than a page has one, of all its tokens; a prompt of text, which nobody has encoded, has
+    none."""
     if isinstance(request.prompt, str):
         return []
     ids = request.prompt.ids if isinstance(request.prompt, Encoded) else request.prompt
     images = request.prompt.images if isinstance(request.prompt, Encoded) else []
     names = iter([image.sha256().encode() for image in images])
-    found, chain = list[bytes](), request.adapter.encode()
+    found, chain = list[bytes](), repr((request.adapter, request.cache_salt)).encode()
     for start in range(0, max(1, min(len(ids) - page + 1, PAGES * page)), page):
         tokens = ids[start : start + page]
         data = array("q", tokens).tobytes() + b"".join(next(names, b"") for token in tokens if token == IMG_ID)

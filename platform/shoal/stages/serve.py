@@ -39,6 +39,14 @@ class Serve(Stage):
     host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1, or the config's].")] = None
     port: Annotated[int | None, typer.Option(help="HTTP port [8000, or the config's].")] = None
     api_keys: Annotated[Path | None, typer.Option(help="File of API keys, one a line. [open to all]")] = None
+    shared_prefix_cache: Annotated[
+        bool | None,
+        typer.Option(
+            "--shared-prefix-cache",
+            help="All keys share the prefix cache, so that a client can find out what others have asked (docs/api.md). "
+            "[no, or the config's]",
+        ),
+    ] = None
     ray: Annotated[bool, typer.Option(help="On Ray Serve; --no-ray serves from this process.")] = True
     replicas: Annotated[str | None, typer.Option(help="Engine replicas, N or MIN:MAX [1, or the config's].")] = None
     gateways: Annotated[
@@ -162,6 +170,7 @@ class Serve(Stage):
             "release": self.release and str(self.release.absolute()),
             "name": self.name,
             "api_keys": self.api_keys and str(self.api_keys),
+            "shared_prefix_cache": self.shared_prefix_cache,
             "metrics": self.metrics,
             "cors": self.cors and tuple(self.cors),
             "seconds": self.seconds,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.config import ModelConfig
+from shoal.engine.events import Request
 from shoal.errors import ConfigError, did_you_mean
 from shoal.vllm_plugin import PER_REQUEST, VERSION
 
@@ -98,4 +99,10 @@ def engine_args(model: str, given: Mapping[str, Any], *, max_batch: int, threads
     return AsyncEngineArgs(model=model, max_num_seqs=max_batch, **options)
 
 
-_SALTED = {"depth": PER_REQUEST, "salted": True}  # `serving` gives every request the salt of its depth
+def cache_salt(request: Request, layers: int | None) -> str:
+    """vLLM's ``cache_salt`` of `request`, where it runs `layers` of its own (None: as many as all): pages of other salts are
+    never found; empty for none."""
+    return " ".join(filter(None, ("" if layers is None else str(layers), request.cache_salt)))
+
+
+_SALTED = {"depth": PER_REQUEST, "salted": True}  # `serving` gives every request a salt with its depth in it

@@ -27,6 +27,7 @@ from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 from shoal.api.served import ServedModel
 from shoal.config import FULL
 from shoal.engine.events import Event, Finished, Guide, Request, Sampling, Token, TokenLogprob
+from shoal.engine.guided import need_bounded
 from shoal.engine.metrics import Samples
 from shoal.engine.text import TextStream
 from shoal.errors import (
@@ -43,6 +44,7 @@ from shoal.inputs.chat import Encoded
 from shoal.vllm_plugin import PER_REQUEST
 from shoal.vllm_plugin.counts import GAUGES, Counts
 from shoal.vllm_plugin.images import as_image, collapsed
+from shoal.vllm_plugin.options import cache_salt
 from shoal.vllm_plugin.route import asked
 
 log = logging.getLogger(__name__)
@@ -115,8 +117,8 @@ class VllmEngine:
         inputs: TokensPrompt = {"prompt_token_ids": [*ids, *request.answer]}
         if prompt.images:
             inputs["multi_modal_data"] = {"image": [as_image(image, self._served.config) for image in prompt.images]}
-        if self._per_request:
-            inputs["cache_salt"] = str(layers)
+        if salt := cache_salt(request, layers if self._per_request else None):
+            inputs["cache_salt"] = salt
         writing = _Writing(
             request,
             TextStream(
@@ -237,6 +239,7 @@ def sampling_params(sampling: Sampling, answered: int = 0, layers: int | None = 
 def _structured(guide: Guide | None) -> StructuredOutputsParams | None:
     if guide is None:
         return None
+    need_bounded(guide)
     kinds: dict[str, tuple[str, Any]] = {
         "json_schema": ("json", guide.spec),
         "json_object": ("json_object", True),

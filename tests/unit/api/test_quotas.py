@@ -75,6 +75,10 @@ class Wire:
         if not self.cut and not self.silent:
             asyncio.get_running_loop().call_soon(self.count.leave, gateway, line)
 
+    def refund(self, gateway: str, line: str) -> None:
+        if not self.cut and not self.silent:
+            asyncio.get_running_loop().call_soon(self.count.refund, gateway, line)
+
 
 class Gateways:
     """So many, with one line of keys: `keys[i]` is the key at the ith, `shared[i]` what counts there."""
@@ -439,3 +443,14 @@ async def test_what_is_told_late_gives_back_nothing_that_was_spent_alone() -> No
     await late
     await gateways.report()
     assert await admitted(other, 5) == 2
+
+
+async def test_what_is_refused_after_it_was_counted_counts_at_no_gateway() -> None:
+    both = Gateways("k requests=3 tokens=100")
+    for _ in range(9):
+        await both.keys[0].admitted()
+        both.keys[0].spend(90)
+        await both.report()
+        both.keys[0].refund(90)
+        await both.report()
+    assert await admitted(both.keys[1], 4) == 3

@@ -79,6 +79,9 @@ class Link:
     def leave(self, gateway: str, line: str) -> None:
         self._call(lambda: self.count.leave(gateway, line))
 
+    def refund(self, gateway: str, line: str) -> None:
+        self._call(lambda: self.count.refund(gateway, line))
+
     def _call(self, do: Callable[[], T]) -> asyncio.Future[T]:
         loop, back = asyncio.get_running_loop(), self.back
         answer: asyncio.Future[T] = loop.create_future()

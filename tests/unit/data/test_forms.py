@@ -265,9 +265,9 @@ def test_pairs_are_two_rows_and_one_that_is_too_long_goes_with_its_other(tmp_pat
         read_pairs(path, TOKENIZER, config)
 
 
-MARKED = {
+STRICT = {
     "name": "track",
-    "parameters": {"type": "object", "properties": {"order": {"type": "string", "x-said": "[A-Z][0-9]"}}},
+    "parameters": {"type": "object", "properties": {"order": {"type": "string"}}},
     "strict": True,
 }
 
@@ -286,7 +286,7 @@ MARKED = {
                 {"role": "function", "name": "track", "content": "sent"},
                 {"role": "assistant", "content": "Sent."},
             ],
-            "functions": [MARKED],
+            "functions": [STRICT],
         },
         {
             "conversations": [
@@ -295,14 +295,14 @@ MARKED = {
                 {"from": "observation", "value": "sent"},
                 {"from": "gpt", "value": "Sent."},
             ],
-            "tools": json.dumps([MARKED]),
+            "tools": json.dumps([STRICT]),
         },
     ],
     ids=["OpenAI", "ShareGPT"],
 )
 def test_a_chat_as_sent_is_what_a_client_would_send_with_all_that_guides(row: dict[str, Any]) -> None:
     sent = as_sent(row)
-    assert sent is not None and sent["tools"] == [{"type": "function", "function": MARKED}]
+    assert sent is not None and sent["tools"] == [{"type": "function", "function": STRICT}]
     assert [message["role"] for message in sent["messages"]] == ["user", "assistant", "tool", "assistant"]
     (call,) = sent["messages"][1]["tool_calls"]
     assert call["id"] == sent["messages"][2]["tool_call_id"]

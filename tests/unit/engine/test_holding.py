@@ -249,4 +249,8 @@ def test_a_page_s_key_is_of_what_it_holds_of_images_of_its_adapter_and_of_the_pa
     one.extend_keys(pages)
     first = pages.key(None, TEN[:4], [("up to 4", 0)], "l")
     assert one.keys == [first, pages.key(first, TEN[4:8], [("up to 8", 4)], "l")]
+    salted = Holding.nothing(TEN, Images(), PAGE, longest=40, adapter="l", salt="s")  # type: ignore[arg-type]
+    salted.extend_keys(pages)
+    assert salted.keys[0] == pages.key(None, TEN[:4], [("up to 4", 0)], "l", "s")
+    assert len({key.digest for key in (*one.keys, *salted.keys)}) == 4
     assert one.tables.shape == (4, 10) and Holding.nothing(TEN, None, PAGE, longest=41).tables.shape == (4, 11)

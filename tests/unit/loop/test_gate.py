@@ -129,10 +129,11 @@ def test_tasks_are_those_of_what_is_known_and_not_of_what_is_new_or_must_be_safe
 
 
 def test_both_are_guided_as_a_service_guides_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In calls by what was said before the answer, and not in it; by a format of the row; a chat with neither, and one that no
-    service takes, by nothing."""
-    order = {"type": "string", "x-said": "[A-Z][0-9]"}
-    tool = {"name": "t", "parameters": {"type": "object", "properties": {"o": order}, "required": ["o"]}}
+    """In calls by the schema of a strict tool; by a format of the row; a chat with neither, and one that no service takes, by
+    nothing."""
+    order = {"type": "string", "enum": ["A1"]}
+    parameters = {"type": "object", "properties": {"o": order}, "required": ["o"], "additionalProperties": False}
+    tool = {"name": "t", "strict": True, "parameters": parameters}
     answer = {"role": "assistant", "content": "Is it B2?"}
     asked = [{"messages": [{"role": "user", "content": f"A1 {number}"}, answer]} for number in range(9)]
     with_tools = [{**row, "tools": [{"type": "function", "function": tool}], "task": "tools"} for row in asked]

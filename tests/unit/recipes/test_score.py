@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -384,38 +383,19 @@ def test_a_prompt_is_answered_once_and_counted_as_often_as_it_is_asked(monkeypat
     assert by.chosen == {"full": 1.0} and len(by.heard) == 1
 
 
-def test_no_call_that_a_service_would_guide_has_an_invented_number(new: Rows) -> None:
-    """Every reference of a suite may be called; none of them with another number, nor a product that is one."""
+def test_every_reference_may_be_said_where_a_service_guides_it_and_no_call_of_another_form(
+    known: Rows, new: Rows
+) -> None:
     tokenizer = Tokenizer.bytes_only()
-    calls = [row for row in new if row["task"] == CALL][:24]
-    for row in calls:
-        *before, last = row["messages"]
-        guide = guide_of(before, TOOLS, tokenizer)
-        assert guide is not None
-        grammar, right = Grammars(tokenizer, 300).compile(guide), reference(last)
-        assert grammar.allowed(tokenizer.encode(right))[END_ID]
-        wrong = [call("find_product", {"product": "Q9876"}), call("track_order", {"order": "Q9876"})]
-        for one in {*wrong, re.sub(r'[A-Z]\d{4}"', 'Q9876"', right)} - {right}:
-            with pytest.raises(StrayError):
-                grammar.allowed(tokenizer.encode(one))
-
-
-@pytest.mark.drill
-def test_no_words_that_a_service_would_guide_have_an_invented_number(known: Rows, new: Rows) -> None:
-    """Every reference of both suites may be said, whatever it is of; none with the number or the label of another."""
-    tokenizer, of_another = Tokenizer.bytes_only(), re.compile(r"[A-Z]\d{4,5}")
-    changed = 0
-    for row in [*known[:60], *new[:60]]:
+    for row in [*known[:12], *(row for row in new if row["task"] == CALL)][:24]:
         *before, last = row["messages"]
         guide = guide_of(before, TOOLS, tokenizer)
         assert guide is not None
         grammar, right = Grammars(tokenizer, 300).compile(guide), reference(last)
         assert grammar.allowed(tokenizer.encode(right))[END_ID], right
-        if row["task"] != CALL and of_another.search(right):
-            changed += 1
+        for wrong in (call("find_product", {"product": "Q9876"}), call("track_order", {"number": "Q9876"})):
             with pytest.raises(StrayError):
-                grammar.allowed(tokenizer.encode(of_another.sub("Q9876", right)))
-    assert changed > 5
+                grammar.allowed(tokenizer.encode(wrong))
 
 
 def test_safety_suites_are_in_the_report_and_last(tmp_path: Path, new: Rows) -> None:

@@ -118,7 +118,8 @@ class Inside:
             finally:
                 if access.admitted and key is not None:
                     key.leave()
-            access.status, access.route = sent.status, path
+            access.answered(sent.status)
+            access.route = path
         return Reply(sent.status, access.id, b"".join(sent.parts), access.unused, sent.retry_after)
 
 

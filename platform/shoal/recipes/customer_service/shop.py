@@ -16,7 +16,6 @@ from datetime import date, timedelta
 from typing import Any
 
 from shoal.errors import RequestError, did_you_mean
-from shoal.inputs.tools import SAID, SAID_IN_TEXT
 from shoal.recipes.customer_service.names import some_named
 from shoal.recipes.splits import DEV, SUITE, TRAIN
 
@@ -67,10 +66,8 @@ CITIES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
 }  # fmt: skip
 
-# An order's number must have been said, and so must what looks like one in words, with a return's label; and a product, which
-# has no form of its own but that no digit is in it.
-_ORDER = {"order": {"type": "string", SAID: "[A-Z][0-9]{4}", SAID_IN_TEXT: "[A-Z]+[0-9]+"}}
-_PRODUCT = {"product": {"type": "string", "pattern": "^[^0-9]+$", SAID: {"words": 4}}}
+_ORDER = {"order": {"type": "string"}}
+_PRODUCT = {"product": {"type": "string", "pattern": "^[^0-9]+$"}}
 _FUNCTIONS: tuple[tuple[str, str, dict[str, Any], list[str]], ...] = (
     ("track_order", "Where a parcel is", {**_ORDER, "route": {"type": "boolean"}}, ["order"]),
     (
