@@ -7,7 +7,7 @@ runs only on a text that holds one of its fixed words, so that most texts cost a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib import import_module
 
@@ -51,7 +51,7 @@ _PRIVATE_KEY = re.compile(
     r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
     r"(?:(?:(?!-----).){40,20000}?-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
     r"|(?:(?:\\[nr]|[\s\"'+,])*[A-Za-z0-9+/=]{40,})+)"
-    r"|PuTTY-User-Key-File-[23]:.{40,20000}?Private-MAC: [0-9a-f]+",
+    r"|PuTTY-User-Key-File-[23]:(?:(?!PuTTY-).){40,20000}?Private-MAC: [0-9a-f]+",
     re.DOTALL,
 )
 _TAIL = re.compile(r"[\w=-]*(?:\.[\w=-]+)*")  # what still belongs to a token of which a pattern finds the beginning
@@ -59,6 +59,11 @@ _WITHIN = frozenset(
     {"AWSKeyDetector", "BasicAuthDetector", "NpmDetector", "SoftlayerDetector"}
 )  # group 1 is the secret
 _DIGIT = re.compile(r"\d")
+_RUN = re.compile(r"[A-Za-z0-9]{10,}")
+# A plugin's pattern looks at so many characters at once, and again from so many on: some take the square of what they look at,
+# which a client writes. What begins in the overlap is longer than any pattern asks for.
+WINDOW, STEP = 2048, 1536
+LONGEST = 2**14  # characters of a token behind what a pattern finds of it
 
 
 def secret_spans(text: str) -> Iterator[Span]:
@@ -67,25 +72,31 @@ def secret_spans(text: str) -> Iterator[Span]:
         yield from (found.span() for found in _PRIVATE_KEY.finditer(text))
     if any(word in text for word in _OWN_WORDS):
         for found in _OWN.finditer(text):
-            if _DIGIT.search(found[0]):  # "sk-" begins words as well
+            if any(map(_DIGIT.search, _RUN.findall(found[0]))):  # "sk_" begins names as well
                 yield found.span()
     for name, words, patterns, valid in _plugins():
         if any(word in text for word in words):
             for pattern in patterns:
-                yield from _found(text, name, pattern, valid)
+                yield from _found(text, name, words, pattern, valid)
 
 
-def _found(text: str, name: str, pattern: re.Pattern[str], valid: Callable[[str], bool] | None) -> Iterator[Span]:
-    within = name in _WITHIN and pattern.groups > 0
-    for found in pattern.finditer(text):
-        start, end = found.span(1 if within else 0)
-        if not within and start and text[start - 1].isalnum():  # the middle of a longer word
+def _found(
+    text: str, name: str, words: Sequence[str], pattern: re.Pattern[str], valid: Callable[[str], bool] | None
+) -> Iterator[Span]:
+    """What a plugin's `pattern` finds, window by window."""
+    within, done = name in _WITHIN and pattern.groups > 0, 0
+    for at in range(0, len(text), STEP):
+        if not any(text.find(word, at, at + WINDOW) >= 0 for word in words):
             continue
-        if not within:
-            tail = _TAIL.match(text, end) if text[end - 1].isalnum() or text[end - 1] in "._-=" else None
-            end = tail.end() if tail else end
-        if valid is None or valid(text[start:end]):
-            yield start, end
+        for found in pattern.finditer(text, max(at, done), at + WINDOW):
+            start, end = found.span(1 if within else 0)
+            if start < done or (not within and start and text[start - 1].isalnum()):  # the middle of a longer word
+                continue
+            if not within and (tail := _TAIL.match(text, end, end + LONGEST)) is not None:
+                end = tail.end()
+            done = end
+            if valid is None or valid(text[start:end]):
+                yield start, end
 
 
 @cache
