@@ -83,6 +83,7 @@ def test_bad_files_are_counted_by_reason_and_nothing_else_is_lost(corpus: tuple[
         "dedup": {"equal to an earlier one": 1},
         "near dedup": {"nearly equal to an earlier one": 1},
         "image": {"image cannot be decoded": 1},
+        "list": {"excluded by its source": 1},
         "quality": {"does not parse": 1},
         "read": {
             "broken JSON": 1, "empty": 1, "image file is missing": 1, "not UTF-8": 1, "suffix .exe is not read": 1,

@@ -56,6 +56,7 @@ def report(
         "seed": index.seed,
         "sources": _sources(index, packed),
         "drops": index.drops,
+        "first": packed.first,
         "changes": {operator: dict(sorted(of.items())) for operator, of in sorted(packed.changes.items())},
         "packing": {"padding": packed.packing["padded"] / places, "cut_tokens": packed.packing["cut"]},
         "lengths": _histogram(packed.lengths),
@@ -154,6 +155,16 @@ def _histogram(lengths: Mapping[tuple[str, int], int]) -> Counts:
     for (modality, bits), count in sorted(lengths.items()):
         found.setdefault(modality, {})[f"{2 ** (bits - 1)}-{2**bits - 1}"] = count
     return found
+
+
+def left_out(report: Mapping[str, Any]) -> list[str]:
+    """A line for each reason for which files, rows or documents are not used, with the first of them."""
+    lines = []
+    for operator, reasons in report["drops"].items():
+        for reason, count in reasons.items():
+            first = report.get("first", {}).get(operator, {}).get(reason)
+            lines.append(f"left out: {count:,} ({operator}), {reason}" + (f"; the first is {first}" if first else ""))
+    return lines
 
 
 # ---- what the page shows

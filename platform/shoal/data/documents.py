@@ -80,3 +80,8 @@ class Skipped:
     source: str
     reason: str
     operator: str = "read"
+
+    @property
+    def place(self) -> str:
+        """What people find it by."""
+        return f"{self.source}/{self.origin}"

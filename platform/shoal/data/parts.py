@@ -45,6 +45,7 @@ SAMPLE_A_TOKEN = 2**14  # for each token of the vocabulary, at most ...
 SAMPLE_TEXT = 2**16  # ... and of one document
 
 Item = TypeVar("Item")
+First = dict[str, dict[str, str]]  # operator -> reason -> the first that was left out for it, as `Skipped.place`
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Found:
     text_bytes: Counter[str] = field(default_factory=Counter)
     documents: int = 0
     drops: Drops = field(default_factory=dict)
+    first: First = field(default_factory=dict)
     changes: Drops = field(default_factory=dict)  # operator -> what it changed -> times
     # file -> other files that its rows name -> their stamps
     named: dict[int, dict[str, str]] = field(default_factory=dict)
@@ -70,15 +72,18 @@ class Packed:
 
     shards: list[Shard] = field(default_factory=list)
     drops: Drops = field(default_factory=dict)
+    first: First = field(default_factory=dict)
     # by split, modality, source, licence
     documents: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
     packing: Counter[str] = field(default_factory=Counter)  # tokens, cut, padded, as in `Packer`
     lengths: Counter[tuple[str, int]] = field(default_factory=Counter)  # by modality and bits of the length in tokens
     changes: Drops = field(default_factory=dict)
 
-    def dropped(self, drops: Mapping[str, Counter[str]]) -> None:
+    def dropped(self, drops: Mapping[str, Counter[str]], first: Mapping[str, Mapping[str, str]] = {}) -> None:
         for operator, reasons in drops.items():
             self.drops.setdefault(operator, Counter()).update(reasons)
+        for operator, of in first.items():
+            self.first[operator] = {**of, **self.first.get(operator, {})}
 
     def changed(self, changes: Mapping[str, Counter[str]]) -> None:
         for operator, what in changes.items():
@@ -87,7 +92,7 @@ class Packed:
     def add(self, part: Packed) -> None:
         """Count `part` in."""
         self.shards += part.shards
-        self.dropped(part.drops)
+        self.dropped(part.drops, part.first)
         self.documents.update(part.documents)
         self.packing.update(part.packing)
         self.lengths.update(part.lengths)
@@ -128,6 +133,7 @@ def read_part(
                 document = pipeline(item) if isinstance(item, Document) else item
                 if isinstance(document, Skipped):
                     found.drops.setdefault(document.operator, Counter())[document.reason] += 1
+                    found.first.setdefault(document.operator, {}).setdefault(document.reason, document.place)
                     continue
                 if near_copies:
                     near.add(len(identities), document)
@@ -217,7 +223,9 @@ def pack_part(
     packers: dict[tuple[str, Modality], tuple[Packer, ShardWriter]] = {}
     for split, document, encoded in _encoded(path, splits, tokenizer, config):
         if isinstance(encoded, Skipped):
-            out.dropped({encoded.operator: Counter([encoded.reason])})
+            out.dropped(
+                {encoded.operator: Counter([encoded.reason])}, {encoded.operator: {encoded.reason: encoded.place}}
+            )
             continue
         key = (split, document.modality)
         if key not in packers:

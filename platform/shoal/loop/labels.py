@@ -12,6 +12,7 @@ The first that there is counts.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,7 @@ class Found:
 
     rows: list[Labelled] = field(default_factory=list)
     texts: int = 0  # requests whose text was kept
+    ids: set[str] = field(default_factory=set)  # of these
     left_out: dict[str, int] = field(default_factory=dict)  # reason -> how many
 
     def leave(self, reason: str, count: int = 1) -> None:
@@ -99,6 +101,7 @@ def labelled(
     found, liked = Found(), set[tuple[str, str]]()
     for one in kept:
         found.texts += 1
+        found.ids.add(one.id)
         if one.resumed:
             found.leave("begun by one version and ended by another")
             continue
@@ -167,8 +170,9 @@ def said(capture: Capture) -> dict[str, Said]:
 # --- from elsewhere -----------------------------------------------------------------------------------------------------
 
 
-def read_imports(path: Path) -> tuple[dict[str, str], list[Labelled]]:
-    """Labels by the id of a request, and chats with answers that are of none. Raises DataError, naming the place, for a file of
+def read_imports(path: Path, left_out: Counter[str]) -> tuple[dict[str, str], list[Labelled]]:
+    """Labels by the id of a request, and chats with answers that are of none; what is not used is counted in `left_out`, by
+    reason. Raises DataError, naming the place, for a file of
     no known form."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -192,6 +196,8 @@ def read_imports(path: Path) -> tuple[dict[str, str], list[Labelled]]:
         elif answer and messages:
             whole = [*messages, {"role": "assistant", "content": answer}]
             chats.append(Labelled(whole, IMPORTED, f"{path.name}: {row.get('group') or asked(messages)}"))
+        else:
+            left_out["imported, but nothing is asked" if answer else "imported, but nobody submitted an answer"] += 1
     return by_id, chats
 
 
@@ -218,16 +224,17 @@ def _imported(row: Mapping[str, Any]) -> tuple[str, Messages, str]:
             _messages(fields),
             texts[-1] if texts else "",
         )
-    messages = forms.canonical(dict(row)).get("messages") or []
-    if not messages or messages[-1].get("role") != "assistant":
+    messages = forms.to_last_answer(forms.canonical(dict(row))).get("messages") or []
+    if not messages:
         raise DataError("a chat without an answer")
-    return str(row.get("id") or ""), messages[:-1], str(messages[-1]["content"])
+    *before, answer = map(_told, messages)
+    return str(row.get("id") or ""), before, str(answer["content"])
 
 
 def _messages(fields: Mapping[str, Any]) -> Messages:
     given = fields.get("messages")
     if isinstance(given, list):
-        return list(forms.canonical({"messages": given})["messages"])
+        return [_told(message) for message in forms.canonical({"messages": given})["messages"]]
     for name in ("prompt", "text", "instruction", "question"):
         if isinstance(fields.get(name), str) and fields[name].strip():
             return [{"role": "user", "content": fields[name]}]

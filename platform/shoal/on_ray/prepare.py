@@ -86,9 +86,12 @@ def prepare(
     specs = list(sources) if sources is not None else demo.sources(_demo_folder(place), on_progress)
     specs = _named_apart(specs)
     sets = [SourceSpec("evaluation", uri) for uri in operators.evaluation]
-    plan = parts.split_files([file for spec in specs for file in list_files(spec, s3) if not _made_in(place, file)])
+    left_out: list[File] = []
+    files = [file for spec in specs for file in list_files(spec, s3, left_out) if not _made_in(place, file)]
+    plan = parts.split_files(files)
+    left_out = [file for file in left_out if not _made_in(place, file)]
     evaluation = [file for spec in sets for file in list_files(spec, s3)]
-    job = _Job(place, specs, plan, evaluation, given, mix, preset, seed, operators, s3, demo=sources is None)
+    job = _Job(place, specs, plan, left_out, evaluation, given, mix, preset, seed, operators, s3, demo=sources is None)
     if there:
         return _looked_at(job)
     with _alone(job) as need, quiet_data():
@@ -103,6 +106,7 @@ class _Job:
     place: Path | Place
     specs: list[SourceSpec]
     plan: list[list[File]]  # the files in parts
+    left_out: list[File]
     evaluation: list[File]
     given: Tokenizer | None
     mix: Mapping[str, float]
@@ -161,6 +165,8 @@ def _make(job: _Job, start: float, on_progress: Progress, need: Callable[[], Non
     out, model = job.out, job.preset.model
     packed, named, keys, text_bytes = Packed(), defaultdict[str, dict[str, str]](dict), [], Counter[str]()
     places, documents = job.parts, 0
+    for skipped in (file.skipped(file.fault, operator="list") for file in job.left_out):
+        packed.dropped({"list": Counter([skipped.reason])}, {"list": {skipped.reason: skipped.place}})
     sets = _sets(job, places, on_progress) if job.evaluation else None
     reads = zip(job.plan, range(len(places)), job.keys, strict=True)
     reader = Reader(job.operators, places, job.seed, sets)
@@ -169,7 +175,7 @@ def _make(job: _Job, start: float, on_progress: Progress, need: Callable[[], Non
     ):
         documents += found.documents
         text_bytes.update(found.text_bytes)
-        packed.dropped(found.drops)
+        packed.dropped(found.drops, found.first)
         packed.changed(found.changes)
         keys.append(digest(key, found.named))
         for number, of in found.named.items():

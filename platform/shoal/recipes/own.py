@@ -139,27 +139,32 @@ def keywords(rows: Sequence[Row]) -> Answerer:
     return lambda asked: [one(messages) for messages in asked]
 
 
-def begun(source: Path, folder: Path) -> dict[str, int]:
-    """Make a recipe's folder of a JSONL of chats, or of a folder of documents, and return how many rows each part has, and how
-    many were dropped. Raises UsageError for a folder that is there, DataError for what cannot be read, or is too little."""
+def begun(source: Path, folder: Path) -> dict[str, Any]:
+    """Make a recipe's folder of a JSONL of chats, or of a folder of documents, and return how many rows each part has, and
+    ``left_out``: how many rows, files and paragraphs are not used, by reason. Raises UsageError for a folder that is there,
+    DataError for what cannot be read, or is too little."""
     if folder.exists():
         raise UsageError("--out", got=str(folder), allowed="a folder that is not there yet")
     if not source.exists():
         raise UsageError("--from", got=str(source), allowed="a .jsonl of chats, or a folder of .txt and .md")
     parts: dict[str, list[Row]] = {LEARN: [], DEV: [], ASKED: []}
-    dropped = 0
+    left_out = Counter[str]()
     # group of the last row that is nobody's copy: `shoal augment` writes a copy behind its row
     before: int | None = None
-    for row in _of_documents(source) if source.is_dir() else _of_rows(source):
+    for row in _of_documents(source, left_out) if source.is_dir() else _of_rows(source):
         copied = is_augmented(row) and row.get("group") is None
         group = before if copied and before is not None else _group(row)
         before = before if is_augmented(row) else group
         part = _part(group)
-        if (part != LEARN and is_augmented(row)) or _size(row) > BYTES_A_TOKEN * LENGTHS[-1]:
-            dropped += 1
+        if part != LEARN and is_augmented(row):
+            left_out["changed copy of a row that is not learned from"] += 1
+            continue
+        if _size(row) > (most := BYTES_A_TOKEN * LENGTHS[-1]):
+            left_out[f"longer than {most} bytes"] += 1
             continue
         parts[part].append({**row, "group": str(row.get("group", group))})
-    dropped += _apart(parts)
+    if apart := _apart(parts):
+        left_out["asks what a row of another part asks"] += apart
     groups = {row["group"] for some in parts.values() for row in some}
     longest = max((_size(row) for some in parts.values() for row in some), default=0)
     if len(groups) < LEAST_GROUPS or not all(parts.values()):
@@ -179,7 +184,7 @@ def begun(source: Path, folder: Path) -> dict[str, int]:
         beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return {**{Path(part).stem: len(rows) for part, rows in parts.items()}, "dropped": dropped}
+    return {**{Path(part).stem: len(rows) for part, rows in parts.items()}, "left_out": dict(left_out)}
 
 
 def _size(row: Row) -> int:
@@ -226,11 +231,11 @@ def _part(group: int) -> str:
 
 
 def _of_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Chats that end with an answer, with texts alone."""
+    """Chats up to their last answer, with texts alone."""
     for number, line in numbered(path):
         try:
             row = json.loads(line)
-            messages = forms.canonical(row).get("messages") or []
+            messages = forms.to_last_answer(forms.canonical(row)).get("messages") or []
             parts = [tools.parts(one["content"]) for one in messages]
             if any(part.get("type") != "text" for some in parts for part in some):
                 raise DataError("a part that is no text")
@@ -243,14 +248,17 @@ def _of_rows(path: Path) -> Iterator[dict[str, Any]]:
             raise unusable(path, number, "text that is no Unicode") from error
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError, ShoalError) as error:
             raise unusable(path, number, str(error) or type(error).__name__) from error
-        if len(plain) < 2 or plain[-1]["role"] != "assistant" or not plain[-1]["content"].strip():
-            raise unusable(path, number, "no chat that ends with an answer")
+        if len(plain) < 2 or not plain[-1]["content"].strip():
+            raise unusable(path, number, "no chat with an answer")
         yield {**kept, "messages": plain}
 
 
-def _of_documents(folder: Path) -> Iterator[dict[str, Any]]:
-    """Of each paragraph what it begins with, and as the answer how it goes on; a document is a group."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in DOCUMENTS and path.is_file())
+def _of_documents(folder: Path, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
+    """Of each paragraph what it begins with, and as the answer how it goes on; a document is a group. What is not used is
+    counted in `left_out`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = [path for path in files if path.suffix.lower() in DOCUMENTS]
+    left_out.update(f"suffix {path.suffix or '(none)'} is not read" for path in files if path not in set(found))
     if not found:
         raise DataError(f"{folder} holds no documents", allowed=" and ".join(DOCUMENTS))
     for path in found:
@@ -260,7 +268,9 @@ def _of_documents(folder: Path) -> Iterator[dict[str, Any]]:
             raise DataError(f"cannot read {path}", got=str(error), do="give UTF-8, or take it away") from error
         for paragraph in re.split(r"\n\s*\n", text):
             sentences = [one for one in _SENTENCE.split(" ".join(paragraph.split())) if one]
-            if len(sentences) > 1:
+            if len(sentences) == 1:
+                left_out["paragraph of one sentence"] += 1
+            elif sentences:
                 turns = [("user", f"{path.stem}: {sentences[0]}"), ("assistant", " ".join(sentences[1:]))]
                 messages = [{"role": role, "content": said} for role, said in turns]
                 yield {"messages": messages, "task": "documents", "group": str(path.relative_to(folder))}

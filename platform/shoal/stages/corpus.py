@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,6 +43,7 @@ class Prepare(Stage):
     as_json: Json = False
 
     def run(self) -> None:
+        from shoal.data import card
         from shoal.data.order import parse_mix
         from shoal.data.settings import prepare_config
         from shoal.on_ray.prepare import prepare
@@ -54,6 +56,8 @@ class Prepare(Stage):
         also = {name: getattr(asked, name) for name in ("seed", "tokenizer", "operators", "s3")}
         with local_ray(), progress("prepare") as tell:
             report = prepare(self.out, sources=asked.source or None, mix=mix, preset=preset, **also, on_progress=tell)
+        for line in card.left_out(report):
+            say(line)
         print_result(report, self.as_json, f"shards in {self.out}")
 
 
@@ -179,12 +183,16 @@ class Curate(Stage):
         before, learned_before = cuts.held_out(self.never or ()), cuts.trained_on()
         by_id: dict[str, str] = {}
         more: list[labels.Labelled] = []
+        unused = Counter[str]()
         for path in self.imports or ():
-            known, chats = labels.read_imports(path)
+            known, chats = labels.read_imports(path, unused)
             by_id |= known
             more += chats
         found = labels.labelled(labels.kept_texts(capture), labels.said(capture), by_id, self._ask())
         found.rows += more
+        unused["imported, but no text of that request is kept"] = len(by_id.keys() - found.ids)
+        for reason, count in unused.items():
+            found.leave(reason, count)
         told = {
             "capture": self.capture,
             "days": capture.days("texts"),

@@ -80,5 +80,7 @@ class Recipe(Stage):
         if given := [f"--{each.name}" for each in of_runs if getattr(self, each.name) != each.default]:
             raise UsageError(", ".join(given), do=f"give it to the run: shoal recipe {self.out} --out {self.out}-run")
         found = begun(source, self.out)
-        said = ", ".join(f"{count} {name}" for name, count in found.items())
+        said = ", ".join(f"{count} {name}" for name, count in found.items() if name != "left_out")
+        for reason, count in found["left_out"].items():
+            say(f"left out: {count}, {reason}")
         print_result(found, self.as_json, f"rows: {said}; run it: shoal recipe {self.out} --out {self.out}-run")

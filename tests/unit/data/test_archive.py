@@ -96,7 +96,12 @@ def test_what_a_source_leaves_out_is_left_out_of_its_archives(tmp_path: Path, re
     )
     (tmp_path / "a.tar").write_bytes(tar([(name, b"x = 1\n") for name in names]))
     documents, skipped = split(read_all(exclude=("tests", "gen_*")))
-    assert list(documents) == ["./src/a.py"] and not skipped
+    assert list(documents) == ["./src/a.py"]
+    hidden, excluded = "name begins with a dot", "excluded by its source"
+    assert skipped == {
+        ".git/config.cfg": hidden, "./src/.hidden.py": hidden, "src/._a.py": hidden, "../up.py": hidden,
+        "tests/a.py": excluded, "src/gen_a.py": excluded,
+    }  # fmt: skip
 
 
 def test_the_text_of_a_file_stands_before_that_of_its_json(tmp_path: Path, read_all, png) -> None:

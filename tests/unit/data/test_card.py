@@ -38,7 +38,7 @@ def made(tmp_path_factory, png, config: ModelConfig) -> tuple[Path, Index, dict]
     tokenizer = Tokenizer.bytes_only()
     tokenizer.save(out / TOKENIZER)
     packed = parts.pack_part(work[0], splits, out, config, 0)
-    packed.dropped(found.drops)
+    packed.dropped(found.drops, found.first)
     packed.dropped(drops)
     documents: dict[str, dict[str, int]] = {"train": {}, "heldout": {}}
     for (split, modality, _, _), count in packed.documents.items():
@@ -63,6 +63,8 @@ def test_the_numbers_add_up(made: tuple[Path, Index, dict]) -> None:
     assert {m: sum(of.values()) for m, of in report["lengths"].items()} == documents == dict.fromkeys(MIX, 30)
     assert report["realised_mix"] == pytest.approx(MIX, abs=0.01)
     assert report["drops"]["read"] == {"suffix .bin is not read": 1}
+    assert card.left_out(report) == ["left out: 1 (read), suffix .bin is not read; the first is <b>raw</b>/x.bin"]
+    assert "x.bin" in (out / card.CARD).read_text()
 
 
 def test_the_first_rows_are_found_without_an_order_of_all(

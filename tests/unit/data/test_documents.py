@@ -12,7 +12,8 @@ import pytest
 
 from shoal.data.documents import Document, Skipped, SourceSpec
 from shoal.data.operators.clean import check
-from shoal.data.sources.files import list_files
+from shoal.data.sources.files import File, list_files
+from shoal.data.sources.read import read
 from shoal.data.sources.rows import MAX_ROW
 from shoal.data.sources.webpage import html_text
 from shoal.errors import DataError
@@ -127,6 +128,44 @@ def test_links_sockets_and_hidden_files_are_no_documents(tmp_path: Path, read_al
     (tmp_path / "dangling.txt").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "pipe.txt")
     assert reasons(read_all()) == ["not a regular file"] * 2
+
+
+@pytest.mark.parametrize("reader", ["files", "docstrings"])
+def test_every_file_of_a_folder_is_a_document_a_caption_or_counted_with_its_reason(
+    reader: str, tmp_path: Path, png
+) -> None:
+    folder = tmp_path / "notes"
+    for name in (
+        "a.txt",
+        "b.md",
+        "c.csv",
+        "d.xlsx",
+        "e",
+        "f.py",
+        ".hidden.txt",
+        "draft-g.txt",
+        "sub/h.JSON",
+        "sub/i.docx",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text('"""Words of it."""\n')
+    (folder / "j.png").write_bytes(png())
+    (folder / "j.txt").write_text("a caption")
+    (tmp_path / "far").mkdir()
+    (folder / "linked").symlink_to(tmp_path / "far")
+    spec = SourceSpec("s", str(folder), exclude=("draft-*",), reader=reader)  # type: ignore[arg-type]
+    left_out: list[File] = []
+    found = [item for file in list_files(spec, left_out=left_out) for item in read(file)]
+    skipped = {item.origin: item.reason for item in found if isinstance(item, Skipped)}
+    skipped |= {file.name: file.fault for file in left_out}
+    kept = {item.origin for item in found if isinstance(item, Document)}
+    python = reader == "docstrings"
+    assert kept == ({"f.py"} if python else {"a.txt", "b.md", "f.py", "j.png"})
+    on_disk = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
+    assert kept | skipped.keys() == on_disk - (set() if python else {"j.txt"}) and not kept & skipped.keys()
+    assert (skipped[".hidden.txt"], skipped["linked"]) == ("name begins with a dot", "folder behind a symbolic link")
+    of_csv = "no Python, of which docstrings are read" if python else "suffix .csv is not read"
+    assert (skipped["draft-g.txt"], skipped["c.csv"]) == ("excluded by its source", of_csv)
 
 
 def test_what_the_source_leaves_out_is_not_listed(tmp_path: Path) -> None:

@@ -77,8 +77,9 @@ def test_the_samples_of_a_webdataset_are_images_with_their_texts(tmp_path: Path,
         "0/005.bin": b"\0",
     }  # fmt: skip
     (tmp_path / "some.tar").write_bytes(tar(members))
-    caption, question, broken, text, code, other = read_all(license="MIT")
+    caption, label, question, broken, text, code, other = read_all(license="MIT")
     assert (caption.text, caption.caption, caption.image, caption.license) == ("a red box", True, png(), "MIT")
+    assert (label.reason, label.origin) == ("suffix .cls is not read", "some.tar#0/000.cls")
     assert question.questions == (("what?", "a box"),) and question.license == "CC0-1.0"
     assert (broken.reason, broken.origin) == ("broken JSON", "some.tar#0/002")
     assert (text.text, text.modality, text.id) == ("a text alone\n", "text", "s/some.tar#0/003.txt")

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from shoal.data import parts, tables
 from shoal.data.documents import Document
 from shoal.data.operators import near
-from shoal.data.operators.grams import grams, words
+from shoal.data.operators.grams import grams, placed, words
 from shoal.data.sources import pysource
 from shoal.data.tables import Parts, Span
 
@@ -127,6 +127,35 @@ def test_a_shared_header_or_a_template_makes_no_copy(document, tmp_path: Path) -
     assert copies(written(some, tmp_path, 3), len(some)) == set()
 
 
+PARTS = ("bearing", "bracket", "coupling", "flange", "gasket", "gearbox", "housing", "impeller", "piston", "valve")
+SHEET = """Product sheet of the {name}, series {a}. This product is made of stainless steel and comes with all parts.
+Length {b} mm, width {c} mm, height {d}.{e} mm, weight {f}.{g} kg. It is tested before delivery at {h} bar and {i} degrees.
+Keep it dry, do not expose it to the sun, and have it checked by a trained person once a year. Order number {j}, price {k} euros
+without tax, {l} pieces a box. All rights of change are reserved, and errors and omissions are excepted in every language."""
+
+
+def sheets(count: int, seed: int) -> list[str]:
+    """Of one form, with figures of their own."""
+    rng = random.Random(seed)
+    return [
+        SHEET.format(name=PARTS[n % len(PARTS)], **{letter: rng.randrange(2, 999) for letter in "abcdefghijkl"})
+        for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("markup", ["", "<tr><td>{}</td></tr>"])
+def test_sheets_of_one_form_with_other_figures_are_no_copies_and_an_edited_one_is(
+    markup: str, document, tmp_path: Path
+) -> None:
+    """However small the figures are: the same number of another thing is not the same."""
+    some = sheets(40, 1)
+    some += [re.sub(r"\d+", lambda found: str(int(found[0]) % 10), text) for text in sheets(10, 2)]
+    changed = [some[3].replace("tested", "checked"), some[7].replace("dry", "cool and dry"), some[9].upper()]
+    changed = [re.sub(r"\w+", r"<b>\g<0></b>", markup.format(text)) if markup else text for text in changed]
+    made = [document(text, id=f"s/{n}") for n, text in enumerate(some + changed)]
+    assert copies(written(made, tmp_path, 3), len(made)) == {50, 51, 52}
+
+
 def test_documents_that_share_a_line_are_not_compared_however_many_there_are(
     document, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +214,26 @@ def test_words_and_grams() -> None:
     assert len(grams(words("a b c"), 5)) == 0
     one, two = grams(words("a b c d e f"), 5).tolist()
     assert one != two and grams(words("f e d c b a"), 5)[0] not in (one, two)
+
+
+def test_words_are_the_same_in_whatever_form_a_text_is() -> None:
+    plain = words("The list of 1,000 caf\u00e9s is well known, he says").tolist()
+    for other in (
+        "the LIST  of 1000 caf\u00e9s\n is well-known; he says",
+        "<p>The <b>list</b> of 1000 cafe\u0301s</p> is&nbsp;well known he says",
+        "**The** _list_ of [1,000](http://a.b/c) caf\u00e9s is `well known`, he says",
+        "\uff34he li\u00adst of 1000 caf\u00e9s is well\u200b known, he says",
+        "\\textbf{The} \\emph{list} of 1000 caf\u00e9s\\nis well known, he says",
+    ):
+        assert words(other).tolist() == plain, other
+
+
+@given(st.text(st.sampled_from("ab1,_<>&;[]()\\n`\u00ad\u0130\u0301\ufb01 \n"), max_size=60))
+def test_words_stand_where_they_are_said_to(text: str) -> None:
+    of, spans = placed(text)
+    assert of.tolist() == words(text).tolist() and len(of) == len(spans)
+    for word, (start, end) in zip(of.tolist(), spans.tolist(), strict=True):
+        assert words(text[start:end]).tolist() == [word]
 
 
 def test_near_copies_have_four_fifths_of_their_words_in_common() -> None:

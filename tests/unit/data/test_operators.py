@@ -5,19 +5,31 @@ from __future__ import annotations
 import io
 import json
 import random
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from shoal.data import tables
 from shoal.data.documents import Document, Skipped, SourceSpec
 from shoal.data.operators import decontaminate
 from shoal.data.operators.clean import GENERATED
-from shoal.data.operators.decontaminate import Decontaminate, Known, collect, merge, need_texts, table_of
+from shoal.data.operators.decontaminate import (
+    AROUND,
+    Decontaminate,
+    Known,
+    collect,
+    merge,
+    need_texts,
+    table_of,
+    without,
+)
 from shoal.data.operators.language import Language
 from shoal.data.operators.pii import ALL, scrub, scrubbed
 from shoal.data.operators.pipeline import Operators, Pipeline
@@ -32,6 +44,9 @@ GERMAN = (
     * 2
 )
 ENGLISH = "The sea was calm, and the boats lay still on the beach. Nobody spoke, only the gulls were heard. " * 2
+LICENSE = (
+    "Permission is granted to any person who has a copy of this work to deal in it without any restriction of use."
+)
 ITEM = "Write a function that returns the sum of the first n odd numbers as an integer value"
 
 
@@ -197,24 +212,75 @@ def collected(folder: Path, out: Path, count: int = 1) -> Decontaminate:
     return Decontaminate(Known(paths, tuple(lengths)))
 
 
-def test_documents_that_hold_evaluation_items_are_dropped(document, tmp_path: Path) -> None:
+def test_an_evaluation_item_is_taken_out_and_the_document_stays(document, tmp_path: Path) -> None:
     (tmp_path / "sets").mkdir()
     rows = [
         {"prompt": ITEM, "tests": [{"say": "what the capital city of the small island is"}]},
-        {"prompt": "too short"},
+        {"prompt": "too short", "license": f"{LICENSE} Its own last words."},
     ]
     (tmp_path / "sets" / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    check = collected(tmp_path / "sets", tmp_path / "runs")
-    dropped = [
-        check(document(f"A page. {ITEM.upper()}! And more.")),
-        check(document("Asked again: what the capital city of the small island is?")),
+    check, counts = collected(tmp_path / "sets", tmp_path / "runs"), Counter[str]()
+    alone = [
+        f"A page. {ITEM.upper()}! And more.",
+        "Asked again: what the capital city of the small island is?",
+        LICENSE,
     ]
-    assert [(d.operator, d.reason) for d in dropped if isinstance(d, Skipped)] == [
-        ("decontamination", "shares 13 words with an evaluation set"),
-        ("decontamination", "holds an evaluation item"),
-    ]
+    dropped = [check(document(text), counts) for text in alone]
+    assert {(d.operator, d.reason) for d in dropped if isinstance(d, Skipped)} == {
+        ("decontamination", "holds next to nothing but evaluation items")
+    }
     kept = [" ".join(ITEM.split()[:12]) + " something else", "this is too short to say", ENGLISH, ""]
-    assert all(isinstance(check(document(text)), Document) for text in kept)
+    assert all(check(document(text), counts) == document(text) for text in kept) and not counts
+    book = "\n\n".join([ENGLISH] * 600 + [LICENSE] + [GERMAN] * 6 + [f"So: {ITEM}. Answer: n * n."] + [ENGLISH])
+    left = check(document(book), counts)
+    assert isinstance(left, Document) and left.text == "\n\n".join([ENGLISH] * 600 + [GERMAN] * 6 + [ENGLISH])
+    assert counts == {"passages left out": 2}
+    asked = (("Who asks?", "Nobody."), (ITEM, "n * n"))
+    pairs = check(document("", questions=asked), counts)
+    assert isinstance(pairs, Document) and (pairs.questions, pairs.text) == (
+        asked[:1],
+        "Question: Who asks? Answer: Nobody.",
+    )
+    assert isinstance(check(document("", questions=asked[1:]), counts), Skipped)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda text: text.upper(), lambda text: "\n  ".join(text.split()), lambda text: ", ".join(text.split()),
+        lambda text: " ".join(f"<b>{word}</b>" for word in text.split()), lambda text: text.replace(" ", "&nbsp;"),
+        lambda text: " ".join(f"**{word}**" for word in text.split()), lambda text: text.replace(" ", "_"),
+        lambda text: text.replace("sum", "[sum](https://example.org/sum)"), lambda text: json.dumps(text.replace(" ", "\n")),
+        lambda text: " ".join(chr(0xFEE0 + ord(word[0])) + word[1:] if word[0].isascii() else word for word in text.split()),
+        lambda text: unicodedata.normalize("NFD", text), lambda text: text.replace("integer", "in\u00adteger"),
+        lambda text: text.replace("returns", r"\emph{returns}"),
+    ],
+)  # fmt: skip
+def test_a_reformatted_item_is_found_whichever_side_has_the_form(form, document, tmp_path: Path) -> None:
+    item = f"{ITEM} caf\u00e9 1,000"
+    for number, (of_set, of_document) in enumerate([(item, form(item)), (form(item), item)]):
+        (sets := tmp_path / f"sets{number}").mkdir()
+        (sets / "bench.jsonl").write_text(json.dumps({"prompt": of_set}))
+        check = collected(sets, tmp_path / f"runs{number}")
+        left = check(document(f"{ENGLISH}\n\n{of_document}\n\n{ENGLISH}"), Counter())
+        assert isinstance(left, Document) and left.text == f"{ENGLISH}\n\n{ENGLISH}"
+
+
+@given(st.data())
+def test_what_is_taken_out_is_what_stands_around_passages_and_nothing_else(data: st.DataObject) -> None:
+    text = data.draw(st.text(st.sampled_from("ab \n"), max_size=900))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6, unique=True)))
+    spans = list(zip(cuts[::2], cuts[1::2], strict=False))
+    left = without(text, spans).split()
+    kept = [True] * len(text)
+    for start, end in spans:
+        kept[start:end] = [False] * (end - start)
+    far = [True] * len(text)
+    for start, end in spans:
+        far[max(0, start - AROUND) : end + AROUND] = [False] * (min(len(text), end + AROUND) - max(0, start - AROUND))
+    letters = len("".join(left))
+    assert sum(at and not char.isspace() for at, char in zip(far, text, strict=True)) <= letters
+    assert letters <= sum(at and not char.isspace() for at, char in zip(kept, text, strict=True))
 
 
 @pytest.mark.parametrize("count", [1, 7])
@@ -235,8 +301,8 @@ def test_runs_are_the_same_in_however_many_tables_files_and_spans_they_lie(
     texts = [f"so {item.upper()}, he said" for item in items] + [
         " ".join(f"w{some.randrange(40)}" for _ in range(30)) for _ in range(60)
     ]
-    found = [isinstance(plain(document(text)), Skipped) for text in texts]
-    assert [isinstance(cut(document(text)), Skipped) for text in texts] == found
+    found = [bool(plain.passages(text)) for text in texts]
+    assert [cut.passages(text) for text in texts] == [plain.passages(text) for text in texts]
     least = [decontaminate.LEAST] * 50 + [decontaminate.GRAM] * 10  # the lines of one text are no items
     assert found[:60] == [len(item.split()) >= n for item, n in zip(items, least, strict=True)]
     assert not any(found[60:]), "what is drawn by chance is kept"

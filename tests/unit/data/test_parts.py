@@ -180,7 +180,9 @@ def test_a_picture_that_fills_a_row_is_left_out_and_counted(tmp_path: Path, png,
     parts.read_part(list_files(SourceSpec("s", str(tmp_path / "raw"))), some[0])
     Tokenizer.bytes_only().save(tmp_path / TOKENIZER)
     packed = parts.pack_part(some[0], ["train"], tmp_path, dataclasses.replace(config, train_length=14), 0)
-    assert packed == parts.Packed(drops={"image": Counter({"image does not fit a row": 1})})
+    reason = "image does not fit a row"
+    first = {"image": {reason: "s/picture.png"}}
+    assert packed == parts.Packed(drops={"image": Counter({reason: 1})}, first=first)
 
 
 def test_the_tokenizers_sample_is_bounded_and_spread_over_the_parts(

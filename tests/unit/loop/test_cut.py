@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections import Counter
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -96,7 +97,7 @@ def test_labels_of_label_studio_argilla_and_chats_are_read(tmp_path: Path) -> No
         {"data": {"id": "no"}, "annotations": [{"was_cancelled": True, "result": [{"value": {"text": ["x"]}}]}]},
     ]
     (tmp_path / "studio.json").write_text(json.dumps(studio))
-    by_id, chats = read_imports(tmp_path / "studio.json")
+    by_id, chats = read_imports(tmp_path / "studio.json", Counter())
     assert by_id == {"a": "one"} and [(row.messages[0]["content"], row.answer) for row in chats] == [("new q", "new a")]
     argilla = [
         {
@@ -107,13 +108,22 @@ def test_labels_of_label_studio_argilla_and_chats_are_read(tmp_path: Path) -> No
         for name, said, status in (("b", "two", "submitted"), ("c", "x", "discarded"))
     ]
     (tmp_path / "argilla.jsonl").write_text("".join(json.dumps(row) + "\n" for row in argilla))
-    assert read_imports(tmp_path / "argilla.jsonl")[0] == {"b": "two"}
+    assert read_imports(tmp_path / "argilla.jsonl", Counter())[0] == {"b": "two"}
     (tmp_path / "chats.jsonl").write_text(json.dumps({"instruction": "Do it.", "output": "Done."}) + "\n")
-    assert read_imports(tmp_path / "chats.jsonl")[1][0].answer == "Done."
+    assert read_imports(tmp_path / "chats.jsonl", Counter())[1][0].answer == "Done."
+    turns = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in
+             (("user", "Who?"), ("assistant", "We."), ("system", "Be brief."))]  # fmt: skip
+    (tmp_path / "parts.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    (of,) = read_imports(tmp_path / "parts.jsonl", Counter())[1]
+    assert of.messages == [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "We."}]
+    unused = Counter[str]()
+    read_imports(tmp_path / "studio.json", unused)
+    read_imports(tmp_path / "argilla.jsonl", unused)
+    assert unused == {"imported, but nobody submitted an answer": 2}
     for text in ("nonsense", '{"messages": []}\n', '{"annotations": 3}\n', json.dumps({"messages": chat("q")})):
         (tmp_path / "wrong.jsonl").write_text(text)
         with pytest.raises(DataError, match=r"wrong\.jsonl"):
-            read_imports(tmp_path / "wrong.jsonl")
+            read_imports(tmp_path / "wrong.jsonl", Counter())
 
 
 # --- cuts ---------------------------------------------------------------------------------------------------------------
@@ -216,7 +226,9 @@ def test_turns_of_one_talk_are_on_one_side_where_nothing_else_is_known_of_it(tmp
     imported = tmp_path / "imported.jsonl"
     of = [{"messages": [*texts[turn].messages, {"role": "assistant", "content": "a"}], "group": "g"} for turn in (0, 1)]
     imported.write_text("".join(json.dumps(one) + "\n" for one in of))
-    assert len({row.person for row in read_imports(imported)[1]}) == 1, "a group of the file's own is one as well"
+    assert len({row.person for row in read_imports(imported, Counter())[1]}) == 1, (
+        "a group of the file's own is one as well"
+    )
 
 
 def test_copies_and_near_copies_count_once(tmp_path: Path) -> None:

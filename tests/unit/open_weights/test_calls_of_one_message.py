@@ -12,6 +12,7 @@ from shoal.api.bodies import ChatRequest
 from shoal.api.limits import Limits
 from shoal.api.requests import chat_call
 from shoal.data.chats.forms import canonical
+from shoal.data.chats.heldout import questions
 from shoal.data.chats.rows import read_chats
 from shoal.inputs.chat import Encoded
 from tests.unit.open_weights.taught import TOOLS, served, tokenizer
@@ -71,6 +72,30 @@ def test_calls_with_one_id_are_a_chat_in_every_format(family: str) -> None:
     assert isinstance(prompt, Encoded)
     text = tokenizer(family).decode(prompt.ids)
     assert text.count("gave-1") == text.count("gave-2") == 1 and text.index("gave-1") < text.index("gave-2")
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "chat",
+    [
+        [ASK, said("Two."), SYSTEM], [ASK, said("Two."), ASK], [ASK, said("Two."), {**SYSTEM, "role": "developer"}],
+        [ASK, said("", call("look", "abcdefghi", "{}")), gave("abcdefghi", "two")],
+        [{**ASK, "content": [{"type": "text", "text": "How "}, {"type": "text", "text": "many?"}]},
+         {**said(None), "content": [{"type": "text", "text": "Two."}]},
+         {**SYSTEM, "content": [{"type": "text", "text": "Be brief."}]}],
+    ],
+)  # fmt: skip
+def test_a_chat_is_learned_up_to_its_last_answer_whatever_comes_behind_it(
+    family: str, chat: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    text = learned(family, rows(tmp_path / "rows.jsonl", chat))
+    assert ("Two." if "tool_calls" not in chat[1] else '"look"') in text
+    its = served(family)
+    ((question,),) = questions(tmp_path / "rows.jsonl", its.tokenizer, its.config, its.chat_template).values()
+    assert question.reference and "Be brief." not in its.tokenizer.decode(question.row.ids)
 
 
 @pytest.mark.parametrize("nothing", ["", " ", None])

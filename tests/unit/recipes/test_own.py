@@ -45,7 +45,9 @@ def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
 def test_rows_that_ask_the_same_are_on_one_side(rows: Path, tmp_path: Path) -> None:
     found = begun(rows, tmp_path / "own")
     parts = read(tmp_path / "own")
-    assert sum(found.values()) == sum(map(len, parts.values())) == 400 and found["dropped"] == 0
+    assert (
+        sum(found[Path(part).stem] for part in PARTS) == sum(map(len, parts.values())) == 400 and not found["left_out"]
+    )
     asked = [{row["messages"][0]["content"] for row in some} for some in parts.values()]
     assert all(asked) and sum(map(len, asked)) == len(set.union(*asked)) == 200
     assert len(parts[LEARN]) > 250
@@ -74,11 +76,51 @@ def test_documents_are_groups(tmp_path: Path) -> None:
     assert [message["content"] for message in first[0]] == ["d3: First 3.", "Then it goes on."]
 
 
+def test_files_and_paragraphs_of_documents_that_are_not_used_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (docs := tmp_path / "docs").mkdir()
+    for n in range(100):
+        (docs / f"d{n}.md").write_text(f"First {n}. Then it goes on.\n\n# Head\n\n\n", "utf-8")
+    for name in ("a.csv", "b.csv", "c"):
+        (docs / name).write_text("x,y\n")
+    found = begun(docs, tmp_path / "own")
+    apart = {"suffix .csv is not read": 2, "suffix (none) is not read": 1, "paragraph of one sentence": 100}
+    assert found["left_out"] == apart and sum(found[Path(part).stem] for part in PARTS) == 100
+    assert cli.main(["recipe", "new", "--from", str(docs), "--out", str(tmp_path / "two")]) == 0
+    assert "left out: 2, suffix .csv is not read" in capsys.readouterr().err
+
+
+TURN = {"role": "assistant", "content": None, "tool_calls": [
+    {"id": "a", "type": "function", "function": {"name": "look", "arguments": "{}"}},
+]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        [{"role": "system", "content": "Be brief."}], [{"role": "user", "content": "Thanks."}],
+        [TURN, {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "two"}]}],
+    ],
+)  # fmt: skip
+def test_a_chat_with_an_answer_is_used_whatever_comes_behind_it(behind: list[Any], tmp_path: Path) -> None:
+    some = [chat(f"What is {n}?", f"It is {n}.") for n in range(200)]
+    for row in some:
+        row["messages"] += behind
+        for message in row["messages"][:2]:
+            message["content"] = [{"type": "text", "text": message["content"]}]
+    found = begun(file_of(tmp_path / "rows.jsonl", some), tmp_path / "own")
+    parts = read(tmp_path / "own")
+    assert sum(map(len, parts.values())) == 200 and not found["left_out"]
+    ends = {row["messages"][-1]["role"] for part in parts.values() for row in part}
+    assert ends == {"assistant"}
+
+
 def test_augmented_rows_are_never_asked(tmp_path: Path) -> None:
     some = [chat(f"What is {n}?", "It is.", augmented="typo" if n % 2 else None) for n in range(400)]
     found = begun(file_of(tmp_path / "rows.jsonl", some), tmp_path / "own")
     parts = read(tmp_path / "own")
-    assert found["dropped"] > 0 and not [row for name in (DEV, ASKED) for row in parts[name] if row.get("augmented")]
+    assert found["left_out"] and not [row for name in (DEV, ASKED) for row in parts[name] if row.get("augmented")]
     assert [row for row in parts[LEARN] if row.get("augmented")]
 
 
@@ -179,7 +221,7 @@ def test_what_cannot_be_used_is_refused(rows: Path, tmp_path: Path) -> None:
         begun(file_of(tmp_path / "few.jsonl", [chat(f"{n}", "x") for n in range(20)]), tmp_path / "own")
     with pytest.raises(DataError, match=r"odd.jsonl.*line 2"):
         begun(file_of(tmp_path / "odd.jsonl", [chat("a", "b"), {"x": 1}]), tmp_path / "own")
-    with pytest.raises(DataError, match="ends with an answer"):
+    with pytest.raises(DataError, match="no chat with an answer"):
         begun(file_of(tmp_path / "text.jsonl", [{"text": "x"}]), tmp_path / "own")
     with pytest.raises(UsageError, match="--from"):
         begun(tmp_path / "none", tmp_path / "own")
@@ -213,7 +255,7 @@ def test_what_asks_the_same_is_on_one_side_whatever_its_group_is_called(tmp_path
     some = [chat(f"What is {n % 300}?", f"It is {n}.", group=f"g{n}") for n in range(400)]
     found = begun(file_of(tmp_path / "rows.jsonl", some), tmp_path / "own")
     asked = [{row["messages"][0]["content"] for row in part} for part in read(tmp_path / "own").values()]
-    assert sum(map(len, asked)) == len(set.union(*asked)) and found["dropped"] > 0
+    assert sum(map(len, asked)) == len(set.union(*asked)) and found["left_out"]
     backwards = begun(file_of(tmp_path / "back.jsonl", some[::-1]), tmp_path / "back")
     assert backwards == found
 
@@ -230,7 +272,7 @@ def test_a_group_of_number_0_is_a_group(tmp_path: Path) -> None:
         ('{"messages": ' + "[" * 100_000, "line 1"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}', "no Unicode"),
         (json.dumps({**chat("a", "b"), "task": "\ud800"}), "no Unicode"),
-        (json.dumps(chat("a", " ")), "ends with an answer"),
+        (json.dumps(chat("a", " ")), "no chat with an answer"),
         (json.dumps({"messages": [{"role": "user", "content": [
             {"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}},
         ]}, {"role": "assistant", "content": "A cat."}]}), "no text"),

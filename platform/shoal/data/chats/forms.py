@@ -23,6 +23,7 @@ from typing import Any
 
 from shoal.errors import DataError
 from shoal.inputs import call_formats, tools
+from shoal.inputs.chat import is_learned
 
 PAIRS = "chosen and rejected, with a prompt or as whole chats"
 KNOWN = "messages; conversations; instruction and output; or text"
@@ -42,6 +43,14 @@ def canonical(row: object, *, native: bool = False) -> dict[str, Any]:
         if row.get(key) is not None:
             return {**row, **read(row, native)}
     raise DataError("no known form", got=f"keys {', '.join(map(str, row))}"[:100], allowed=KNOWN)
+
+
+def to_last_answer(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A canonical row whose messages end with the last answer that is learned: nothing answers what comes behind it, as a
+    system's turn or the result of a call. No messages, where there is no such answer."""
+    messages = row.get("messages") or []
+    last = max((place for place, message in enumerate(messages, 1) if is_learned(message)), default=0)
+    return {**row, "messages": messages[:last]} if messages else dict(row)
 
 
 def offered(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:

@@ -188,8 +188,10 @@ def chats(
         with refusing(line, refuse):
             native = tokenizer.calls is not None
             given = _row(text, heldout=heldout)
-            values = forms.canonical(given, native=native)
+            values = forms.to_last_answer(forms.canonical(given, native=native))
             messages = values.get("messages") or []
+            if not messages and not values.get("text"):
+                raise DataError("no answer")
             told = forms.offered(values) if native and messages else None
             if messages:
                 row = encode_chat(
@@ -199,7 +201,7 @@ def chats(
                 ids = [*tokenizer.prompt(values["text"]), tokenizer.ends[0]]
                 row = Encoded(ids, [], [True] * len(ids))
             if not any(row.answer):
-                raise DataError("no answer")
+                raise DataError("answers that the chat template shows otherwise than it asks for them")
             sent = forms.as_sent(given) if heldout and messages else None
             chat = Chat(line, messages, row, task_of(values), group_of(values), told, sent)
         if chat is not None:
@@ -247,7 +249,7 @@ def labels(path: str | Path) -> Iterator[tuple[str, int]]:
     for line, text in numbered(Path(path)):
         # who reads the rows themselves says what is wrong with them
         with refusing(line, Refused()):
-            values = forms.canonical(_row(text, heldout=False))
+            values = forms.to_last_answer(forms.canonical(_row(text, heldout=False)))
             yield task_of(values), group_of(values)
 
 

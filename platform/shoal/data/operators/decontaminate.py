@@ -1,25 +1,28 @@
-"""Training documents that hold what a model will be evaluated on, found by runs of 13 words that both have.
+"""Passages that a model will be evaluated on, taken out of training documents. Runs of 13 words that both have find them.
 
     a part of the sets   texts -> runs of words as hashes, in tables (`collect`)
     a span of hashes     its share of all these tables -> one table, each hash once (`merge`)
 
-Notable: every string of an evaluation set counts, whatever its field is called, so the benchmarks' own files can be named.
+Notable: the passage goes, not the document: a licence that a set quotes is no reason to lose a book. What is compared is words
+alone (`grams`), on both sides, so a reformatted item is found. Every string of an evaluation set counts, whatever its field is
+called, so the benchmarks' own files can be named.
 However much the sets hold, a task holds `HELD` runs or a span; who reads a corpus maps the tables, which the processes of a
 machine share.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from shoal.data import tables
 from shoal.data.documents import Document, Skipped
-from shoal.data.operators.grams import grams, words
+from shoal.data.operators.grams import grams, placed, words
 from shoal.data.sources import rows
 from shoal.data.sources.files import File, Unusable
 from shoal.data.sources.kinds import PARQUET, TABLES
@@ -29,6 +32,10 @@ from shoal.errors import DataError
 
 GRAM = 13  # words; what GPT-3 and most after it took
 LEAST = 8  # words of an item shorter than that: it counts as a whole; still shorter ones are said by chance
+AROUND = 200  # characters that go with a passage on each side, as GPT-3 had it: an item's answer stands beside it ...
+PARAGRAPH = "\n\n"  # ... but never more than its paragraph
+LEFT = 40  # characters of a document; with less beside the passages it was nothing else
+_SPACE = re.compile(r"\s")
 HELD = 2**21  # runs that are held at once while texts are read
 
 
@@ -57,17 +64,69 @@ class Decontaminate:
         count = len(self._keys)
         self._starts = np.array([tables.KEYS * number // count for number in range(count)], dtype=np.uint64)
 
-    def __call__(self, document: Document) -> Document | Skipped:
-        found = words(document.text)
-        for n in self._lengths:
-            if self._any_known(grams(found, n)):
-                reason = f"shares {GRAM} words with an evaluation set" if n == GRAM else "holds an evaluation item"
-                return Skipped(document.origin, document.source, reason, operator="decontamination")
-        return document
+    def __call__(self, document: Document, counts: Counter[str]) -> Document | Skipped:
+        """The document without the passages, counted in `counts`; of questions with answers, without those pairs. It is left
+        out where it holds next to nothing else."""
+        if document.questions:
+            asked = tuple((q, a) for q, a in document.questions if not (self.passages(q) or self.passages(a)))
+            out, what = len(document.questions) - len(asked), "questions left out"
+            left = replace(document, questions=asked, text="").mended(str)  # whose text is made of them
+        else:
+            found = self.passages(document.text)
+            out, what = len(found), "passages left out"
+            left = replace(document, text=without(document.text, found))
+        if not out:
+            return document
+        if not left.questions and len(left.text.strip()) < LEFT:
+            reason = "holds next to nothing but evaluation items"
+            return Skipped(document.origin, document.source, reason, operator="decontamination")
+        counts[what] += out
+        return left
 
-    def _any_known(self, some: np.ndarray) -> bool:
+    def passages(self, text: str) -> list[tuple[int, int]]:
+        """Where runs of words that evaluation sets have begin and end in `text`: apart from each other, in order."""
+        found, places = placed(text)
+        hit = np.zeros(len(found), dtype=bool)
+        for n in self._lengths:
+            for at in np.flatnonzero(self._known(grams(found, n))):
+                hit[at : at + n] = True
+        edges = np.flatnonzero(np.diff(hit, prepend=False, append=False)).reshape(-1, 2)
+        return [(int(places[first, 0]), int(places[last - 1, 1])) for first, last in edges]
+
+    def _known(self, some: np.ndarray) -> np.ndarray:
+        """bool: which of `some` a table has."""
         of = np.searchsorted(self._starts, some, side="right") - 1
-        return any(_any_in(some[of == number], self._keys[number]) for number in np.unique(of).tolist())
+        known = np.zeros(len(some), dtype=bool)
+        for number in np.unique(of).tolist():
+            known[of == number] = _which_in(some[of == number], self._keys[number])
+        return known
+
+
+def without(text: str, passages: Sequence[tuple[int, int]]) -> str:
+    """`text` without the passages and what goes with them."""
+    pieces, done = list[str](), 0
+    for start, end in passages:
+        pieces.append(text[done : max(done, _begin(text, start))])
+        done = max(done, _end(text, end))
+    return PARAGRAPH.join(piece.strip("\n") for piece in [*pieces, text[done:]] if piece.strip())
+
+
+def _begin(text: str, start: int) -> int:
+    """Where what goes with a passage before it begins: its paragraph, or else a word."""
+    least = max(0, start - AROUND)
+    if (at := text.rfind(PARAGRAPH, least, start)) >= 0:
+        return at + len(PARAGRAPH)
+    space = _SPACE.search(text, least, start) if least else None
+    return space.start() if space else least
+
+
+def _end(text: str, end: int) -> int:
+    """Where what goes with a passage behind it ends."""
+    most = min(len(text), end + AROUND)
+    if (at := text.find(PARAGRAPH, end, most)) >= 0:
+        return at
+    space = max(text.rfind(" ", end, most), text.rfind("\n", end, most)) if most < len(text) else -1
+    return space if space >= 0 else most
 
 
 def collect(files: Sequence[File], path: Path) -> Runs:
@@ -153,9 +212,9 @@ def _strings(values: Iterable[object]) -> Iterator[str]:
             yield from _strings(value)
 
 
-def _any_in(some: np.ndarray, known: np.ndarray) -> bool:
-    """Whether one of `some` is in the sorted array `known`."""
-    if not len(some) or not len(known):
-        return False
+def _which_in(some: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """bool: which of `some` are in the sorted array `known`."""
+    if not len(known):
+        return np.zeros(len(some), dtype=bool)
     at = np.minimum(np.searchsorted(known, some), len(known) - 1)
-    return bool((known[at] == some).any())
+    return np.asarray(known[at] == some)

@@ -3,8 +3,8 @@
 Three steps. MinHash finds candidates: a signature of 80 values stands for a document's 5-grams of words, and two documents
 whose values agree in one of 40 bands of 2 are looked at. Of these, the ones that agree in 5 of all values go on: documents
 that share a line agree in a band once there are enough of them, and hardly in more (decision 0124). Then the texts themselves
-decide: they are near copies when their words, counted, agree to 80 %, and a fifth of their 5-grams too, so that neither a
-shared licence header nor a shared vocabulary makes a copy.
+decide: they are near copies when their words, counted, agree to 80 %, a fifth of their 5-grams too, and half of their figures,
+so that neither a shared licence header nor a shared vocabulary nor a form that is filled in makes a copy.
 
 Notable: a document is dropped when an *earlier* one is nearly equal. So there is no union of sets to hold in one memory: a
 band is looked at alone, a span of its keys a task, and a part's candidates are compared by a task of its own.
@@ -24,7 +24,7 @@ from datasketch import MinHash
 
 from shoal.data import tables
 from shoal.data.documents import Document
-from shoal.data.operators.grams import grams, words
+from shoal.data.operators.grams import figures, grams, words
 from shoal.data.place import here
 from shoal.data.tables import Parts, Span
 
@@ -36,7 +36,9 @@ LEAST_EQUAL = 5
 LEAST_WORDS = 20  # fewer say too little
 MOST_APART = 16  # documents of one bucket that each is compared with: the ones just before it
 SAME_WORDS = 0.8  # share of the words, counted, that near copies have in common ...
-SAME_GRAMS = 0.2  # ... and of the 5-grams: every changed word breaks five
+SAME_GRAMS = 0.2  # ... of the 5-grams: every changed word breaks five ...
+SAME_FIGURES = 0.5  # ... and of the figures of the one with fewer: two sheets of one form differ in them
+LEAST_FIGURES = 4  # fewer say too little, as a date does
 CHUNK = 4096  # 5-grams hashed at once
 SIGNATURES = ".near"  # suffix of a part's table
 LOW = [f"low{number}" for number in range(BANDS * WIDTH // 8)]  # columns of it: the lowest bytes of eight values each
@@ -133,16 +135,19 @@ def nearly_equal(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 class Counted(NamedTuple):
-    """What comparing a text takes: its words and how often each stands there, and its 5-grams, each sorted and once."""
+    """What comparing a text takes: its words and how often each stands there, its 5-grams and its figures,
+    each sorted and once."""
 
     words: np.ndarray
     times: np.ndarray
     grams: np.ndarray
+    figures: np.ndarray
     total: int  # words
 
     @classmethod
     def of(cls, words: np.ndarray) -> Counted:
-        return cls(*np.unique(words, return_counts=True), np.unique(grams(words, GRAM)), len(words))
+        words_, times = np.unique(words, return_counts=True)
+        return cls(words_, times, np.unique(grams(words, GRAM)), figures(words), len(words))
 
 
 def alike(one: Counted, other: Counted) -> bool:
@@ -152,7 +157,11 @@ def alike(one: Counted, other: Counted) -> bool:
     if 2 * common < SAME_WORDS * (one.total + other.total):
         return False
     shared = len(np.intersect1d(one.grams, other.grams, assume_unique=True))
-    return shared >= SAME_GRAMS * (len(one.grams) + len(other.grams) - shared)
+    if shared < SAME_GRAMS * (len(one.grams) + len(other.grams) - shared):
+        return False
+    some = min(len(one.figures), len(other.figures))
+    same = len(np.intersect1d(one.figures, other.figures, assume_unique=True))
+    return some < LEAST_FIGURES or same >= SAME_FIGURES * some
 
 
 def _agreeing(parts: Parts, band: int, span: Span) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""Personal data taken out of texts: e-mail addresses become ``[email]``, public IP addresses ``[ip]``, telephones ``[phone]``;
-where it is asked for also keys that services give out ``[secret]``, payment cards ``[card]`` and bank accounts ``[iban]``.
+"""Personal data and secrets taken out of texts. Each kind is replaced by its name: ``[email]``, ``[ip]`` (public addresses),
+``[phone]``, ``[secret]`` (keys, tokens, private keys, passwords in URLs), ``[card]``, ``[iban]`` and ``[id]`` (identity, tax
+and passport numbers).
 
-Notable: rules find what is written in a usual form and nothing else; names and postal addresses stay. Code stays code: what
-``@`` joins is an address only below a domain that is given out, so ``x@self.weight`` and ``q@k.mT`` are left.
+Notable: patterns find what is written in a usual form and nothing else; names, postal addresses and dates of birth stay. Code
+stays code: what ``@`` joins is an address only below a domain that is given out, so ``x@self.weight`` and ``q@k.mT`` are left.
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from shoal.data.documents import Document
+from shoal.data.operators.id_numbers import card_spans, iban_spans, id_spans
+from shoal.data.operators.phones import phone_spans
+from shoal.data.operators.secret_tokens import Span, secret_spans
 
-Kind = Literal["email", "ip", "phone", "secret", "card", "iban"]
-ALL: tuple[Kind, ...] = ("secret", "iban", "card", "email", "ip", "phone")  # longer forms first: a card is no telephone
+Kind = Literal["email", "ip", "phone", "secret", "card", "iban", "id"]
+# longer forms first: a card is no telephone
+ALL: tuple[Kind, ...] = ("secret", "iban", "card", "id", "email", "ip", "phone")
 
 # Top domains: those of countries, and the others in which people have mail.
 _TOP = """ac ad ae af ag ai al am ao aq ar as at au aw ax az ba bb bd be bf bg bh bi bj bm bn bo br bs bt bw by bz ca cc cd cf
@@ -44,23 +49,8 @@ _IP = re.compile(
     r"(?<![\w.])(?:\d{1,3}(?:\.\d{1,3}){3}(?![\w-]|\.\d)"
     r"|(?<![0-9A-Fa-f]:)(?<!::)[0-9A-Fa-f]{1,4}(?::[0-9A-Fa-f]{0,4}){1,6}:[0-9A-Fa-f]{1,4}(?!\w|:[\w:]|\.\d))"
 )
+_TWO_DIGITS = re.compile(r"\d\d")
 _VERSION = re.compile(r"(?:[=<>~!^]=|(?<![A-Za-z])v(?:er(?:sion)?)?_*)[\s:=\"']*\Z", re.IGNORECASE)
-_GAP = r"[ .\u00a0\u2010-\u2013-]"  # between the parts of a number: a space, a dot, hyphens and dashes
-_PHONE = re.compile(
-    rf"(?<![\w.+-])(?<!\d{_GAP})"
-    rf"(?:\+\d{{1,3}}{_GAP}?(?:\(\d{{1,4}}\){_GAP}?)?\d{{1,4}}(?:{_GAP}?\d{{2,4}}){{2,4}}"  # +49 (30) 1234 567
-    # (555) 123-4567, 1-800-555-0199, 555 123 4567; but no three of more numbers in a row
-    rf"|(?:1{_GAP})?(?:\(\d{{3}}\) ?|[2-9]\d{{2}}{_GAP})\d{{3}}{_GAP}\d{{4}}(?!{_GAP}\d))"
-    rf"(?![\w-])"
-)
-
-
-_SECRET = re.compile(
-    r"(?<![\w-])(?:(?:sk|pk|rk)[-_](?:[A-Za-z]+[-_]){0,3}[A-Za-z0-9_-]{16,}|(?:AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{36,}"
-    r"|xox[abprs]-[A-Za-z0-9-]{10,}|AIza[0-9A-Za-z_-]{35}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,})(?![\w-])"
-)
-_CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-]|\.\d)")
-_IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)")
 
 
 def scrub(document: Document, kinds: Sequence[Kind], counts: Counter[str]) -> Document:
@@ -71,52 +61,70 @@ def scrub(document: Document, kinds: Sequence[Kind], counts: Counter[str]) -> Do
 def scrubbed(text: str, kinds: Sequence[Kind], counts: Counter[str]) -> str:
     """`text` without the personal data of these `kinds`; what was taken out is added to `counts`, by kind."""
     for kind in kinds:
-        pattern, holds = _RULES[kind]
-        text = pattern.sub(lambda m, k=kind, h=holds: _replace(m, k, h, counts), text)  # type: ignore[misc]
+        pieces, done = list[str](), 0
+        for start, end in merged(_SPANS[kind](text)):
+            pieces += [text[done:start], f"[{kind}]"]
+            counts[kind] += 1
+            done = end
+        text = "".join([*pieces, text[done:]]) if pieces else text
     return text
 
 
-def _replace(match: re.Match[str], kind: str, holds: Callable[[re.Match[str]], bool], counts: Counter[str]) -> str:
-    if not holds(match):
-        return match[0]
-    counts[kind] += 1
-    return f"[{kind}]"
+def merged(spans: Iterable[Span]) -> list[Span]:
+    """The spans in order, those that overlap as one."""
+    found: list[Span] = []
+    for start, end in sorted(spans):
+        if found and start < found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((start, end))
+    return found
 
 
-def _is_mail(found: re.Match[str]) -> bool:
-    top: str = found[1]
-    return top.startswith("xn--") or ((top.islower() or top.isupper()) and top.lower() in TOP)
+def email_spans(text: str) -> Iterator[Span]:
+    """Where e-mail addresses stand in `text`."""
+    for found in _EMAIL.finditer(text) if "@" in text else ():
+        top: str = found[1]
+        if top.startswith("xn--") or ((top.islower() or top.isupper()) and top.lower() in TOP):
+            yield found.span()
 
 
-def _is_public(found: re.Match[str]) -> bool:
-    """Whether it is an address that leads to somebody: 127.0.0.1, 10.0.0.1 and ::1 do not, nor does a version."""
-    address = found[0]
-    if _VERSION.search(found.string[max(0, found.start() - 24) : found.start()]):
-        return False
-    try:
-        return ipaddress.ip_address(address).is_global and len(re.findall(r"\w+", address)) > 2  # 1::2 is a slice
-    except ValueError:
-        return False
+def ip_spans(text: str) -> Iterator[Span]:
+    """Where public IP addresses stand in `text`: 127.0.0.1, 10.0.0.1 and ::1 lead to nobody, nor does a version."""
+    for found in _IP.finditer(text):
+        address = found[0]
+        if _VERSION.search(text[max(0, found.start() - 24) : found.start()]):
+            continue
+        try:
+            # 1::2 is a slice
+            if ipaddress.ip_address(address).is_global and len(re.findall(r"\w+", address)) > 2:
+                yield found.span()
+        except ValueError:
+            continue
 
 
-def _is_card(found: re.Match[str]) -> bool:
-    """Whether its last digit is the check digit of the others (Luhn)."""
-    digits = [int(letter) for letter in found[0] if letter.isdigit()][::-1]
-    doubled = [sum(divmod(2 * digit, 10)) for digit in digits[1::2]]
-    return len(set(digits)) > 1 and (sum(digits[::2]) + sum(doubled)) % 10 == 0
+def _in_lines(find: Callable[[str], Iterator[Span]]) -> Callable[[str], Iterator[Span]]:
+    """`find`, but only in lines with two digits beside each other, each with the line before it, which may name a number. All
+    that is looked for has such digits, and most lines have none. Spans may be found twice."""
+
+    def found(text: str) -> Iterator[Span]:
+        end = 0
+        while pair := _TWO_DIGITS.search(text, end):
+            line = text.rfind("\n", 0, pair.start())
+            start = text.rfind("\n", 0, max(line, 0)) + 1
+            end = text.find("\n", pair.end())
+            end = end if end >= 0 else len(text)
+            yield from ((start + first, start + last) for first, last in find(text[start:end]))
+
+    return found
 
 
-def _is_iban(found: re.Match[str]) -> bool:
-    """Whether its check digits are right: 1 modulo 97, letters as numbers and the first four characters last."""
-    bare = found[0].replace(" ", "")
-    return len(bare) >= 15 and int("".join(str(int(letter, 36)) for letter in bare[4:] + bare[:4])) % 97 == 1
-
-
-_RULES: dict[Kind, tuple[re.Pattern[str], Callable[[re.Match[str]], bool]]] = {
-    "email": (_EMAIL, _is_mail),
-    "ip": (_IP, _is_public),
-    "secret": (_SECRET, lambda found: True),
-    "card": (_CARD, _is_card),
-    "iban": (_IBAN, _is_iban),
-    "phone": (_PHONE, lambda found: sum(map(str.isdigit, found[0])) >= 9),
+_SPANS: dict[Kind, Callable[[str], Iterator[Span]]] = {
+    "secret": secret_spans,
+    "iban": _in_lines(iban_spans),
+    "card": _in_lines(card_spans),
+    "id": _in_lines(id_spans),
+    "email": email_spans,
+    "ip": ip_spans,
+    "phone": _in_lines(phone_spans),
 }

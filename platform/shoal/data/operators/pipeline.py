@@ -4,9 +4,9 @@ it drops or changes.
     unicode          mojibake, NFC, control characters, line ends: mended            `clean`
     language         texts that are surely of another language                       `language`       off: none is named
     quality          too short, symbols, repetition; of code: generated, minified    `clean`
-    pii              e-mail and public IP addresses, phone numbers: replaced         `pii`            off
+    decontamination  passages that share 13 words with an evaluation set: taken out  `decontaminate`  off: none is named
+    pii              personal data and secrets: replaced                             `pii`            off
     image            format, pixels, sides, by the header                            `images`
-    decontamination  texts that share 13 words with an evaluation set                `decontaminate`  off: none is named
     dedup            equal to an earlier document                                    `identities`
     near dedup       nearly equal to an earlier document                             `near`
 
@@ -54,7 +54,6 @@ class Pipeline:
 
     def __init__(self, operators: Operators, evaluation: Known | None = None) -> None:
         self.changes: dict[str, Counter[str]] = {}  # operator -> what -> times
-        self._operators = operators
         self._steps: list[Callable[[Document], Document | Skipped]] = []
         if operators.unicode:
             self._steps.append(self._mend)
@@ -64,14 +63,15 @@ class Pipeline:
             self._steps.append(Language(operators.languages))
         if operators.quality:
             self._steps.append(clean.check)
-        if operators.pii:
-            self._steps.append(self._scrub)
-        if operators.image:
-            self._steps.append(images.check)
-        if evaluation is not None:
+        if evaluation is not None:  # before anything is replaced: the sets hold what was there
             from shoal.data.operators.decontaminate import Decontaminate
 
-            self._steps.append(Decontaminate(evaluation))
+            decontaminate = Decontaminate(evaluation)
+            self._steps.append(lambda document: decontaminate(document, self._counts("decontamination")))
+        if operators.pii:
+            self._steps.append(lambda document: scrub(document, operators.pii, self._counts("pii")))
+        if operators.image:
+            self._steps.append(images.check)
 
     def __call__(self, document: Document) -> Document | Skipped:
         """The document as it goes on, or why it does not."""
@@ -90,13 +90,12 @@ class Pipeline:
     def _mend(self, document: Document) -> Document | Skipped:
         mended = clean.mend(document)
         if mended.text.split() != document.text.split():  # white space at the ends of lines is no damage
-            self.changes.setdefault("unicode", Counter())["documents mended"] += 1
+            self._counts("unicode")["documents mended"] += 1
         if lost := len(document.questions) - len(mended.questions):
-            self.changes.setdefault("unicode", Counter())["questions left out"] += lost
+            self._counts("unicode")["questions left out"] += lost
         if document.text and not mended.text.strip() and mended.image is None:
             return Skipped(document.origin, document.source, "nothing but control characters", operator="unicode")
         return mended
 
-    def _scrub(self, document: Document) -> Document:
-        counts = self.changes.setdefault("pii", Counter())
-        return scrub(document, self._operators.pii, counts)
+    def _counts(self, operator: str) -> Counter[str]:
+        return self.changes.setdefault(operator, Counter())

@@ -35,6 +35,7 @@ class Member:
 
     name: str
     data: bytes | Unusable
+    left_out: bool = False  # by its name
 
     def read(self) -> bytes:
         """Raises Unusable."""
@@ -73,7 +74,7 @@ class Sample:
             yield self
         else:
             yield from self.parts.values()
-            yield from self._rest()
+        yield from self._rest()
 
     def has(self, suffix: str) -> bool:
         return suffix in self._suffixes
@@ -101,6 +102,9 @@ def samples(found: Iterable[Member]) -> Iterator[Member | Sample]:
     sample = Sample()
     try:
         for member in found:
+            if member.left_out:
+                yield member
+                continue
             folder, slash, last = member.name.rpartition("/")
             stem, dot, rest = last.partition(".")
             key, suffix = folder + slash + stem, dot + rest.lower()
@@ -132,14 +136,18 @@ class _Header(tarfile.TarInfo):
 
 
 def members(stream: IO[bytes], spec: SourceSpec) -> Iterator[Member]:
-    """The files of a tar, or of several one after the other, in order, but those that are left out of the source. Raises
-    Unusable where the archive is broken."""
+    """The files of a tar, or of several one after the other, in order; of those that are left out the
+    names alone. Raises Unusable where the archive is broken."""
     try:
         with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header, ignore_zeros=True) as tape:
             while info := tape.next():
                 tape.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them to the end
-                if not info.isdir() and not any(left_out(part, spec) for part in PurePosixPath(info.name).parts):
-                    yield Member(printable(info.name), _data(tape, info))
+                if info.isdir():
+                    continue
+                reasons = filter(None, (left_out(part, spec) for part in PurePosixPath(info.name).parts))
+                reason = next(reasons, "")
+                data = Unusable(reason) if reason else _data(tape, info)
+                yield Member(printable(info.name), data, left_out=bool(reason))
     except (OSError, pa.ArrowException):  # of what it is stored in
         raise
     except Exception as error:  # tarfile meets broken numbers, names and notes with errors of many kinds

@@ -29,6 +29,7 @@ from shoal.errors import DataError
 
 CUT_BYTES = 2**28  # of a piece; larger files of lines or row groups are cut
 CODECS = {".gz": "gzip", ".zst": "zstd"}
+LINKED = "folder behind a symbolic link"
 # bytes read, or decompressed, at once: of a compressed file that is cut off, as much before the cut is lost
 BUFFER = 2**17
 
@@ -45,6 +46,7 @@ class Entry(NamedTuple):
     size: int  # bytes, as stored
     changed: int  # when, in nanoseconds
     fault: str = ""  # why it cannot be read, where the listing says so
+    left_out: bool = False  # not by a fault, but by its name or its place
 
     @property
     def stamp(self) -> str:
@@ -142,15 +144,24 @@ class File:
         return Skipped(f"{self.name}#{row}" if row else self.name, self.spec.name, reason, operator)
 
 
-def list_files(spec: SourceSpec, s3: S3 | None = None) -> list[File]:
-    """The files of a source, sorted by path. Folders reached through a symbolic link are not entered, hidden ones neither.
+def list_files(spec: SourceSpec, s3: S3 | None = None, left_out: list[File] | None = None) -> list[File]:
+    """The files of a source, sorted by path. Folders reached through a symbolic link are not entered, hidden ones neither:
+    such a folder, and a file that is left out by its name, is put into `left_out`, with the reason as its fault.
 
     Raises DataError when the source is missing, holds no file, or is neither local nor in S3.
     """
     store = store_of(spec, s3 or S3())
     found = store.entries(spec)
     if spec.reader == "docstrings":
-        found = [entry for entry in found if entry.fault or kind_of(entry.path).suffix == ".py"]
+        found = [
+            entry
+            if entry.fault or kind_of(entry.path).suffix == ".py"
+            else entry._replace(fault="no Python, of which docstrings are read", left_out=True)
+            for entry in found
+        ]
+    if left_out is not None:
+        left_out += [_file(entry, None, spec, store) for entry in found if entry.left_out]
+    found = [entry for entry in found if not entry.left_out]
     beside = {entry.path: os.path.splitext(entry.path)[0] + ".txt" for entry in found if kind_of(entry.path).image}
     texts = {entry.path: entry for entry in found if entry.path in set(beside.values())}
     captions = {path: texts[text] for path, text in beside.items() if text in texts}
@@ -236,9 +247,13 @@ class Local:
             found.append(Entry(error.filename, os.path.relpath(error.filename, start), 0, 0, fault))
 
         for folder, names, files in os.walk(start, onerror=unread):
+            for name in [*names, *files]:
+                path = os.path.join(folder, name)
+                reason = left_out(name, spec) or (LINKED if name in names and os.path.islink(path) else "")
+                if reason or name in files:
+                    entry = _entry(path, os.path.relpath(path, start))
+                    found.append(entry._replace(fault=reason, left_out=bool(reason)))
             names[:] = [name for name in names if not left_out(name, spec)]
-            for path in (os.path.join(folder, name) for name in files if not left_out(name, spec)):
-                found.append(_entry(path, os.path.relpath(path, start)))
         return found
 
     def open(self, path: str) -> IO[bytes]:
@@ -282,8 +297,11 @@ class S3Store:
         except OSError as error:
             raise s3.fault(f"source {spec.name}: {spec.uri}", error) from error
         files = [info for info in everything if info.type == pafs.FileType.File]
-        found = [_s3_entry(info, info.path[len(start) + 1 :]) for info in files]
-        return [entry for entry in found if not any(left_out(part, spec) for part in PurePosixPath(entry.name).parts)]
+        found = []
+        for entry in (_s3_entry(info, info.path[len(start) + 1 :]) for info in files):
+            reason = next(filter(None, (left_out(part, spec) for part in PurePosixPath(entry.name).parts)), "")
+            found.append(entry._replace(fault=reason, left_out=bool(reason)))
+        return found
 
     def open(self, path: str) -> IO[bytes]:
         with reading(s3.SCHEME + path):
@@ -355,9 +373,11 @@ def local_path(uri: str) -> Path:
     return Path(os.path.expanduser(uri))
 
 
-def left_out(name: str, spec: SourceSpec) -> bool:
-    """Whether a file or folder of this name is not looked at."""
-    return name.startswith(".") or any(fnmatchcase(name, pattern) for pattern in spec.exclude)
+def left_out(name: str, spec: SourceSpec) -> str:
+    """Why a file or folder of this name is not looked at; empty where it is."""
+    if name.startswith("."):
+        return "name begins with a dot"
+    return "excluded by its source" if any(fnmatchcase(name, pattern) for pattern in spec.exclude) else ""
 
 
 def printable(name: str) -> str:
