@@ -23,7 +23,6 @@ EVERY = 5.0  # seconds between two readings
 SILENT = 600.0  # seconds without a look, from which on the page says so
 DRAWN = 3  # signals in a chart
 BEYOND = 2.0  # powers of ten above an alarm's to which evidence is drawn: it grows without end
-BAND = 0.2  # standard deviations that are no drift (`loop.detector.BAND`)
 NO_ROUTE = look.empty(
     "No drift to show",
     "This service captures nothing. Start it with <code>shoal serve --capture DIR</code>.",
@@ -86,7 +85,9 @@ def sentence(told: Told) -> str:
         return f"Nobody has looked for {_span(silent)}: is shoal watch still running?"
     report = found["report"]
     if report["state"] == "learning":
-        return f"Not enough requests yet: {report['requests']:,} of {report['needed']:,}."
+        if report["requests"] >= report["needed"]:
+            return f"Not yet enough days: {report['requests']:,} sessions have come."
+        return f"Not yet enough: {report['requests']:,} of {report['needed']:,} sessions have come."
     if report["state"] == "quiet":
         return f"Nothing has moved since {_moment(report['reference'].get('ended'))}."
     if report["state"] == "watching":
@@ -114,7 +115,7 @@ def show(told: Told) -> str:
     parts.append('<div class="figures">')
     if report["state"] == "learning":
         share = min(1.0, report["requests"] / max(1, report["needed"]))
-        parts.append(look.bars("Requests of the reference", {"learned": share}, {"learned": f"{share:.0%}"}))
+        parts.append(look.bars("Sessions of the reference", {"learned": share}, {"learned": f"{share:.0%}"}))
     else:
         parts += [_evidence(found), _signals(found), _now(found)]
     parts += [_notes(report), *_captured(told), "</div>"]
@@ -133,13 +134,13 @@ def _facts(found: Told) -> list[tuple[str, str]]:
     report = found["report"]
     learning = report["state"] == "learning"
     facts = [("State", report["state"])]
-    facts.append(("Requests", f"{report['requests']:,}"))
+    facts.append(("Sessions", f"{report['requests']:,}"))
     if not learning:
         facts.append(("Evidence of an alarm's", _share(report["evidence"] / max(1, report["needed"]))))
     if report["since"]:
         facts.append(("Since, UTC", _moment(report["since"])))
     if report["found_after"] is not None:
-        facts.append(("Requests to the alarm", f"{report['found_after']:,}"))
+        facts.append(("Sessions to the alarm", f"{report['found_after']:,}"))
     if regret := report.get("regret"):
         lost = f"{regret['mean']:.3f} of {regret['tolerance']:g}"
         facts.append(("Lost by depth auto, nats a token", lost))
@@ -165,7 +166,7 @@ def _moved(report: Told) -> str:
         )
         for each in report["signals"]
     ]  # fmt: skip
-    head = ("signal", "moved", "since, UTC", "requests", "PSI (chance)", "KS (chance)")
+    head = ("signal", "moved", "since, UTC", "sessions", "PSI (chance)", "KS (chance)")
     return look.table("What moved", head, rows)
 
 
@@ -182,18 +183,18 @@ def _evidence(found: Told) -> str:
     if len(points) < 2:
         return look.remark("Evidence", "It is drawn from the second look on.")
     line = [(points[0][0], needed), (points[-1][0], needed)]
-    return look.curves("Evidence, power of ten", "requests", {"evidence": points, "alarm": line}, faint="alarm")
+    return look.curves("Evidence, power of ten", "sessions", {"evidence": points, "alarm": line}, faint="alarm")
 
 
 def _signals(found: Told) -> str:
     """Those that are furthest from the reference over time."""
     series = {name: points for name, points in found["signals"].items() if len(points) > 1}
     if not series:
-        return look.remark("Signals over time", "They are drawn from some fifty requests on.")
+        return look.remark("Signals over time", "They are drawn from some fifty sessions on.")
     first = [each["signal"] for each in found["report"]["signals"] if each["signal"] in series]
     others = sorted(set(series) - set(first), key=lambda name: -_wide(series[name]))  # first what moves at all
     named = [*first, *others][:DRAWN]
-    return look.curves("Signals, SD from the reference", "requests", {_plain(name): series[name] for name in named})
+    return look.curves("Signals, SD from the reference", "sessions", {_plain(name): series[name] for name in named})
 
 
 def _now(found: Told) -> str:
@@ -214,7 +215,7 @@ def _notes(report: Told) -> str:
     if not known:
         return notes
     rows = [
-        ("requests", f"{known['requests']:,}"),
+        ("sessions", f"{known['requests']:,}"),
         ("from, UTC", _moment(known["began"])),
         ("to, UTC", _moment(known["ended"])),
     ]

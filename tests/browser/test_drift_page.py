@@ -34,7 +34,7 @@ def test_it_goes_from_nobody_who_watches_to_an_alarm_by_itself_and_axe_finds_not
         page.get_by_role("heading", name="Nobody watches yet").wait_for()
         service.serve(300)
         watch(service).look(service.now)
-        page.get_by_text("Not enough requests yet: 300 of 500.").wait_for()
+        page.get_by_text("Not yet enough: 300 of 500 sessions have come.").wait_for()
         service.serve(700)
         watch(service).look(service.now)
         page.get_by_text("Nothing has moved since").wait_for()
@@ -42,7 +42,7 @@ def test_it_goes_from_nobody_who_watches_to_an_alarm_by_itself_and_axe_finds_not
         watch(service).look(service.now)
         page.get_by_role("alert").get_by_text("Alarm: a new domain since").wait_for()
         assert page.get_by_role("list").get_by_text("shoal curate").is_visible()
-        assert page.get_by_role("img", name="Evidence, power of ten by requests").is_visible()
+        assert page.get_by_role("img", name="Evidence, power of ten by sessions").is_visible()
         assert in_both_schemes(page) == []
         page.set_viewport_size({"width": 390, "height": 844})
         assert page.evaluate("() => document.scrollingElement.scrollWidth") <= 390 and page.evaluate(BROKEN) == []

@@ -448,6 +448,19 @@ def loop(
     run(out, model=model, parts=chosen, fp32=fp32, data=data, minutes=minutes, **more)  # type: ignore[arg-type]
 
 
+@bench.command("drift")
+def drift(
+    runs: Annotated[int, typer.Option(help="Runs of each kind of traffic, without and with a new subject.")] = 20,
+    daily: Annotated[int, typer.Option(help="Sessions of a working day.")] = 400,
+    seed: Annotated[int, typer.Option(help="Of the traffic.")] = 0,
+) -> None:
+    """How often `shoal watch` rings in 60 days of ordinary traffic, with weekends, sessions and both; and how soon it sees that
+    a fifth of the sessions has a new subject. Simulated rows, no model; two minutes at most."""
+    from shoal.bench.drift import drift as run
+
+    run(out, runs=runs, daily=daily, seed=seed)
+
+
 @bench.command("augment")
 def augment(
     run: Annotated[list[Path], typer.Option(help="Folder of a recipe's run from nothing, medicine or law; repeat.")],

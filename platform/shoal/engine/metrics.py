@@ -142,9 +142,9 @@ _TABLE = (
     ),
     # of what `shoal watch` has found, where it watches what the gateway captures (`tell.write_metrics` writes the same)
     Family("drift_state", "gauge", "0 learning, 1 quiet, 2 watching, 3 alarm."),
-    Family("drift_evidence_requests", "gauge", "Evidence of a drift, in requests."),
+    Family("drift_evidence_requests", "gauge", "Evidence of a drift, in sessions."),
     Family("drift_needed_requests", "gauge", "Evidence that is an alarm."),
-    Family("drift_requests", "gauge", "Requests that were compared with the reference."),
+    Family("drift_requests", "gauge", "Sessions that were compared with the reference."),
     Family("drift_shift_sd", "gauge", "How far a signal moved, in standard deviations of a request.", ("signal",)),
     Family("regret_nats", "gauge", "Nats a token that answers of depth auto lose, by re-runs.", ("bound",)),
     Family("regret_tolerance_nats", "gauge", "What they may lose."),

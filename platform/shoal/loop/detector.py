@@ -9,7 +9,7 @@ number of requests to a false alarm, whatever the number of signals and slices a
 
 Two kinds of streams. A mean's e-value is exp(l z - l^2 / 2) of its standardised block mean z (Gaussian, three bets l). A
 share's, of values 0 and 1, is the likelihood ratio against three shares further away, which holds for the rarest as well; where
-the reference has another share in each part of the day, each value is held against that of its own.
+the reference has another share in each part of the week, each value is held against that of its own.
 
 Letters: F streams, n requests, B blocks, b values in a block.
 """
@@ -24,7 +24,7 @@ import numpy as np
 
 from shoal.errors import DataError
 
-BAND = 0.2  # standard deviations of a request that a signal may move: too small to matter, or the reference's error
+BAND = 0.2  # standard deviations of a request that a signal may move at least: too small to matter, or the reference's error
 BETS = np.array([0.5, 1.0, 2.0])  # standard deviations of a block's mean that a shift is bet to have
 AWAY = np.array([0.05, 0.2, 0.5])  # how far towards 1, or towards 0, a share is bet to have gone
 REQUESTS = 50_000  # mean requests to a false alarm
@@ -44,19 +44,20 @@ class Stream:
     scatter: float = 1.0  # of a mean: standard deviation of a block's mean of standardised values
     share: float | None = None  # of values 0 and 1: how often the reference has 1; None for a mean
     tail: str = ""  # above or below: its values say whether the signal is so far out as 1 % of the reference
-    # whether each value is (x - share) / spread, of x 0 or 1, by the share of its part of the day: `share` is the whole day's
+    # whether each value is (x - share) / spread, of x 0 or 1, by the share of its part of the week: `share` is the whole day's
     by_part: bool = False
+    band: float = BAND  # standard deviations of a request that it may move
 
     def e_values(self, blocks: np.ndarray) -> np.ndarray:
         """[B, 2 signs, 3 bets] of `blocks` [B, b]."""
         if self.share is None:
-            z = (blocks.mean(axis=1)[:, None] * _SIGNS - BAND) / self.scatter
+            z = (blocks.mean(axis=1)[:, None] * _SIGNS - self.band) / self.scatter
             return np.exp(np.minimum(z[:, :, None] * BETS - BETS**2 / 2, _MOST_LOG))
         ones = blocks[:, :, None] > 0
         share = (_share_of(blocks) if self.by_part else np.full(blocks.shape, self.share))[:, :, None]
         found = []
         for sign in _SIGNS:
-            limit = share + sign * BAND * _spread(share)
+            limit = share + sign * self.band * _spread(share)
             known = (limit > _LEAST_SHARE) & (limit < 1 - _LEAST_SHARE)  # of others nothing is further away than it
             limit = np.where(known, limit, 0.5)
             other = limit + AWAY * (1 - limit) if sign > 0 else limit * (1 - AWAY)
@@ -221,10 +222,11 @@ class Detector:
         """Set the alarm where the mean first is enough: `history` [B + 1, F], the sums before and after each block."""
         if self.alarm is not None:
             return
-        for place in np.unique(np.concatenate(ends)).tolist():
-            after = [int(np.searchsorted(end, place, side="right")) for end in ends]
-            evidence = float(history[after, np.arange(len(ends))].sum() / self._sums.size)
-            if evidence >= self.requests:
-                number = self.seen + place + 1
-                self.alarm = {"at": float(at[place]), "number": number, "evidence": evidence}
-                return
+        places = np.unique(np.concatenate(ends)).astype(int)
+        after = np.stack([np.searchsorted(end, places, side="right") for end in ends])
+        evidence = history[after, np.arange(len(ends))[:, None]].sum(axis=0) / self._sums.size
+        enough = np.flatnonzero(evidence >= self.requests)
+        if len(enough):
+            place = int(places[enough[0]])
+            number = self.seen + place + 1
+            self.alarm = {"at": float(at[place]), "number": number, "evidence": float(evidence[enough[0]])}

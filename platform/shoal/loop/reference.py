@@ -1,18 +1,19 @@
 """What a version's requests are compared with: a window of its own, measured once, written aside and renamed.
 
-    rows of one version  ─>  first of each conversation  ─>  of each slice and signal: mean and spread, by part of the day where
-                             there are enough; block and scatter of its means; quantiles, to explain with
+    rows of one version  ─>  first of each session  ─>  of each slice and signal: mean and spread, by hours of the week (of the
+                             day, where there is less than two weeks); how much days differ beyond that; block and scatter of
+                             its means; quantiles, to explain with
 
 It never grows with the stream, for what drifts slowly would grow into it. Live requests never look like a held-out set, so it
 is of live requests: the first of a version, or those that somebody accepted.
 
-Letters: n requests, F streams, H hours of the day, or 1 where it has no rhythm.
+Letters: n requests, F streams, H hours of the week, of the day, or 1 where there is no rhythm (`week`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ import numpy as np
 import pyarrow as pa
 
 from shoal.errors import DataError
-from shoal.loop.detector import BETS, Stream
+from shoal.loop.detector import BAND, BETS, Stream
 from shoal.loop.watched import BY_NAME, WATCHED, are_requests, texts
+from shoal.loop.week import chi2, day_to_day, hour_of, parts_of
 from shoal.machine import write_aside
 
 FORMAT, VERSION = "shoal.reference", 1
 EVERY = "all"  # the slice of all requests
-LEARNED = 2_000  # requests of a reference
+LEARNED = 2_000  # requests of a reference, one a session
 LEAST_VALUES = 200  # of a signal, that it is watched
 LEAST_SLICE = 300  # requests of a slice that is watched for itself
 MOST_SLICES = 8
@@ -37,8 +39,8 @@ FAILED = "failed"  # has no rhythm that is right: what fails at noon each day is
 BLOCKS = (10, 25, 50)  # values; the first whose means follow each other by less than LAG
 LAG = 0.2
 WIDER = 1.1  # of the scatter of block means, for it is an estimate
-HOURS, LEAST_PART, LEAST_NIGHT = 24, 100, 40  # of a day; values in each part of it, and in one beside busy hours
-A_DAY, QUARTERS = 0.9 * 86_400, 4  # seconds, or parts that all have enough values, where a rhythm may be known
+LEAST_BAND = 0.1  # standard deviations of a request: the reference's own error
+PART_OF_MEANS, PART_OF_SHARES = 40, 100  # values in each part of the week, or of the day
 QUANTILES = 201
 USUAL, RHYTHM = 2.3263479, 3.719016  # normal quantiles of what chance stays below in 99 %, and in 99.99 %
 MOST_LOG, HALVINGS = 300.0, 12  # of an exponential that is still a number; of a search
@@ -61,6 +63,7 @@ class Standard:
     usual: float | None = None
     quantiles: list[float] = field(default_factory=list)
     tail: str = ""  # above, below: how often values are beyond `high`, or `low`; "": what they are
+    band: float = BAND  # standard deviations of a request that it may move: `BAND`, or more where days differ by more
 
     def standardised(self, values: np.ndarray, at: np.ndarray) -> np.ndarray:
         """`values` [n] as `detector` takes them, NaN where they are, of requests that came `at` [n], epoch seconds."""
@@ -71,13 +74,13 @@ class Standard:
             found = values if self.usual is None else values != self.usual
         else:
             found = np.clip(values, self.low, self.high)
-        part = parts_of_day(at, len(self.mean))
+        part = hour_of(at, len(self.mean))
         return np.where(known, (found - np.array(self.mean)[part]) / np.array(self.spread)[part], np.nan)
 
     @property
     def stream(self) -> Stream:
         by_part = self.share is not None and len(self.mean) > 1
-        return Stream(self.signal, self.slice, self.block, self.scatter, self.share, self.tail, by_part)
+        return Stream(self.signal, self.slice, self.block, self.scatter, self.share, self.tail, by_part, self.band)
 
 
 @dataclass(frozen=True)
@@ -136,13 +139,8 @@ def moments(table: pa.Table) -> np.ndarray:
     return np.asarray(table["at"].to_numpy(zero_copy_only=False), dtype=float) / 1000
 
 
-def parts_of_day(at: np.ndarray, parts: int) -> np.ndarray:
-    """Which of `parts` equal parts of the day, UTC, `at` [n] is in."""
-    return np.asarray(np.floor(at % 86400 / 86400 * parts), dtype=int) % parts
-
-
 def measured(table: pa.Table, weights: str, *, why: str = "") -> Reference:
-    """The reference that these rows make, one a conversation, in their order. Raises DataError where they have no signal that
+    """The reference that these rows make, one a session, in their order. Raises DataError where they have no signal that
     could be watched."""
     if not len(table):
         raise DataError("a reference of no requests", do="capture some first")
@@ -155,7 +153,8 @@ def measured(table: pa.Table, weights: str, *, why: str = "") -> Reference:
             known = ~np.isnan(values)
             if known.sum() >= LEAST_VALUES:
                 when = at[here][known]
-                standards += _with_tails(_standard(signal.name, name, values[known], when), values[known], when)
+                whole = _standard(signal.name, name, values[known], when)
+                standards += [_banded(one, values[known], when) for one in _with_tails(whole, values[known], when)]
     if not standards:
         wanted = f"{LEAST_VALUES} requests with one signal, such as prompt_tokens"
         raise DataError("a reference without a signal", got=f"{len(table)} requests", allowed=wanted)
@@ -179,13 +178,14 @@ def _standard(signal: str, name: str, values: np.ndarray, at: np.ndarray) -> Sta
         share, mean, spread = _shares(ones, at, rhythm=signal != FAILED)
         return Standard(signal, name, len(values), low, high, mean, spread, BLOCKS[0], 1.0, share, usual, quantiles)
     clipped = np.clip(values, low, high)
-    of_hour, part = _parts(at)
+    of_hour, part = parts_of(at, PART_OF_MEANS)
     parts = range(int(of_hour.max()) + 1)
     means = np.array([clipped[part == each].mean() for each in parts])
     spreads = np.array([clipped[part == each].std() for each in parts])
     # the few values of a part may have missed what is rare: beside a spread that is too small it would be far out
     spreads = np.maximum(spreads, float((clipped - means[part]).std()))
     block, scatter = _scatter((clipped - means[part]) / spreads[part])
+    scatter *= float(np.sqrt(1 + block * len(parts) / len(values)))  # the means of the parts are estimates, too
     mean, spread = means[of_hour].tolist(), spreads[of_hour].tolist()
     return Standard(signal, name, len(values), low, high, mean, spread, block, scatter, quantiles=quantiles)
 
@@ -194,13 +194,13 @@ def _shares(ones: np.ndarray, at: np.ndarray, *, rhythm: bool = True) -> tuple[f
     """How often `ones` [n], of 0 and 1, is 1; and by which mean and spread of each part of the day values are standardised [H]:
     none, where parts differ by no more than chance makes of them, or there is to be no `rhythm`."""
     share = float((ones.sum() + 1) / (len(ones) + 2))
-    of_hour, part = _parts(at)
+    of_hour, part = parts_of(at, PART_OF_SHARES)
     parts = int(of_hour.max()) + 1
     if parts == 1 or not rhythm:
         return share, [0.0], [1.0]
     counts, sums = np.bincount(part, minlength=parts), np.bincount(part, weights=ones, minlength=parts)
     apart = float((counts * (sums / counts - share) ** 2).sum() / (share * (1 - share)))
-    if apart <= _chi2(parts - 1, RHYTHM):
+    if apart <= chi2(parts - 1, RHYTHM):
         return share, [0.0], [1.0]
     sure = 1 - (parts - 1) / apart  # of what parts differ by, the rest is chance (James and Stein)
     shares = (share + sure * ((sums + 2 * share) / (counts + 2) - share))[of_hour]
@@ -220,21 +220,13 @@ def _with_tails(whole: Standard, values: np.ndarray, at: np.ndarray) -> list[Sta
     return found
 
 
-def _parts(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which part of the day each hour is in [24], and which each of `at` [n]: parts of neighbouring hours with enough values,
-    so that a quiet night hides no rhythm of the day. One of all [1] where these span no day."""
-    quarters = np.bincount(parts_of_day(at, QUARTERS), minlength=QUARTERS)
-    if np.ptp(at) < A_DAY and (quarters < LEAST_PART).any():
-        return np.zeros(1, int), np.zeros(len(at), int)
-    hour = parts_of_day(at, HOURS)
-    found, part, full = np.zeros(HOURS, int), 0, 0
-    for each, count in enumerate(np.bincount(hour, minlength=HOURS).tolist()):
-        whole = full >= (LEAST_NIGHT if count >= LEAST_PART else LEAST_PART)
-        part, full = (part + 1, count) if whole else (part, full + count)
-        found[each] = part
-    if full < LEAST_PART:  # the evening goes on in the night
-        found[found == part] = 0
-    return (found, found[hour]) if found.any() else (np.zeros(1, int), np.zeros(len(at), int))
+def _banded(standard: Standard, values: np.ndarray, at: np.ndarray) -> Standard:
+    """It, with a band as wide as one day may be from others, where there are days enough to tell."""
+    found = standard.standardised(values, at)
+    if standard.share is not None and not standard.stream.by_part:
+        found = (found - standard.share) / np.sqrt(standard.share * (1 - standard.share))
+    apart = day_to_day(found, at, len(standard.mean))
+    return standard if apart is None else replace(standard, band=max(LEAST_BAND, apart))
 
 
 def _scatter(values: np.ndarray) -> tuple[int, float]:
@@ -274,21 +266,6 @@ def _follows(means: np.ndarray) -> float:
     return float(off[1:] @ off[:-1] / max(float(off @ off), 1e-12))
 
 
-def first_turns(table: pa.Table, seen: Sequence[str], keep: int) -> tuple[pa.Table, list[str]]:
-    """The first row of each conversation that is not among the last ones `seen`, and the last `keep` then. Turns of one are not
-    independent; a row without a conversation is one of its own."""
-    known, wanted = dict.fromkeys(seen), []
-    for place, name in enumerate(texts(table, "conversation")):
-        if not name or name not in known:
-            wanted.append(place)
-        if name:
-            known.pop(name, None)
-            known[name] = None
-            if len(known) > keep:
-                known.pop(next(iter(known)))
-    return table.take(np.array(wanted, dtype=np.int64)), list(known)
-
-
 def explained(standard: Mapping[str, Any] | Standard, values: np.ndarray) -> dict[str, float]:
     """To explain and never to alarm: PSI over tenths of the reference and the Kolmogorov-Smirnov distance of `values` [n], each
     with the size that chance alone stays below in 99 % of all cases for so few values."""
@@ -306,13 +283,6 @@ def explained(standard: Mapping[str, Any] | Standard, values: np.ndarray) -> dic
     apart = [np.searchsorted(np.sort(some), grid, side="right") / len(some) for some in (one.quantiles, values)]
     chance = 1 / count + 1 / before
     return {
-        "n": float(count), "psi": psi, "psi_chance": chance * _chi2(len(edges), USUAL),
+        "n": float(count), "psi": psi, "psi_chance": chance * chi2(len(edges), USUAL),
         "ks": float(np.abs(apart[0] - apart[1]).max()), "ks_chance": 1.628 * float(np.sqrt(chance)) + 0.5 / QUANTILES,
     }  # fmt: skip
-
-
-def _chi2(degrees: int, normal: float) -> float:
-    """The quantile of chi-squared that `normal` is of a normal distribution (Wilson and Hilferty 1931): that of 99 % is right
-    to 0.5 % from 3 degrees on."""
-    part = 2 / (9 * max(1, degrees))
-    return max(1, degrees) * (1 - part + normal * float(np.sqrt(part))) ** 3

@@ -22,22 +22,22 @@ from shoal.machine import write_aside
 STATES = ("learning", "quiet", "watching", "alarm")
 FAR = ", far out, in some"
 NAMED = 4  # signals in the sentence
-DAY_HOURS = 24.0
+TWO_WEEKS_HOURS = 333.0  # nearly, for the last request comes before their end
 MUCH_FAILURE = 0.02  # share of a reference that makes it one of a bad day
 
 
 @dataclass(frozen=True)
 class Report:
-    """How things are. `evidence` and `needed` are in requests, `signals` those that moved, the surest first."""
+    """How things are. `evidence` and `needed` are in sessions, `signals` those that moved, the surest first."""
 
     state: str  # learning, quiet, watching or alarm
     sentence: str
     weights: str = ""
-    requests: int = 0  # compared so far; while it learns, learned
+    requests: int = 0  # compared so far, one a session; while it learns, learned
     evidence: float = 0.0
-    needed: int = 0  # evidence that is an alarm; while it learns, requests of a reference
+    needed: int = 0  # evidence that is an alarm; while it learns, sessions of a reference
     since: str | None = None  # when the requests began to be different, where they are
-    found_after: int | None = None  # requests from then to the alarm
+    found_after: int | None = None  # sessions from then to the alarm
     meaning: str = ""
     do: str = ""
     signals: list[dict[str, Any]] = field(default_factory=list)
@@ -63,16 +63,19 @@ def told(
     weights: str,
     learned: int = 0,
     wanted: int = 0,
+    hours: float = 0.0,
     ahead: int = 0,
     recent: pa.Table | None = None,
     examples: Sequence[str] = (),
     regret: dict[str, float] | None = None,
 ) -> Report:
-    """The report of a detector with its reference; of none while `learned` of the `wanted` requests of one have come. `recent`:
+    """The report of a detector with its reference; of none while `learned` of the `wanted` sessions of one have come, or
+    they span fewer than `hours`. `recent`:
     rows since the change began, to explain it with, and `examples` of what was asked in them. `ahead`: rows from the future.
     `regret`: what the router's choices lose, by `Regret.told`; that it does not keep its tolerance is an alarm of its own."""
     found = _of_detector(
-        reference, detector, weights=weights, learned=learned, wanted=wanted, ahead=ahead, recent=recent, examples=examples
+        reference, detector, weights=weights, learned=learned, wanted=wanted, hours=hours, ahead=ahead,
+        recent=recent, examples=examples,
     )  # fmt: skip
     if regret is None or not broken(regret) or found.state == "alarm":
         return replace(found, regret=regret)
@@ -89,6 +92,7 @@ def _of_detector(
     weights: str,
     learned: int,
     wanted: int,
+    hours: float,
     ahead: int,
     recent: pa.Table | None,
     examples: Sequence[str],
@@ -96,11 +100,11 @@ def _of_detector(
     """`told` without a regret."""
     warnings = [f"{ahead:,} requests say that they ended in the future: a gateway's clock is wrong"] if ahead else []
     if reference is None or detector is None:
-        sentence = f"Learning: {learned:,} of the {wanted:,} requests of a reference have come."
+        sentence = f"Not yet enough: {learned:,} of the {wanted:,} sessions of a reference have come."
         if learned >= wanted:
-            sentence = f"Learning: {learned:,} requests have come, which do not span the hours of a reference yet."
+            sentence = f"Not yet enough: {learned:,} sessions have come, which do not span {_span(hours)} yet."
         if not learned:
-            sentence = "Learning: no request has come yet."
+            sentence = "Not yet enough: no request has come yet."
         return Report("learning", sentence, weights, learned, 0.0, wanted, warnings=warnings)
     warnings += _of_reference(reference)
     named = _named(detector)
@@ -116,14 +120,14 @@ def _of_detector(
         "warnings": warnings,
     }  # fmt: skip
     if state == "quiet":
-        return Report("quiet", f"Quiet: {detector.seen:,} requests are like the reference.", **facts)
+        return Report("quiet", f"Quiet: {detector.seen:,} sessions are like the reference.", **facts)
     kind, do = meaning([(one.signal, _moved(one, reference, recent)) for one in named])
     since = _iso(first.since) if first.since is not None else None
     how = ", ".join(f"{signal['words']} ({signal['shift']:+.1f} SD{signal['where']})" for signal in signals)
     what: dict[str, Any] = {"since": since, "meaning": kind, "do": do, "signals": signals, "examples": list(examples)}
     if state == "watching":
         sentence = (
-            f"Watching: the evidence is {detector.evidence:,.0f} requests, an alarm has {needed:,}; most of it since "
+            f"Watching: the evidence is {detector.evidence:,.0f} sessions, an alarm has {needed:,}; most of it since "
             f"{since or 'now'}: {how}."
         )
         return Report("watching", sentence, **facts, **what)
@@ -131,7 +135,7 @@ def _of_detector(
     after = max(0, int(detector.alarm["number"]) - first.number + 1)
     over = "" if detector.evidence >= needed else " It has grown less since."
     sentence = (
-        f"Alarm: {kind} since {since or _iso(detector.alarm['at'])}, found after {after:,} requests: {how}.{over}"
+        f"Alarm: {kind} since {since or _iso(detector.alarm['at'])}, found after {after:,} sessions: {how}.{over}"
     )
     return Report("alarm", sentence, **facts, **what, found_after=after)
 
@@ -198,7 +202,7 @@ def _of_regret(regret: dict[str, float]) -> str:
 
 def _line(signal: dict[str, Any]) -> str:
     """One signal as a line, with what chance alone would do to so few requests."""
-    line = f"{signal['signal']}{signal['where']}: {signal['shift']:+.2f} SD over {signal['requests']:,} requests"
+    line = f"{signal['signal']}{signal['where']}: {signal['shift']:+.2f} SD over {signal['requests']:,} sessions"
     if "psi" in signal:
         line += f"; of the last {signal['n']:,.0f} PSI {signal['psi']:.2f} (chance {signal['psi_chance']:.2f}), "
         line += f"KS {signal['ks']:.2f} (chance {signal['ks_chance']:.2f})"
@@ -209,9 +213,9 @@ def write_metrics(report: Report, path: Path) -> None:
     """The report's figures in Prometheus's text format, written aside and renamed."""
     values = {
         "drift_state": ("0 learning, 1 quiet, 2 watching, 3 alarm", {"": float(STATES.index(report.state))}),
-        "drift_evidence_requests": ("Evidence of a drift, in requests.", {"": report.evidence}),
+        "drift_evidence_requests": ("Evidence of a drift, in sessions.", {"": report.evidence}),
         "drift_needed_requests": ("Evidence that is an alarm.", {"": float(report.needed)}),
-        "drift_requests": ("Requests that were compared with the reference.", {"": float(report.requests)}),
+        "drift_requests": ("Sessions that were compared with the reference.", {"": float(report.requests)}),
         "drift_looked_timestamp_seconds": ("When it was looked last, in Unix time.", {"": time.time()}),
         "drift_shift_sd": (
             "How far a signal moved, in standard deviations of a request.",
@@ -244,13 +248,21 @@ def _number(value: float) -> str:
 def _of_reference(reference: Reference) -> list[str]:
     """What is weak about a reference."""
     found = []
-    if reference.hours < DAY_HOURS:
-        span = f"{reference.hours:.1f} h" if reference.hours >= 0.1 else f"{reference.hours * 60:.0f} minutes"
-        found.append(f"the reference spans {span}: where a day has its rhythm, learn one of 24 hours (--hours 24)")
+    if reference.hours < TWO_WEEKS_HOURS:
+        span = _span(reference.hours)
+        found.append(
+            f"the reference spans {span}: where days or weeks have a rhythm, learn one of two weeks (--hours 336)"
+        )
     for standard in reference.standards:
         if standard.signal == "failed" and standard.slice == EVERY and (standard.share or 0) > MUCH_FAILURE:
             found.append(f"{standard.share:.0%} of the reference's requests failed: accept another when that is mended")
     return found
+
+
+def _span(hours: float) -> str:
+    if hours >= 48:
+        return f"{hours / 24:.0f} days"
+    return f"{hours:.1f} h" if hours >= 0.1 else f"{hours * 60:.0f} minutes"
 
 
 def _iso(moment: float) -> str:

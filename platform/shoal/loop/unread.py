@@ -82,7 +82,7 @@ def _beyond(names: Sequence[str], known: Iterable[str]) -> pa.Array:
 
 
 def _votes(capture: Capture, read: Read, until: int) -> tuple[pa.Table, int, list[str]]:
-    """Thumbs that are not in `read` on answers that were captured, with nothing of the row of these but its version and slice;
+    """Thumbs that are not in `read` on answers that were captured, with who gave them, and the version and slice of the answer;
     and what of `Read` they make: `voted` and `votes`. One that says it comes from the future waits until then."""
     every = [vote for vote in Votes(capture).all() if vote.rating is not None and vote.at <= until]
     known = None if read.votes is None else set(read.votes)
@@ -94,7 +94,10 @@ def _votes(capture: Capture, read: Read, until: int) -> tuple[pa.Table, int, lis
         return LOOKED_AT.empty_table().append_column("down", pa.array([], pa.float64())), voted, names
     of = {row["id"]: row for row in capture.rows(columns=["id", *OF]).to_pylist()}
     votes = [vote for vote in votes if vote.id in of]
-    lines = [{"id": f"vote-{vote.id}", "at": vote.at, **{name: of[vote.id][name] for name in OF}} for vote in votes]
+    lines = [
+        {"id": f"vote-{vote.id}", "at": vote.at, "subject": vote.subject, **{name: of[vote.id][name] for name in OF}}
+        for vote in votes
+    ]
     down = pa.array([float(vote.rating == "down") for vote in votes], pa.float64())
     return _looked_at(lines).append_column("down", down), voted, names
 

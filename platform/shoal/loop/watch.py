@@ -29,20 +29,23 @@ from shoal.loop.capture import TEXTS, Capture, append
 from shoal.loop.curves import Saved, followed
 from shoal.loop.detector import REQUESTS, Detector
 from shoal.loop.looked import FOLDER, FORMAT, LOCK, STATE, VERSION
-from shoal.loop.reference import EVERY, LEARNED, Reference, first_turns, measured, moments
+from shoal.loop.reference import EVERY, LEARNED, Reference, measured, moments
 from shoal.loop.regret import Regret
 from shoal.loop.rows import RERUN
+from shoal.loop.sessions import Sessions
 from shoal.loop.tell import Report, told
 from shoal.loop.texts import Stored, Texts, one_line
 from shoal.loop.unread import Read, unread
 from shoal.loop.watched import are_requests, column, texts
+from shoal.loop.week import DAY_HOURS
 from shoal.machine import write_aside
 
 ACCEPTED = "accepted.jsonl"
 WAIT_SECONDS = 1.0  # for who takes out what was forgotten
-LEAST_LEARNED = 200  # requests of a reference, and to a false alarm
+HOURS = 336.0  # two weeks: less has not seen each hour of the week twice
+DAYS = 1_200  # to a false alarm, in the mean: at most one service in twenty has one in 60 days
+LEAST_LEARNED = 200  # sessions of a reference
 TURNS = 20  # requests in a row of other weights, from which on these are the stable version's
-CONVERSATIONS = 1_024  # that are known to have had a turn
 POINTS = 500  # of the evidence over time
 AHEAD_S = 300.0  # seconds by which a clock may be ahead of ours
 SILENCE_S = 7 * 86_400.0  # without a request: what was before is of another time, or by a clock that did not know it
@@ -59,9 +62,10 @@ class Known:
     why: str = ""  # of a reference that somebody accepted
     reference: str = ""  # its file; "" while it learns
     read: Read = field(default_factory=Read)
-    conversations: list[str] = field(default_factory=list)
+    conversations: list[str] = field(default_factory=list)  # those and `subjects` are of `Sessions`
+    subjects: dict[str, list[float]] = field(default_factory=dict)
     detector: dict[str, Any] | None = None  # None while it learns
-    learned: int = 0  # requests, while it learns ...
+    learned: int = 0  # sessions, while it learns ...
     began: float = 0.0  # ... the first of them, in epoch seconds; 0: all is to be read
     other: dict[str, Any] = field(default_factory=dict)  # other weights: `weights`, `count` in a row, `at` of the first
     regret: dict[str, Any] | None = None  # `Regret.saved`
@@ -71,17 +75,23 @@ class Known:
     asked: list[dict[str, Any]] = field(default_factory=list)  # whose the report's examples are: id and subject
     curves: Saved = field(default_factory=dict)
 
+    def sessions(self) -> Sessions:
+        """Those that are open."""
+        return Sessions([*self.conversations], {**self.subjects})
+
+    def keep(self, sessions: Sessions) -> None:
+        """They are open."""
+        self.conversations, self.subjects = sessions.conversations, sessions.subjects
+
 
 class Watch:
     """The one that watches a capture: nobody else may at the same time."""
 
-    def __init__(
-        self, folder: str | Path, *, learn: int = LEARNED, hours: float = 0.0, requests: int = REQUESTS
-    ) -> None:
-        """`learn`: requests of a reference, which spans at least `hours`; `requests`: mean number to a false alarm. Raises
-        DataError for a folder that is no capture of this version."""
+    def __init__(self, folder: str | Path, *, learn: int = LEARNED, hours: float = 0.0, days: float = DAYS) -> None:
+        """`learn`: sessions of a reference, which spans at least `hours`; `days` to a false alarm, in the mean, where it spans
+        a day (else `REQUESTS` sessions). Raises DataError for a folder that is no capture of this version."""
         self.capture = Capture(folder)
-        self.learn, self.hours, self.requests = learn, hours, requests
+        self.learn, self.hours, self.days = learn, hours, days
         self._folder = self.capture.folder / FOLDER
         self._unseen = ""  # why what others sent is not seen
 
@@ -129,8 +139,11 @@ class Watch:
         here, switched = _of_weights(known, table)
         if switched:
             return self._follow(Known(known.other["weights"], known.other["at"]), now)
-        _regret(known, here)
-        self._detect(known, here)
+        sessions = known.sessions()
+        first = sessions.first_requests(here)
+        known.keep(sessions)
+        _regret(known, first)
+        self._detect(known, first)
         return known
 
     def _stable(self, read: Read, now: float) -> tuple[pa.Table, Read]:
@@ -146,12 +159,14 @@ class Watch:
         table = table.filter(pa.array(moments(table) >= known.learn_from, pa.bool_()))
         if not known.began or not set(identities(table)) <= {"", known.weights}:
             return False
-        first, conversations = first_turns(table, known.conversations, CONVERSATIONS)
+        sessions = known.sessions()
+        first = sessions.first_requests(table)
         learned, last = known.learned + int(are_requests(first).sum()), _past(moments(first), now)[-1:]
         if learned >= self.learn and len(last) and last[0] - known.began >= self.hours * 3600:
             return False
-        known.learned, known.conversations = learned, conversations
-        _regret(known, table)
+        known.learned = learned
+        known.keep(sessions)
+        _regret(known, first)
         return True
 
     def _learned(self, known: Known, table: pa.Table, now: float) -> Known:
@@ -165,9 +180,11 @@ class Watch:
             known = Known(known.other["weights"], known.other["at"])
             rest = table.filter(pa.array(moments(table) >= known.learn_from, pa.bool_()))
             here, switched = _of_weights(known, rest)
+        sessions = Sessions()
+        first = sessions.first_requests(here)
+        known.keep(sessions)
         known.regret = None
-        _regret(known, here)
-        first, known.conversations = first_turns(here, (), CONVERSATIONS)
+        _regret(known, first)
         requests, at = are_requests(first), _past(moments(first), now)
         known.learned, known.began = int(requests.sum()), _began(at)
         if (count := self._enough(at, known.began, requests)) is None:
@@ -175,13 +192,18 @@ class Watch:
         reference = measured(first.slice(0, count), known.weights, why=known.why)
         known.reference = f"reference-{int(reference.began * 1000)}.json"
         reference.write(self._folder / known.reference)
-        known.detector = Detector(reference.streams, requests=self.requests).saved()
-        _, known.conversations = first_turns(first.slice(0, count), (), CONVERSATIONS)
+        known.detector = Detector(reference.streams, requests=self._needed(reference)).saved()
         self._detect(known, first.slice(count))
         return known
 
+    def _needed(self, reference: Reference) -> int:
+        """Sessions to a false alarm, in the mean."""
+        if reference.hours < DAY_HOURS:
+            return REQUESTS
+        return max(1, round(self.days * reference.requests / (reference.hours / DAY_HOURS)))
+
     def _detect(self, known: Known, table: pa.Table) -> None:
-        table, known.conversations = first_turns(table, known.conversations, CONVERSATIONS)
+        """Compare first requests of sessions with the reference."""
         reference, detector = self._reference(known), Detector.restored(known.detector or {})
         values = reference.standardised(table)
         known.curves = followed(known.curves, detector.streams, values, moments(table), detector.seen)
@@ -210,6 +232,7 @@ class Watch:
                 weights=known.weights,
                 learned=known.learned,
                 wanted=self.learn,
+                hours=self.hours,
                 ahead=known.ahead,
                 regret=regret,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import getpass
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +31,14 @@ class Watch(Stage):
     capture: CaptureDir
     once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False
     every: Annotated[float, typer.Option(help="Seconds between two looks.")] = 30.0
-    learn: Annotated[int, typer.Option(help="Requests of the reference, the first of a version.")] = 2_000
+    learn: Annotated[int, typer.Option(help="Sessions of the reference, the first of a version.")] = 2_000
     hours: Annotated[
-        float, typer.Option(help="Hours that the reference spans at least; 0 where a day has no rhythm.")
-    ] = 24.0
-    false_alarm: Annotated[int, typer.Option(help="Requests to a false alarm, in the mean, over all signals.")] = 50_000
+        float, typer.Option(help="Hours that the reference spans at least; 0 where days and weeks have no rhythm.")
+    ] = 336.0
+    false_alarm_days: Annotated[
+        float,
+        typer.Option(help="Days to a false alarm, in the mean, over all signals; 1,200: 5 % have one in 60 days."),
+    ] = 1_200.0
     why: Annotated[str, typer.Option(help="With accept: the reason, which is kept. [none]")] = ""
     metrics: Annotated[
         Path | None, typer.Option(help="File for Prometheus (node_exporter's textfile collector), NAME.prom. [none]")
@@ -45,7 +49,7 @@ class Watch(Stage):
         from shoal.loop import tell, watch
 
         self._check(watch.LEAST_LEARNED)
-        watcher = watch.Watch(self.capture, learn=self.learn, hours=self.hours, requests=self.false_alarm)
+        watcher = watch.Watch(self.capture, learn=self.learn, hours=self.hours, days=self.false_alarm_days)
         said = ""
         while True:
             report = watcher.accept(self.why, who=getpass.getuser()) if self.action == "accept" else watcher.look()
@@ -67,9 +71,10 @@ class Watch(Stage):
             raise UsageError(
                 "--every and --hours", got=f"{self.every:g} and {self.hours:g}", allowed="above 0, and 0 or more"
             )
-        if self.learn < least or self.false_alarm < least:
-            got = f"{self.learn} and {self.false_alarm}"
-            raise UsageError("--learn and --false-alarm", got=got, allowed=f"{least} or more requests")
+        if self.learn < least:
+            raise UsageError("--learn", got=self.learn, allowed=f"{least} or more sessions")
+        if not 1 <= self.false_alarm_days < math.inf:
+            raise UsageError("--false-alarm-days", got=self.false_alarm_days, allowed="1 or more")
 
     def _print(self, report: Report) -> None:
         print_result(dataclasses.asdict(report), self.as_json, report.sentence)

@@ -9,7 +9,7 @@ import pytest
 
 from shoal.errors import DataError
 from shoal.loop.detector import Detector
-from shoal.loop.reference import EVERY, QUANTILES, Reference, explained, first_turns, measured
+from shoal.loop.reference import EVERY, QUANTILES, Reference, explained, measured
 
 DAY = 86_400
 
@@ -217,14 +217,6 @@ def test_too_few_requests_make_none() -> None:
     for table in (rows(0), rows(199), rows(2_000).select(["at", "slice"])):
         with pytest.raises(DataError, match="a reference"):
             measured(table, "w")
-
-
-def test_of_a_conversation_its_first_turn_counts() -> None:
-    table = pa.table({"at": [1, 2, 3, 4, 5], "conversation": ["a", "b", "a", None, None]})
-    kept, seen = first_turns(table, ["x"], keep=2)
-    assert kept["at"].to_pylist() == [1, 2, 4, 5] and seen == ["b", "a"]
-    kept, _ = first_turns(table, seen, keep=2)
-    assert kept["at"].to_pylist() == [4, 5]
 
 
 @pytest.mark.parametrize("count", [50, 200, 1_000])

@@ -108,17 +108,19 @@ def test_a_reference_is_made_of_requests_and_not_of_what_was_said_of_them(servic
     assert reference["requests"] == 500
 
 
-def test_the_command_learns_a_day_unless_it_is_told_that_a_day_has_no_rhythm(
+def test_the_command_learns_two_weeks_unless_it_is_told_that_there_is_no_rhythm(
     service: Service, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    service.now -= 30 * 86_400
     service.serve(600)
     words = ["watch", "--capture", str(service.folder), "--once", "--learn", "500"]
     assert main(words) == 0
-    assert "600 requests have come, which do not span the hours of a reference yet" in " ".join(
-        capsys.readouterr().out.split()
-    )
-    service.now += 86_400
-    service.serve(1)
+    assert "600 sessions have come, which do not span 14 days yet" in " ".join(capsys.readouterr().out.split())
+    for day in range(1, 15):
+        assert main(words) == 0
+        assert capsys.readouterr().out.startswith("Not yet enough: "), day
+        service.now += 86_400
+        service.serve(1)
     assert main(words) == 0
     assert capsys.readouterr().out.startswith("Quiet: ")
 
@@ -206,7 +208,7 @@ def test_a_version_of_equal_weights_is_another_and_a_refused_request_none(servic
 
 
 def test_from_nothing_to_an_alarm_and_back_by_accepting(service: Service) -> None:
-    assert watch(service).look(service.now).sentence == "Learning: no request has come yet."
+    assert watch(service).look(service.now).sentence == "Not yet enough: no request has come yet."
     service.serve(300)
     report = watch(service).look(service.now)
     assert (report.state, report.requests, report.needed) == ("learning", 300, 500)
@@ -362,7 +364,7 @@ def test_thumbs_down_alone_are_a_world_that_changed(service: Service, monkeypatc
     def vote(first: int, last: int, share: float) -> None:
         for number in range(first, last):
             service.now += 0.01
-            votes.put(Vote(f"chatcmpl-{number}", "ann", rating="down" if rng.random() < share else "up"))
+            votes.put(Vote(f"chatcmpl-{number}", f"p{number}", rating="down" if rng.random() < share else "up"))
 
     service.serve(700)
     vote(1, 300, 0.1)
@@ -377,6 +379,34 @@ def test_thumbs_down_alone_are_a_world_that_changed(service: Service, monkeypatc
     report = watch(service).look(service.now)
     assert report.state == "alarm" and report.signals[0]["signal"] == "down" and report.requests == 300
     assert report.meaning == "a world that changed" and "labels" in report.do
+
+
+def test_one_person_who_is_angry_is_no_world_that_changed(service: Service) -> None:
+    votes = Votes(service.capture, lambda: round(service.now * 1000))
+    service.serve(700)
+    for number in range(1, 300):
+        votes.put(Vote(f"chatcmpl-{number}", f"p{number}", rating="down" if number % 10 == 0 else "up"))
+    service.serve(1)
+    assert watch(service, learn=701).look(service.now).state == "quiet"
+    for number in range(300, 600):
+        votes.put(Vote(f"chatcmpl-{number}", "ann", rating="down"))
+    report = watch(service).look(service.now)
+    assert (report.state, report.requests) == ("quiet", 1)
+
+
+def test_re_runs_of_one_session_say_nothing_of_the_router(service: Service) -> None:
+    """Ten requests of one person that lose much are one such request."""
+    reran(service, 0.02, 150)
+    before = watch(service).look(service.now).regret
+    with (service.folder / JOURNAL / "a.jsonl").open("ab") as file:
+        for number in range(200):
+            row = Row(
+                f"chatcmpl-{number}", round(service.now * 1000) + number, weights="aaaa", role=RERUN, tolerance=0.05,
+                regret=0.5, regret_bound=0.02, subject="ann",
+            )  # fmt: skip
+            file.write(row.line())
+    report = watch(service).look(service.now + 1)
+    assert report.state == "learning" and report.regret == before
 
 
 def test_requests_that_were_refused_have_no_weights_and_are_no_other_version(service: Service) -> None:
@@ -532,4 +562,4 @@ def test_the_command(service: Service, tmp_path: Path, capsys: pytest.CaptureFix
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1 and says in lines[0], lines
     assert main(["watch", "accept", "--capture", str(service.folder), "--why", "new shop", "--learn", "500"]) == 0
-    assert capsys.readouterr().out.startswith("Learning: ")
+    assert capsys.readouterr().out.startswith("Not yet enough: ")

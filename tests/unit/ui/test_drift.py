@@ -49,7 +49,7 @@ def test_the_line_on_top_says_what_there_is_to_know_first() -> None:
     nobody = {"look": None, "fault": None, "capture": CAPTURE}
     assert drift.sentence(nobody) == "Nobody watches yet."
     assert "cannot be read: watch.json" in drift.sentence({**nobody, "fault": "watch.json"})
-    assert drift.sentence(told("learning")) == "Not enough requests yet: 180 of 500."
+    assert drift.sentence(told("learning")) == "Not yet enough: 180 of 500 sessions have come."
     assert drift.sentence(told("quiet", reference=REFERENCE)) == "Nothing has moved since 11-27 13:44."
     assert drift.sentence(alarm()) == "A new domain, since 11-27 14:10."
     silent = told("quiet", reference=REFERENCE)
