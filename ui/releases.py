@@ -170,19 +170,19 @@ def _hours(version: Told) -> str:
 
 
 def _canary(told: Told) -> str:
-    """Its checks, each with what was counted and how far it is from its end on either side."""
+    """Its checks: how many people had something bad of it, and which share of the stable version's."""
     caption = f"Canary: version {told['canary']['version']}, step {told['canary']['step'] + 1} of {len(told['shares'])}"
     evidence = told["evidence"]
     if evidence is None or evidence["version"] != told["canary"]["version"]:
         return look.remark(caption, "Nothing was seen of it yet.")
     rows = [
         (
-            check["name"], f"{check['count']} of {check['of']}", f"{check['tolerated']:.1%}",
+            check["name"], f"{check['count']} of {check['of']}", f"{check['stable']:.1%}",
             "condemned" if check["condemned"] else "clear" if check["cleared"] else "open",
         )
         for check in evidence["checks"]
     ]  # fmt: skip
-    return look.table(caption, ("check", "counted", "tolerated", "state"), rows)
+    return look.table(caption, ("check", "people", "stable version", "state"), rows)
 
 
 def _gate(version: Told) -> str:

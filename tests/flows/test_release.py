@@ -30,9 +30,10 @@ from shoal.data.alone import alone
 from shoal.engine.events import Event, Request
 from shoal.engine.front import AsyncEngine
 from shoal.errors import ConfigError, ResourceError
-from shoal.loop.canary import Evidence
 from shoal.loop.capture import Capture
+from shoal.loop.evidence import dumped
 from shoal.loop.release import LOCK, Release
+from tests.canaries import seen
 from tests.serving import in_a_thread
 from tests.unit.engine.lively import lively
 
@@ -124,12 +125,12 @@ class Service:
         with ThreadPoolExecutor(4) as pool:
             return list(pool.map(self.ask, islice(self.numbers, asked)))
 
-    def try_out(self, step: int, requests: int = 12) -> None:
-        """Starts the canary of the candidate at `step`, of so many requests a step."""
+    def try_out(self, step: int, people: int = 12) -> None:
+        """Starts the canary of the candidate at `step`, of so many people a step."""
         self.release.begin(why="try")
         canary = self.release.state().canary
         assert canary is not None
-        self.release.step(replace(canary, step=step, shadows=requests, requests=requests), why="in a test")
+        self.release.step(replace(canary, step=step, shadows=people, people=people), why="in a test")
         until(lambda: self.split.trial is not None and self.split.trial.canary.step == step)
 
     def change(self, what: str, headers: dict[str, str] = ADMIN, **body: Any) -> httpx.Response:
@@ -258,7 +259,7 @@ def test_a_canary_goes_up_by_evidence_and_is_promoted_where_the_release_says_so(
         assert trial is not None and trial.canary.step == 0
         first, second = (version.label for version in service.release.versions())
         assert {version for _, version, _ in service.many(8)} == {first}, "a shadow answers nobody"
-        until(lambda: trial.evidence.canary.requests > 0)
+        until(lambda: seen(trial.evidence, "canary")[0] > 0)
         captured = Capture(tmp_path / "captured")
 
         def ids(role: str) -> set[str]:
@@ -267,7 +268,7 @@ def test_a_canary_goes_up_by_evidence_and_is_promoted_where_the_release_says_so(
         until(lambda: ids("shadow") != set() and ids("shadow") <= ids("stable"))  # either may end before the other
         copies = [row for row in captured.rows(copies=True).to_pylist() if row["role"] == "shadow"]
         assert {row["version"] for row in copies} == {second} and copies[0]["answer_tokens"] == TOKENS
-        service.release.step(replace(trial.canary, shadows=3, requests=6), why="in a test")
+        service.release.step(replace(trial.canary, shadows=3, people=6), why="in a test")
         asked = 0
         while service.release.state().canary is not None:
             assert all(version in (first, second) for _, version, _ in service.many(20))
@@ -277,7 +278,7 @@ def test_a_canary_goes_up_by_evidence_and_is_promoted_where_the_release_says_so(
         steps = [entry for entry in service.release.audit.entries() if entry["what"] in ("step", "promote")]
         assert [entry["what"] for entry in steps] == ["step"] * 4 + ["promote"]
         assert [entry["state"]["canary"]["step"] for entry in steps[:-1]] == [0, 1, 2, 3]
-        assert steps[-1]["figures"]["canary"]["failures"] == 0 and "forced" not in steps[-1]["figures"]
+        assert steps[-1]["figures"]["canary"]["failures"]["bad"] == 0 and "forced" not in steps[-1]["figures"]
         assert service.release.check() == len(service.release.audit.entries())
 
 
@@ -285,7 +286,7 @@ def test_a_canary_goes_up_by_evidence_and_is_promoted_where_the_release_says_so(
 @pytest.mark.usefixtures("easily")
 def test_a_person_decides_where_nothing_else_was_said(models: dict[str, Path], tmp_path: Path) -> None:
     with serving(tmp_path, models, "one") as service:
-        service.try_out(3, requests=4)
+        service.try_out(3, people=4)
         until(lambda: bool(service.many(8)) and service.release.state().held is not None)
         assert "promote it" in str(service.release.state().held) and service.release.state().stable == 1
         told = service.told()
@@ -302,12 +303,8 @@ def test_a_person_decides_where_nothing_else_was_said(models: dict[str, Path], t
             vote = {"id": answer, "rating": "down", "user": "u7"}
             httpx.post(f"{service.url}/v1/shoal/feedback", json=vote, headers=READER, timeout=60).raise_for_status()
         evidence = service.split.trial.evidence  # type: ignore[union-attr]
-        assert (evidence.canary.votes, evidence.canary.down, evidence.stable.votes, evidence.stable.down) == (
-            1,
-            1,
-            1,
-            1,
-        )
+        counted = [seen(evidence, side, "down") for side in ("canary", "stable")]
+        assert counted == [(1, 1), (0, 0)], "one person, two answers"
         assert service.change("promote", why="all clear").json()["stable"] == 2
 
 
@@ -328,7 +325,7 @@ def test_a_bad_canary_is_taken_back_and_no_client_sees_an_error(
     monkeypatch.setattr("shoal.api.trial.LATE_SECONDS", 4.0)
     with serving(tmp_path, models, candidate, kind) as service:
         service.many(24)  # what the stable version takes is known by then
-        service.try_out(3, requests=300)
+        service.try_out(3, people=300)
         asked = 0
         while service.release.state().canary is not None:
             answers = service.many(8)
@@ -338,7 +335,7 @@ def test_a_bad_canary_is_taken_back_and_no_client_sees_an_error(
         state, last = service.release.state(), service.release.audit.entries()[-1]
         assert (state.stable, state.candidate, last["what"], last["who"]) == (1, None, "rollback", "shoal")
         assert named in last["why"]
-        assert last["figures"]["canary"]["requests"] <= 20
+        assert last["figures"]["canary"]["failures"]["of"] <= 20
         until(lambda: service.split.trial is None)
         whole = [service.ask(number) for number in range(4)]
         assert {version for _, version, _ in whole} == {service.release.stable().label}
@@ -351,12 +348,12 @@ def test_an_answer_that_the_canary_began_is_ended_by_the_stable_version(
     """Its first token is the canary's, and the rest what the stable version makes of it; the log says so."""
     with serving(tmp_path, models, "two", Silent) as service:
         service.many(24)
-        service.try_out(3, requests=300)
+        service.try_out(3, people=300)
         trial = service.split.trial
         assert trial is not None
         begun = [answer for answer in service.many(8) if answer[1] == trial.label]
         assert begun and all(reason == "length" for _, _, reason in begun)
-        assert trial.evidence.canary.failures >= min(3, len(begun))
+        assert seen(trial.evidence, "canary")[1] >= min(3, len(begun))
 
 
 def test_a_canary_that_does_not_start_is_taken_back(models: dict[str, Path], tmp_path: Path) -> None:
@@ -380,31 +377,30 @@ def test_a_rollback_that_meets_another_command_is_done_after_it(
     """Meanwhile the condemned canary gets nothing."""
     monkeypatch.setattr("shoal.loop.release.WAIT_SECONDS", 0.0)
     with serving(tmp_path, models, "nan") as service:
-        service.try_out(3, requests=300)
+        service.try_out(3, people=300)
         trial = service.split.trial
         assert trial is not None
         with alone(service.release.directory / LOCK, ResourceError("")):
             until(lambda: bool(service.many(4)) and service.split.condemned() is not None)
-            seen = trial.evidence.canary.requests
+            before = seen(trial.evidence, "canary")
             assert {version for _, version, _ in service.many(8)} == {service.release.version(1).label}
-            assert trial.evidence.canary.requests == seen and service.release.state().canary is not None
+            assert seen(trial.evidence, "canary") == before and service.release.state().canary is not None
         until(lambda: service.release.state().canary is None and service.split.trial is None)
 
 
 @pytest.mark.drill
 def test_what_was_seen_outlives_a_gateway(models: dict[str, Path], tmp_path: Path) -> None:
     with serving(tmp_path, models) as service:
-        service.try_out(3, requests=10_000)
+        service.try_out(3, people=10_000)
         until(lambda: bool(service.many(8)) and (tmp_path / "release" / EVIDENCE).exists())
         trial = service.split.trial
         assert trial is not None
         service.many(16)
         canary = trial.canary
         after = Seen(service.release.directory)  # of a gateway that starts, or of another
-        until(lambda: after.others(canary) == trial.own)  # it is written now and then
-        assert trial.own.canary.requests > 0 and trial.own.step > 0
-        assert after.others(replace(canary, step=2)) == replace(trial.own, step=0), "of the step before"
-        assert after.others(replace(canary, began=canary.began + 1)) == Evidence(), "of another trial"
+        until(lambda: dumped(after.others(canary)) == dumped(trial.evidence.own))  # it is written now and then
+        assert trial.evidence.people(3) > 0
+        assert after.others(replace(canary, began=canary.began + 1)) == {}, "of another trial"
 
 
 @pytest.mark.parametrize(

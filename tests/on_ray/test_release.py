@@ -74,7 +74,7 @@ def test_one_replica_follows_a_release_under_load_and_nobody_sees_an_error(url: 
         until(lambda: bool(version(url, next(numbers))) and release.state().canary is None, 240)
         last = release.audit.entries()[-1]
         assert (last["what"], last["who"]) == ("rollback", "shoal") and "failures" in last["why"]
-        assert last["figures"]["canary"]["requests"] <= 20
+        assert last["figures"]["canary"]["failures"]["of"] <= 20
         until(lambda: not any("canary" in name for name in ray_serve.status().applications), 120)
         release.rollback(why="worse")
         until(lambda: version(url) == first, 120)

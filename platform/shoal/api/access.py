@@ -61,6 +61,12 @@ class Access:
     first_token: float | None = None
     ends: list[tuple[int, float, Finished]] = field(default_factory=list)  # choice, when it was told, what
 
+    @property
+    def person(self) -> str:
+        """Who asks, as the request says: a user of a key; empty where it names none."""
+        user = self.facts.get("user")
+        return f"{'' if self.key is None else self.key.digest.hex()}\0{user}" if user else ""
+
     def read(self, tokens: int) -> None:
         """The prompt is accepted: its tokens count, to the key's limit too."""
         self.accepted = time.perf_counter()

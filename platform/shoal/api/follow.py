@@ -15,7 +15,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from shoal.api.metrics import RETRAINED
 from shoal.api.seen import Seen
@@ -165,7 +165,7 @@ class Follower:
             self._step = trial.canary
             self._since = time.monotonic() - await asyncio.to_thread(self._seen.waited, trial.canary)
         waited = time.monotonic() - self._since
-        await asyncio.to_thread(self._seen.tell, trial.canary, trial.own, waited)
+        await asyncio.to_thread(self._seen.tell, trial.canary, dict(trial.evidence.own), waited)
         await asyncio.to_thread(self._write, trial)
         decision, why = trial.decided
         if decision == "back" or await self._is_dead(trial):
@@ -225,7 +225,7 @@ class Follower:
             "version": trial.canary.version,
             "step": trial.canary.step,
             "since": trial.canary.since,
-            "evidence": asdict(trial.evidence),
+            "evidence": trial.evidence.table(),
             "decision": trial.decided,
             "checks": [
                 {**asdict(each), "condemned": each.condemned, "cleared": each.cleared}
@@ -246,6 +246,6 @@ def _beside(release: Release) -> Samples:
         return {}
 
 
-def _figures(trial: Trial) -> dict[str, dict[str, int]]:
+def _figures(trial: Trial) -> dict[str, Any]:
     """For the audit log."""
-    return {"canary": asdict(trial.evidence.canary), "stable": asdict(trial.evidence.stable)}
+    return trial.evidence.table()

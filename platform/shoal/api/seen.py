@@ -12,13 +12,12 @@ import json
 import logging
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shoal.config import load
-from shoal.errors import ConfigError
-from shoal.loop.canary import Canary, Evidence, added
+from shoal.loop.canary import Canary
+from shoal.loop.evidence import Person, dumped, joined, loaded
 from shoal.machine import write_aside
 
 log = logging.getLogger("shoal.api")
@@ -32,20 +31,20 @@ class Seen:
         self._file = folder / f"canary-{uuid.uuid4().hex}.json"
         self._written, self._said = "", ""
 
-    def tell(self, canary: Canary, own: Evidence, waited: float = 0.0) -> None:
-        """What this gateway has counted of `canary` so far, and how many seconds of its present step gateways have seen. Raises
-        OSError."""
+    def tell(self, canary: Canary, own: dict[str, Person], waited: float = 0.0) -> None:
+        """The people that this gateway has counted of `canary` so far, and how many seconds of its present step gateways have
+        seen. Raises OSError."""
         minutes = int(waited / 60)  # so that it is written once a minute where nobody asks anything
-        text = json.dumps({**asdict(canary), "evidence": asdict(own), "minutes": minutes})
+        text = json.dumps({**asdict(canary), "people": dumped(own), "minutes": minutes})
         if text != self._written:
             write_aside(self._file, text + "\n")
             self._written = text
 
-    def others(self, canary: Canary) -> Evidence:
-        """What all others counted of `canary`, in its present step too."""
-        found = Evidence()
-        for told, seen in self._told(canary):
-            found = added(found, seen if told.get("step") == canary.step else replace(seen, step=0))
+    def others(self, canary: Canary) -> dict[str, Person]:
+        """The people that all others counted of `canary`, each where it was first."""
+        found = dict[str, Person]()
+        for _, people in self._told(canary):
+            found = joined(found, people)
         return found
 
     def waited(self, canary: Canary) -> float:
@@ -58,7 +57,7 @@ class Seen:
         )
         return 60.0 * max((int(told.get("minutes", 0)) for told in now), default=0)
 
-    def _told(self, canary: Canary) -> Iterator[tuple[dict[str, Any], Evidence]]:
+    def _told(self, canary: Canary) -> Iterator[tuple[dict[str, Any], dict[str, Person]]]:
         """What the others wrote of this trial. A file that cannot be read counts nothing, and the log says so once."""
         for path in self._files():
             if path == self._file:
@@ -66,16 +65,16 @@ class Seen:
             try:
                 told = json.loads(path.read_text(encoding="utf-8"))
                 same = (told["version"], told["began"]) == (canary.version, canary.began)
-                seen = load(Evidence, told["evidence"], str(path)) if same else None
+                people = loaded(told["people"]) if same else None
             except FileNotFoundError:  # the trial ends
                 continue
-            except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 if path.name != self._said:
                     log.error("%s: what a gateway saw of the canary is lost: %s", path, type(error).__name__)
                 self._said = path.name
                 continue
-            if seen is not None:
-                yield told, seen
+            if people is not None:
+                yield told, people
 
     def forget(self) -> None:
         """There is no trial: takes the files away. Raises OSError."""

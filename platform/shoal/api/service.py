@@ -208,6 +208,7 @@ class Service:
         client, note = hosted.client, Note()
         if isinstance(client, Split):
             note.conversation, note.id = _conversation(request, body) if client.trial else b"", answer.id
+            note.person = request.state.access.person
             if self.recorder is not None:
                 note.shadowed = partial(self.recorder.shadowed, access, call, answer)
             client = client.asked(note)

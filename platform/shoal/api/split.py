@@ -24,7 +24,7 @@ from typing import Any
 
 from shoal.api.client import EngineClient
 from shoal.api.meter import Meter
-from shoal.api.trial import REMEMBERED, Trial, Weighed
+from shoal.api.trial import NOWHERE, REMEMBERED, Part, Trial, Weighed
 from shoal.config import FULL
 from shoal.engine.events import LATER, Event, Finished, Request
 from shoal.engine.metrics import Samples, sample
@@ -45,6 +45,7 @@ class Note:
     role: str = ""  # stable or canary
     resumed: str = ""  # "canary->stable" where it went on with other weights
     conversation: bytes = b""  # what tells it from others; empty: by its first tokens
+    person: str = ""  # who asks; empty where nobody says so
     id: str = ""  # of the answer, by which votes name it
     # of an answer during a trial that ended well: is to be told whether the calls of tools in it are valid
     on_calls: Callable[[bool], None] | None = None
@@ -68,7 +69,8 @@ class Split:
         self.pace = Pace()
         self.rollbacks = 0  # of canaries, by themselves
         self._counts: Counter[tuple[str, str]] = Counter()  # (label of a version, outcome)
-        self._answered: dict[str, str] = {}  # answers during the trial, the newest last -> label of the version
+        # answers during the trial, the newest last -> label of the version, and the step
+        self._answered: dict[str, tuple[str, int]] = {}
         self.beside: Callable[[], Samples] = dict  # what a release's files say
         self.labels: Mapping[str, str] = {}  # beginning of what engines call their weights -> label of the version
 
@@ -84,15 +86,15 @@ class Split:
 
     def counts_vote(self, answer: str, who: str | None, rating: str | None) -> bool:
         """As `voted`, of answers that were given here; whether this is one."""
-        label = self._answered.get(answer)
-        if self.trial is None or label is None:
+        label, step = self._answered.get(answer, ("", 0))
+        if self.trial is None or not label:
             return False
-        self.trial.vote(label, (answer, who), rating)
+        self.trial.vote(label, step, (answer, who), rating)
         return True
 
-    def _remember(self, note: Note) -> None:
+    def _remember(self, note: Note, trial: Trial) -> None:
         if note.id and note.version:
-            self._answered[note.id] = note.version
+            self._answered[note.id] = note.version, trial.canary.step
             if len(self._answered) > REMEMBERED:
                 del self._answered[next(iter(self._answered))]
 
@@ -107,37 +109,38 @@ class Split:
         if trial is None:
             return self._on_stable(trial, request, note)
         request, talk = replace(request, signals=True), note.conversation or _beginning(request)
-        answered = self._on_trial if trial.takes(talk) else self._on_stable
-        return answered(trial, request, note, first=trial.is_first(talk))
+        if not trial.canary.step:
+            return self._on_stable(trial, request, note, self._shadow(trial, request, note, talk))
+        takes = trial.takes(talk)
+        answered = self._on_trial if takes else self._on_stable
+        return answered(trial, request, note, trial.part(talk, note.person, canary=takes))
 
     async def _on_stable(
-        self, trial: Trial | None, request: Request, note: Note, *, first: bool = False
+        self, trial: Trial | None, request: Request, note: Note, part: Part = NOWHERE
     ) -> AsyncGenerator[list[Event], None]:
         note.role = "stable"
         meter = Meter()
-        if trial is not None and not trial.canary.step:
-            self._shadow(trial, request, note, first)
         try:
             async with aclosing(self._of_stable(request, note)) as lists:
                 async for events in lists:
                     meter.take(events)
                     if isinstance(events[-1], Finished):
-                        self._ended(trial, meter, note, failed=_fault(events[-1]) is not None, first=first)
+                        self._ended(trial, meter, note, part, failed=_fault(events[-1]) is not None)
                     yield events
         except Exception as error:
             if not _clients_fault(error):
-                self._ended(trial, meter, note, failed=True)
+                self._ended(trial, meter, note, part, failed=True)
             raise
 
-    def _ended(self, trial: Trial | None, meter: Meter, note: Note, *, failed: bool, first: bool = False) -> None:
+    def _ended(self, trial: Trial | None, meter: Meter, note: Note, part: Part, *, failed: bool) -> None:
         """An answer of the stable version has ended."""
         self._counts[note.version, "failed" if failed else "ok"] += 1
         if trial is not None:
-            trial.count(meter, stable=True, failed=failed, first=first)
-            self._remember(note)
-            note.on_calls = None if failed else partial(trial.called, stable=True)
+            trial.count(meter, part, stable=True, failed=failed)
+            self._remember(note, trial)
+            note.on_calls = None if failed else partial(trial.called, part=part)
         if not failed and meter.times is not None:
-            self.pace.observe(*meter.times, meter.nll if first else None, len(meter.tokens))
+            self.pace.observe(*meter.times, meter.nll if part.first else None, len(meter.tokens))
 
     async def _of_stable(self, request: Request, note: Note) -> AsyncGenerator[list[Event], None]:
         lists = self.stable.batches(request, partial(self._begun, note))
@@ -152,7 +155,7 @@ class Split:
         note.version = note.version or self.labels.get(weights.partition("-")[0], "")
 
     async def _on_trial(
-        self, trial: Trial, request: Request, note: Note, *, first: bool
+        self, trial: Trial, request: Request, note: Note, part: Part
     ) -> AsyncGenerator[list[Event], None]:
         if request.sampling.seed is None:  # with which another engine can go on
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(63)))
@@ -165,13 +168,13 @@ class Split:
                     good = events if error is None else events[:-1]
                     meter.take(good)
                     if error is None and isinstance(events[-1], Finished):
-                        trial.count(meter, stable=False, first=first)
-                        note.on_calls = partial(trial.called, stable=False)
+                        trial.count(meter, part, stable=False)
+                        note.on_calls = partial(trial.called, part=part)
                         self._counts[trial.label, "ok"] += 1
                     if good:
                         note.version = trial.label
                         if isinstance(good[-1], Finished):
-                            self._remember(note)
+                            self._remember(note, trial)
                         yield good
                     if error is not None:
                         raise error
@@ -182,21 +185,24 @@ class Split:
             if _clients_fault(error):
                 raise
             if not isinstance(error, QueueFullError):  # that it has fewer replicas is no fault of its weights
-                trial.count(meter, stable=False, failed=True)
+                trial.count(meter, part, stable=False, failed=True)
         self._counts[trial.label, "failed"] += 1
         note.resumed = "canary->stable"
         async with aclosing(self._of_stable(meter.rest(request), note)) as rest:
             async for events in rest:
                 yield [meter.ours(event, request) for event in events]
 
-    def _shadow(self, trial: Trial, request: Request, note: Note, first: bool) -> None:
-        """Sends a copy to the canary, where none is there; it waits for whatever else there is."""
+    def _shadow(self, trial: Trial, request: Request, note: Note, talk: bytes) -> Part:
+        """Sends a copy to the canary, where none is there; it waits for whatever else there is. Where the original counts."""
         if trial.shadowing is not None and not trial.shadowing.done():
-            return
+            return Part(None, trial.begins(talk))
+        part = trial.part(talk, note.person, canary=False)
+        copied = replace(part, key=trial.part(talk, note.person, canary=True).key)
         copy = replace(request, id=f"{request.id}.shadow", priority=LATER, payer="shadow", client="", beside="")
-        trial.shadowing = asyncio.create_task(self._copied(trial, copy, note, first))
+        trial.shadowing = asyncio.create_task(self._copied(trial, copy, note, copied))
+        return part
 
-    async def _copied(self, trial: Trial, request: Request, note: Note, first: bool) -> None:
+    async def _copied(self, trial: Trial, request: Request, note: Note, part: Part) -> None:
         meter, failed, end = Meter(), False, None
         try:
             async with aclosing(trial.patient(request)) as lists:
@@ -208,7 +214,7 @@ class Split:
             if _clients_fault(error) or isinstance(error, QueueFullError):
                 return
             failed = True
-        trial.count(meter, stable=False, failed=failed, first=first)
+        trial.count(meter, part, stable=False, failed=failed)
         if note.shadowed is not None:
             note.shadowed(trial.label, meter, end, failed)
 

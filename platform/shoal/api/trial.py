@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from shoal.api.client import EngineClient
@@ -12,7 +14,8 @@ from shoal.api.meter import Meter
 from shoal.config import FULL
 from shoal.engine.events import Event, Request
 from shoal.errors import EngineDeadError
-from shoal.loop.canary import Canary, Decision, Evidence, Pace, Tally, added, judged
+from shoal.loop.canary import Canary, Decision, Pace, judged
+from shoal.loop.evidence import Evidence, Person
 
 LATE_SECONDS = 2.0  # least patience with a canary
 LATE_TIMES = 10.0  # the patience, in times of the stable version's 95th percentile to a first token
@@ -42,6 +45,17 @@ class Weighed(EngineClient, Protocol):
         """As `EngineClient`; `on_begun` as of `batches`, before it returns."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """Of a conversation in a trial: where its answers count."""
+
+    key: str | None  # of a person in the evidence; None: they do not
+    first: bool = False  # it begins the conversation
+
+
+NOWHERE = Part(None)
+
+
 class Trial:
     """A canary as the gateway sees it: where it is, and what it has done so far."""
 
@@ -49,12 +63,10 @@ class Trial:
         """`pace`: of the stable version."""
         self.client, self.label, self.canary, self.pace = client, label, canary, pace
         self.evidence = Evidence()  # of all gateways, as far as this one has heard of it
-        self._elsewhere = Evidence()  # what of it others counted
         self.running = 0  # requests that are with it
         self.decided: tuple[Decision, str] = ("wait", "")
         self.shadowing: asyncio.Task[None] | None = None
-        self._votes: dict[tuple[str, str | None], str] = {}  # (answer, person) -> the newest rating
-        self._talks: dict[bytes, None] = {}  # that were heard of, the newest last
+        self._talks: dict[bytes, int] = {}  # that were heard of, the newest last -> the step that they began in
 
     def takes(self, conversation: bytes) -> bool:
         """Whether a conversation is the canary's."""
@@ -65,81 +77,83 @@ class Trial:
 
     def go_on(self, canary: Canary) -> None:
         """Another step, or the same with other bounds. What condemned it before stands."""
-        if canary.step != self.canary.step:
-            self.evidence.step = self._elsewhere.step = 0
         self.canary, self.decided = canary, self.decided if self.decided[0] == "back" else ("wait", "")
 
-    @property
-    def own(self) -> Evidence:
-        """What this gateway counted."""
-        return added(self.evidence, self._elsewhere, -1)
-
-    def hear(self, elsewhere: Evidence) -> None:
+    def hear(self, others: Mapping[str, Person]) -> None:
         """What the other gateways have counted so far, all in all. What condemned it before stands."""
-        if elsewhere == self._elsewhere:
-            return
-        self.evidence, self._elsewhere = added(self.own, elsewhere), elsewhere
+        if others != self.evidence.others:
+            self.evidence.hear(others)
+            self._judge()
+
+    def _judge(self) -> None:
         if self.decided[0] != "back":
             self.decided = judged(self.canary, self.evidence)
 
-    def is_first(self, talk: bytes) -> bool:
-        """Whether a request begins a talk: those that follow are no evidence of their own of what answers are worth."""
-        key = hashlib.blake2b(talk, digest_size=8).digest()
-        known = key in self._talks
-        self._talks[key] = None
+    def part(self, talk: bytes, person: str, *, canary: bool) -> Part:
+        """Where a request of this conversation counts, at the canary or the stable version. `person`: who asks; "" where nobody
+        says so: then each conversation is of another. One that began before this step counts for nobody in it."""
+        first = self.begins(talk)
+        if self._talks[self._hash(talk)] != self.canary.step:
+            return NOWHERE
+        who = self._hash(person.encode("utf-8", "surrogatepass") if person else talk).hex()
+        at = time.time()
+        return Part(self.evidence.part(self.canary.step, who, self._hash(talk), canary=canary, at=at), first)
+
+    def begins(self, talk: bytes) -> bool:
+        """Whether nothing of this conversation was asked before."""
+        key = self._hash(talk)
+        began = self._talks.pop(key, None)
+        self._talks[key] = self.canary.step if began is None else began
         if len(self._talks) > REMEMBERED:
             del self._talks[next(iter(self._talks))]
-        return not known
+        return began is None
 
-    def count(self, meter: Meter, *, stable: bool, failed: bool = False, first: bool = False) -> None:
-        """A request has ended at one of the two versions; `first` of its talk."""
-        tally = self.evidence.stable if stable else self.evidence.canary
-        tally.requests += 1
-        tally.failures += failed
-        if not failed:
-            self._count_answer(tally, meter)
-        if not failed and first:
-            self._count_worth(tally, meter)
+    def _hash(self, what: bytes) -> bytes:
+        """The same at each gateway."""
+        return hashlib.blake2b(what, digest_size=8, key=self.label.encode()[:64]).digest()
+
+    def count(self, meter: Meter, part: Part, *, stable: bool, failed: bool = False) -> None:
+        """A request has ended at one of the two versions."""
+        if part.key is not None:
+            self.evidence.see(part.key, "failures", failed)
+            if not failed:
+                self._count_answer(part.key, meter)
+            if not failed and part.first:
+                self._count_worth(part.key, meter)
         if not stable:
-            self.evidence.step += 1
-            self.decided = judged(self.canary, self.evidence)
+            self._judge()
 
-    def vote(self, label: str, by: tuple[str, str | None], rating: str | None) -> None:
-        """A person rates an answer that the version `label` gave during the trial, `by` (answer, person), or withdraws that:
-        the newest counts."""
-        tally = self.evidence.canary if label == self.label else self.evidence.stable
-        for one, sign in ((self._votes.pop(by, None), -1), (rating, 1)):
-            if one is not None:
-                tally.votes += sign
-                tally.down += sign * (one == "down")
-        if rating is not None:
-            self._votes[by] = rating
-        self.decided = judged(self.canary, self.evidence)
-
-    def called(self, valid: bool, *, stable: bool) -> None:
-        """An answer that was counted has calls of tools, all of them `valid` or not."""
-        tally = self.evidence.stable if stable else self.evidence.canary
-        tally.called += 1
-        tally.wrong += not valid
-        if self.decided[0] != "back":
-            self.decided = judged(self.canary, self.evidence)
-
-    def _count_answer(self, tally: Tally, meter: Meter) -> None:
-        tally.invalid += meter.invalid
-        if meter.times is None:
+    def vote(self, label: str, step: int, by: tuple[str, str | None], rating: str | None) -> None:
+        """A person rates an answer that the version `label` gave in this step of the trial, `by` (answer, person), or withdraws
+        that. The person's first answer of a step counts, and on it the newest vote; who has no name is one person. Of copies
+        and their originals none counts: nobody reads the copies."""
+        if not step:
             return
-        slow = self.pace.is_slow(*meter.times)
-        if slow is not None:
-            tally.timed += 1
-            tally.slow += slow
+        answer, who = by[0].encode(), self._hash(f"{by[1]}".encode()).hex()
+        key = self.evidence.part(step, f"v{who}", answer, canary=label == self.label, at=time.time())
+        if key is not None:
+            self.evidence.unsee(key, "down")
+            if rating is not None:
+                self.evidence.see(key, "down", rating == "down")
+            self._judge()
 
-    def _count_worth(self, tally: Tally, meter: Meter) -> None:
-        tally.talks += 1
-        tally.cut += meter.cut
+    def called(self, valid: bool, part: Part) -> None:
+        """An answer that was counted has calls of tools, all of them `valid` or not. Of copies and originals none counts."""
+        if part.key is not None and part.key[0] != "0":
+            self.evidence.see(part.key, "wrong", not valid)
+            self._judge()
+
+    def _count_answer(self, key: str, meter: Meter) -> None:
+        self.evidence.see(key, "invalid", meter.invalid)
+        slow = None if meter.times is None else self.pace.is_slow(*meter.times)
+        if slow is not None:
+            self.evidence.see(key, "slow", slow)
+
+    def _count_worth(self, key: str, meter: Meter) -> None:
+        self.evidence.see(key, "cut", meter.cut)
         unsure = self.pace.is_unsure(meter.nll, len(meter.tokens))
         if unsure is not None:
-            tally.heard += 1
-            tally.unsure += unsure
+            self.evidence.see(key, "unsure", unsure)
 
     async def patient(self, request: Request) -> AsyncGenerator[list[Event], None]:
         """The canary's events. Raises EngineDeadError when one is late."""

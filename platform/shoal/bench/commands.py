@@ -461,6 +461,23 @@ def drift(
     run(out, runs=runs, daily=daily, seed=seed)
 
 
+@bench.command("canary")
+def canary(
+    runs: Annotated[int, typer.Option(help="Trials of each pattern and kind of canary.", callback=_some)] = 100,
+    shadows: Annotated[int, typer.Option(help="As of `shoal release canary`.", callback=_some)] = 200,
+    people: Annotated[int, typer.Option(help="As of `shoal release canary`.", callback=_some)] = 300,
+    patterns: Annotated[
+        str, typer.Option(help="Of the traffic, with commas.")
+    ] = "independent,sessions,weekends,load step,one angry user",
+) -> None:
+    """How often a canary is taken back that is equal (at most 5 %), and one whose answers fail 10 points more often (at least
+    90 %), by simulated traffic. Fails where a share is missed. Some minutes."""
+    from shoal.bench.canary import canary as run
+
+    chosen = tuple(each.strip() for each in patterns.split(",") if each.strip())
+    run(out, runs=runs, shadows=shadows, people=people, patterns=chosen)
+
+
 @bench.command("augment")
 def augment(
     run: Annotated[list[Path], typer.Option(help="Folder of a recipe's run from nothing, medicine or law; repeat.")],

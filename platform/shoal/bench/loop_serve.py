@@ -19,13 +19,13 @@ from rich.table import Table
 from shoal.bench.loop_service import Crashing, Service, Slow, running
 from shoal.bench.loop_teach import shuffled
 from shoal.engine.front import AsyncEngine
-from shoal.loop.canary import REQUESTS
 from shoal.loop.release import Release
 from shoal.model.model import Model
 
 Say = Callable[[str], None]
 
 LEAST, MOST = 5_000, 40_000  # requests of the whole way, and until it is given up
+ENOUGH = 40  # people of the canary a step: each asks eight times, and of a step counts with the first
 MOST_BAD = 2_000  # until a bad canary is given up
 BACK = 64  # answers of the version of before, after a rollback
 TIMED = 64  # requests by which it is known what the stable version takes
@@ -39,12 +39,12 @@ async def serve(
     work: Path,
     say: Say,
     *,
-    enough: int = REQUESTS,
+    enough: int = ENOUGH,
     bad: Mapping[str, type[AsyncEngine]] = BAD,
     by: Callable[[Release, Path], AbstractAsyncContextManager[Service]] = running,
 ) -> dict[str, Any]:
     """Of the candidate of `release`, or of a copy of the stable version where it has none that passed: through to promotion and
-    back, with `enough` requests of its own a step. Then the `bad` ones, by name, of such engines. `by`: what serves."""
+    back, with `enough` people of its own a step. Then the `bad` ones, by name, of such engines. `by`: what serves."""
     if release.state().candidate is None or not release.version(release.state().candidate or 0).passed:
         release.add(release.stable().served, verdict=PASSED, why="of equal weights, for the way that a candidate goes")
     asked = [one for pair in zip(shuffled("old"), shuffled("catalogue"), strict=False) for one in pair]
@@ -55,7 +55,7 @@ async def serve(
         release.begin(second.number, why="the benchmark")
         canary = release.state().canary
         assert canary is not None
-        release.step(replace(canary, shadows=min(enough, canary.shadows), requests=enough), why="the benchmark")
+        release.step(replace(canary, shadows=min(enough, canary.shadows), people=enough), why="the benchmark")
         release.set_auto("promote", why="the benchmark")
         count = TIMED + await service.ask_until(lambda: release.state().stable == second.number, asked, MOST)
         say(f"{count:,} requests to the promotion")
@@ -105,7 +105,7 @@ async def _taken_back(service: Service, name: str, kind: type[AsyncEngine], work
         release.rollback(why="the benchmark gives up")
     figures = last["figures"].get("canary", {}) if gone else {}
     return {
-        "taken_back": gone, "why": last["why"], "canary_requests": figures.get("requests"),
+        "taken_back": gone, "why": last["why"], "canary_people": figures["failures"]["of"] if figures else None,
         "seconds": round(time.monotonic() - began, 1), "requests": count,
         "not_whole": sum(service.faults().values()) - before,
     }  # fmt: skip
@@ -117,6 +117,6 @@ def shown(found: dict[str, Any], what: str = "one engine") -> Table:
     table.add_row("not whole", str(sum(found["faults"].values())), "0")
     table.add_row("promoted, rolled back", f"{found['promoted']}, {found['rolled_back']}", "True, True")
     for name, one in found["bad"].items():
-        told = f"{one['canary_requests']} requests, {one['seconds']} s, {one['not_whole']} not whole"
-        table.add_row(f"bad canary, {name}: taken back after", told, "20 requests or 30 s, 0")
+        told = f"{one['canary_people']} people, {one['seconds']} s, {one['not_whole']} not whole"
+        table.add_row(f"bad canary, {name}: taken back after", told, "20 people or 30 s, 0")
     return table

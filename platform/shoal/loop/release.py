@@ -26,7 +26,7 @@ from shoal.data.alone import alone
 from shoal.errors import CheckpointError, ConfigError, DataError, ResourceError, UsageError
 from shoal.loop import versions
 from shoal.loop.audit import FIRST, Audit
-from shoal.loop.canary import Canary
+from shoal.loop.canary import PEOPLE, SHADOWS, Canary, with_people
 from shoal.loop.versions import Version
 from shoal.machine import write_aside
 
@@ -76,7 +76,7 @@ class Release:
             raise DataError(f"cannot read {path}", got=type(error).__name__, do="look at what is there") from error
         if (kind, version) != (FORMAT, VERSION):
             raise DataError(f"{path}: format", got=f"{kind} version {version}", allowed=f"{FORMAT} version {VERSION}")
-        return config.load(State, told, str(path))
+        return config.load(State, with_people(told), str(path))
 
     def versions(self) -> list[Version]:
         """All there are, the oldest first."""
@@ -201,9 +201,8 @@ class Release:
                 assert before.stable is not None
                 return self.version(before.stable)
             if before.previous is None:
-                raise UsageError(
-                    "nothing to roll back", do="promote the version that is to serve: shoal release promote N"
-                )
+                do = "promote the version that is to serve: shoal release promote N"
+                raise UsageError("nothing to roll back", do=do)
             back = self.version(before.previous)
             self._need_unchanged(back)
             self._change(before, "rollback", why, who, before.stable, figures, stable=back.number, previous=None)
@@ -222,8 +221,11 @@ class Release:
         force: bool = False,
         who: str | None = None,
         seen: int | None = None,
+        shadows: int = SHADOWS,
+        people: int = PEOPLE,
     ) -> Version:
-        """Starts the canary of a version (None: the candidate), or lets one that is held go on. Raises as `promote`."""
+        """Starts the canary of a version (None: the candidate), with so many people a step at least, `shadows` in the first; or
+        lets one go on that is held, as it began. Raises as `promote`."""
         with self._changing(seen) as before:
             chosen = self._chosen(name, before)
             if before.canary is not None and before.canary.version == chosen.number and before.held is not None:
@@ -238,7 +240,7 @@ class Release:
             self._need_unchanged(chosen)
             assert before.stable is not None
             versions.need_same(chosen.served, self.version(before.stable).served)
-            canary = Canary(chosen.number, 0, now(), began=before.number + 1)
+            canary = Canary(chosen.number, 0, now(), shadows, people, began=before.number + 1)
             self._change(before, "canary", why, who, chosen.number, forced, canary=canary, held=None)
         return chosen
 
@@ -287,9 +289,7 @@ class Release:
     def _need_unchanged(self, version: Version) -> None:
         """Raises CheckpointError where its files are not those that were added, by themselves or by the audit log."""
         version.verify()
-        added = [
-            entry for entry in self.audit.entries() if (entry["what"], entry["version"]) == ("add", version.number)
-        ]
+        added = [one for one in self.audit.entries() if (one["what"], one["version"]) == ("add", version.number)]
         for entry in added:
             known = entry["figures"].get("sha256", version.sha256)  # logs of before do not say
             if known != version.sha256:
@@ -348,7 +348,9 @@ class Release:
         # a line that does not follow from what is known was not written here, whatever its number
         follows = (last.get("number"), last.get("before")) == (known.number + 1, known.audit or FIRST)
         if follows or lost:
-            known = replace(config.load(State, last["state"], str(self.audit.path)), audit=self.audit.head())
+            known = replace(
+                config.load(State, with_people(last["state"]), str(self.audit.path)), audit=self.audit.head()
+            )
             self._write(known)
         return known
 

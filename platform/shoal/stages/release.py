@@ -13,6 +13,7 @@ from rich.table import Table
 
 from shoal.config import dump
 from shoal.errors import UsageError
+from shoal.loop.canary import PEOPLE, SHADOWS
 from shoal.loop.release import Auto, Release, State
 from shoal.loop.versions import Version, cut_lineage
 from shoal.model.described import read_json
@@ -154,9 +155,20 @@ def hold(folder: Folder, why: Why, as_json: Json = False) -> None:
 
 
 @release.command()
-def canary(folder: Folder, why: Why, version: Which = None, force: Force = False, as_json: Json = False) -> None:
+def canary(
+    folder: Folder,
+    why: Why,
+    version: Which = None,
+    force: Force = False,
+    shadows: Annotated[int, typer.Option(help="People whose requests are copied at least, before 5 %.")] = SHADOWS,
+    people: Annotated[
+        int, typer.Option(help="The canary's people that each later step takes at least; with fewer less is found.")
+    ] = PEOPLE,
+    as_json: Json = False,
+) -> None:
     """Give a version a growing part of the traffic, by evidence; or let a canary that is held go on."""
-    _say(folder, Release(folder).begin(version, why=why, force=force), "is on trial", as_json)
+    begun = Release(folder).begin(version, why=why, force=force, shadows=shadows, people=people)
+    _say(folder, begun, "is on trial", as_json)
 
 
 @release.command()

@@ -25,9 +25,11 @@ from shoal.cli import main
 from shoal.engine.events import Token
 from shoal.errors import DataError, EngineDeadError
 from shoal.loop import again
-from shoal.loop.canary import Canary, Evidence, Pace, Tally, added, advanced
+from shoal.loop.canary import Canary, Pace, advanced
+from shoal.loop.evidence import Evidence
 from shoal.loop.release import ChangedError, Release
 from shoal.loop.versions import Version
+from tests.canaries import NAMES, add, seen
 from tests.clocks import tells
 from tests.unit.api.test_split import Engine
 
@@ -256,7 +258,7 @@ def test_a_version_that_is_tried_again_is_not_condemned_by_what_it_did_the_first
         await one.look()
         trial = one._split.trial
         assert trial is not None
-        trial.evidence.canary.failures = trial.evidence.canary.requests = 9
+        add(trial.evidence, "canary", 9, 0, failures=9)
         condemn(one)
         await one.look()
         assert release.state().canary is None
@@ -264,27 +266,27 @@ def test_a_version_that_is_tried_again_is_not_condemned_by_what_it_did_the_first
         release.begin(3, why="it was the machine")
         await one.look()
         trial = one._split.trial
-        assert trial is not None and trial.evidence.canary.requests == 0
-        trial.evidence.canary.requests = 7
+        assert trial is not None and seen(trial.evidence, "canary") == (0, 0)
+        add(trial.evidence, "canary", 7, 0)
         await one.look()
         again = follower(release)  # a gateway that starts anew goes on with what was seen of the same step
         await again.look()
-        assert again._split.trial is not None and again._split.trial.evidence.canary.requests == 7
+        assert again._split.trial is not None and seen(again._split.trial.evidence, "canary") == (7, 0)
         assert replace(trial.canary) == again._split.trial.canary
 
     run(work)
 
 
-def saw(one: Follower, requests: int, failures: int = 0) -> None:
-    """A gateway's canary answers so many requests, of which some fail; as many answers of the stable version are timed."""
+def saw(one: Follower, people: int, failures: int = 0) -> None:
+    """A gateway's canary answers so many people, of whom some get failures; the stable version as many, who get none."""
     trial = one._split.trial
     assert trial is not None
     meter = Meter()
     meter.take([Token("r", 1, "x"), Token("r", 2, "y")])
-    for number in range(requests):
-        trial.evidence.canary.timed += 1
-        trial.evidence.stable.timed += 1
-        trial.count(meter, stable=False, failed=number < failures)
+    for number in range(people):
+        for stable in (True, False):
+            part = trial.part(str(next(NAMES)).encode(), "", canary=not stable)
+            trial.count(meter, part, stable=stable, failed=not stable and number < failures)
 
 
 async def two(release: Release) -> tuple[Follower, Follower]:
@@ -297,17 +299,17 @@ async def two(release: Release) -> tuple[Follower, Follower]:
 
 
 def test_gateways_condemn_a_canary_by_what_they_saw_together(release: Release) -> None:
-    """Three failures of three are enough, two are not."""
+    """Eight people who get nothing but failures are enough, four are not."""
 
     async def work() -> None:
         first, second = await two(release)
-        saw(first, 2, failures=2)
+        saw(first, 4, failures=4)
         await first.look()
         assert release.state().canary is not None
-        saw(second, 1, failures=1)
+        saw(second, 4, failures=4)
         await second.look()
         assert release.state().canary is None
-        assert release.audit.entries()[-1]["figures"]["canary"]["failures"] == 3
+        assert release.audit.entries()[-1]["figures"]["canary"]["failures"] == {"of": 8, "bad": 8}
         await first.look()
         assert first._split.trial is None and not list(release.directory.glob("canary-*"))
         assert first._split.rollbacks + second._split.rollbacks == 1
@@ -329,7 +331,7 @@ def test_a_step_takes_as_many_requests_of_all_gateways_as_of_one_and_is_taken_on
         for one in (second, first, second, first):
             await one.look()
         trial = second._split.trial
-        assert trial is not None and trial.evidence.step == 299 and trial.evidence.canary.requests == 499
+        assert trial is not None and trial.evidence.people(1) == 299 and seen(trial.evidence, "canary")[0] == 499
         assert trial.decided[0] == "wait"
 
     run(work)
@@ -338,17 +340,17 @@ def test_a_step_takes_as_many_requests_of_all_gateways_as_of_one_and_is_taken_on
 def test_what_a_gateway_saw_before_it_ended_counts_and_what_it_saw_of_another_trial_does_not(release: Release) -> None:
     async def work() -> None:
         first, second = await two(release)
-        saw(first, 2, failures=2)
+        saw(first, 4, failures=4)
         await first.look()
         third = follower(release)  # in the place of the first
         await third.look()
-        saw(third, 1, failures=1)
+        saw(third, 4, failures=4)
         await third.look()
         assert release.state().canary is None
         release.begin(3, why="it was the machine")  # the same version, before the second looks again
         await second.look()
         trial = second._split.trial
-        assert trial is not None and trial.evidence == Evidence()
+        assert trial is not None and seen(trial.evidence, "canary") == (0, 0)
 
     run(work)
 
@@ -387,7 +389,7 @@ def test_a_day_without_traffic_is_one_by_a_clock_that_nobody_sets(
         for one in (second, third):
             await one.look()
         assert release.state().held is None
-        assert third._split.trial is not None and third._split.trial.evidence.step == 7
+        assert third._split.trial is not None and third._split.trial.evidence.people(0) == 7
         steady += 25 * 3600
         await second.look()
         assert release.state().held is not None
@@ -426,7 +428,7 @@ def test_who_decided_by_a_state_that_is_no_more_looks_again_and_says_nothing_of_
 )
 def test_after_all_have_looked_each_gateway_knows_what_all_of_them_counted(did: list[tuple[int, str]]) -> None:
     """Whatever the order, and though some end, each once it has told, and others start in their place."""
-    canary, counted = Canary(3, 1, "now", began=7), Evidence()
+    canary, alone = Canary(3, 1, "now", began=7), Evidence()
     with TemporaryDirectory() as folder:
 
         def started() -> tuple[Seen, Trial]:
@@ -435,26 +437,29 @@ def test_after_all_have_looked_each_gateway_knows_what_all_of_them_counted(did: 
         def look(number: int) -> None:
             seen, trial = gateways[number]
             trial.hear(seen.others(canary))
-            seen.tell(canary, trial.own)
+            seen.tell(canary, trial.evidence.own)
 
         gateways = [started() for _ in range(3)]
         for place, (number, what) in enumerate(did):
             trial = gateways[number][1]
             if what in ("ok", "failed", "stable"):
-                trial.count(Meter(), stable=what == "stable", failed=what == "failed")
-                count = Tally(requests=1, failures=int(what == "failed"), invalid=int(what != "failed"))
-                more = Evidence(stable=count) if what == "stable" else Evidence(canary=count, step=1)
-                counted = added(counted, more)
+                part = trial.part(str(place).encode(), "", canary=what != "stable")
+                trial.count(Meter(), part, stable=what == "stable", failed=what == "failed")
+                kind = "failures" if what == "failed" else "invalid"
+                add(alone, "stable" if what == "stable" else "canary", 1, 1, **{"invalid": 0, "slow": (0, 0), kind: 1})
+                if what == "failed":
+                    alone.counts[1, 1, 1, 0] -= 1  # what failed is no answer
             elif what == "down":
-                trial.vote("3.canary", (str(place), None), "down")
-                counted = added(counted, Evidence(canary=Tally(votes=1, down=1)))
+                trial.vote("3.canary", 1, (str(place), str(place)), "down")
+                alone.counts[1, 1, 3] += 1
             else:
                 look(number)
             if what == "again":
                 gateways[number] = started()
         for number in (0, 1, 2, 0, 1, 2):
             look(number)
-        assert [trial.evidence for _, trial in gateways] == [counted] * 3
+        for _, trial in gateways:
+            assert (trial.evidence.counts == alone.counts).all()
 
 
 def test_what_a_gateway_left_in_pieces_counts_nothing_and_is_told_of_once(
@@ -463,9 +468,9 @@ def test_what_a_gateway_left_in_pieces_counts_nothing_and_is_told_of_once(
     canary = Canary(3, 1, "now", began=7)
     (tmp_path / "canary-broken.json").write_text('{"version": 3, "began": 7, "since": "now", "evid')
     other, one = Seen(tmp_path), Seen(tmp_path)
-    other.tell(canary, Evidence(canary=Tally(requests=4)))
-    assert [one.others(canary).canary.requests for _ in range(3)] == [4] * 3
+    other.tell(canary, add(Evidence(), "canary", 4, 1).own)
+    assert [len(one.others(canary)) for _ in range(3)] == [4] * 3
     assert len(caplog.records) == 1 and "lost" in caplog.text
-    assert one.others(Canary(3, 1, "now", began=9)) == Evidence()
+    assert one.others(Canary(3, 1, "now", began=9)) == {}
     one.forget()
     assert not list(tmp_path.iterdir())

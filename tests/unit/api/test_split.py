@@ -25,7 +25,9 @@ from shoal.errors import (
     QueueFullError,
     RequestError,
 )
-from shoal.loop.canary import LEAST_TIMES, SHARES, Canary
+from shoal.loop.canary import LEAST_TIMES, Canary
+from shoal.loop.evidence import SHARES
+from tests.canaries import seen
 
 SECONDS = 60.0
 
@@ -104,25 +106,30 @@ def test_what_fails_at_the_canary_goes_on_at_the_stable_version(error: Exception
         assert stats[sample("version_requests", version="2.canary", outcome="failed")] == 1
         assert stats[sample("release_share", version="2.canary")] == SHARES[3]
         full = isinstance(error, QueueFullError)
-        assert (trial.evidence.canary.failures, trial.evidence.canary.requests) == (0 if full else 1,) * 2
+        assert seen(trial.evidence, "canary") == (0 if full else 1,) * 2
 
     asyncio.run(work())
 
 
 def test_what_became_of_the_calls_of_tools_is_told_to_the_trial_that_gave_the_answer() -> None:
     async def work() -> None:
-        for share, side in ((3, "canary"), (0, "stable")):
-            made, note = split(Engine(0), share), Note()
-            await read(made, Request([5], id="r"), note)
+        for side, talks in (("canary", 20), ("stable", 20), ("copies", 2)):
+            made = split(Engine(0), 0 if side == "copies" else 3)
             trial = made.trial
-            assert trial is not None and note.on_calls is not None
-            for valid in (True, False):
-                note.on_calls(valid)
-            tally = getattr(trial.evidence, side)
-            assert (tally.called, tally.wrong) == (2, 1)
-            for _ in range(9):
-                note.on_calls(False)
+            assert trial is not None
+            trial.takes = lambda conversation, side=side: side == "canary"  # type: ignore[method-assign,misc]
+            for talk in range(talks):
+                note = Note()
+                await read(made, Request([talk], id="r"), note)
+                assert note.on_calls is not None
+                for valid in (True, False):
+                    note.on_calls(valid)
+                if trial.decided[0] == "back":
+                    break
             assert trial.decided[0] == ("back" if side == "canary" else "wait")
+            other = "stable" if side == "canary" else "canary"
+            assert seen(trial.evidence, other, "wrong") == (0, 0)
+            assert side == "copies" or seen(trial.evidence, side, "wrong") == (talk + 1,) * 2
         made, note = split(Engine(0)), Note()
         made.trial = None
         await read(made, Request([5], id="r"), note)
@@ -146,7 +153,7 @@ def test_the_clients_own_fault_is_told_and_counted_against_nobody(error: Excepti
         made = split(Engine(0, error))
         with pytest.raises(type(error)):
             await read(made, Request([5], id="r"), Note())
-        assert made.trial is not None and made.trial.evidence.canary.requests == 0
+        assert made.trial is not None and seen(made.trial.evidence, "canary") == (0, 0)
         assert made.stable.asked == []  # type: ignore[attr-defined]
 
     asyncio.run(work())
@@ -171,11 +178,12 @@ def test_one_that_is_condemned_gets_nothing_more_from_that_moment_on() -> None:
     async def work() -> None:
         canary = Engine(0, GenerationError("NaN"))
         made = split(canary)
-        for _ in range(20):
-            await read(made, Request([5], id="r"), Note())
-        assert len(canary.asked) == 3
+        for talk in range(40):
+            await read(made, Request([talk], id="r"), Note())
+        people = len(canary.asked)
+        assert 3 <= people <= 20
         assert made.condemned() is made.trial and made.trial is not None
-        assert "failures: 3 of 3" in made.trial.decided[1]
+        assert f"failures: {people} of {people} people" in made.trial.decided[1]
 
     asyncio.run(work())
 
@@ -200,11 +208,8 @@ def test_a_shadow_is_one_copy_at_a_time_that_nobody_reads() -> None:
         await read(made, Request([5], id="r"), Note())
         assert trial.shadowing is not None
         await trial.shadowing
-        assert (trial.evidence.canary.requests, trial.evidence.canary.failures, trial.evidence.stable.requests) == (
-            1,
-            0,
-            4,
-        )
+        assert seen(trial.evidence, "canary") == (1, 0)
+        assert seen(trial.evidence, "stable") == (2, 0), "the originals of both copies, and of these alone"
 
     asyncio.run(work())
 
@@ -217,7 +222,7 @@ def test_who_leaves_ends_the_canarys_work_and_counts_against_nobody() -> None:
         async with aclosing(lists):  # type: ignore[type-var]
             await anext(lists)
         trial = made.trial
-        assert trial is not None and (canary.open, trial.running, trial.evidence.canary.requests) == (0, 0, 0)
+        assert trial is not None and (canary.open, trial.running, *seen(trial.evidence, "canary")) == (0, 0, 0, 0)
 
     asyncio.run(work())
 
@@ -260,22 +265,43 @@ def test_thumbs_on_answers_of_the_trial_are_evidence_and_the_newest_of_a_person_
         made = split(Engine(0))
         trial = made.trial
         assert trial is not None
-        await read(made, Request([5], id="r"), Note(id="a"))
-        trial.takes = lambda conversation: False  # type: ignore[method-assign]
-        await read(made, Request([5], id="r"), Note(id="b"))
+        for answer in ("a", "a2", "b"):
+            trial.takes = lambda conversation, answer=answer: answer != "b"  # type: ignore[method-assign,misc]
+            await read(made, Request([5], id="r"), Note(id=answer))
         made.voted("a", "ann", "down")
         made.voted("a", "ann", "down")
+        made.voted("a2", "ann", "down")
         made.voted("a", "bob", "up")
+        made.voted("b", "cid", "down")
+        made.voted("b", "cid", "up")
         made.voted("b", "ann", "down")
-        made.voted("b", "ann", "up")
-        made.voted("before the trial", "ann", "down")
-        tally, stable = trial.evidence.canary, trial.evidence.stable
-        assert (tally.votes, tally.down, stable.votes, stable.down) == (2, 1, 1, 0)
+        made.voted("before the trial", "dan", "down")
+        assert [seen(trial.evidence, side, "down") for side in ("canary", "stable")] == [(2, 1), (1, 0)]
         made.voted("a", "ann", None)
-        assert (tally.votes, tally.down) == (1, 0)
+        assert seen(trial.evidence, "canary", "down") == (1, 0)
         for person in range(40):
             made.voted("a", str(person), "down")
         assert made.condemned() is trial and "thumbs down" in trial.decided[1]
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_one_person_counts_once_whatever_becomes_of_her_conversations(named: bool) -> None:
+    """One whose every answer fails, or who rates every answer down, in fifty conversations with the canary; where nobody says
+    who asks each conversation is another's, and votes without a name are one person's."""
+
+    async def work() -> None:
+        made = split(Engine(0, GenerationError("NaN")) if named else Engine(0))
+        trial = made.trial
+        assert trial is not None
+        for talk in range(50):
+            note = Note(id=str(talk), conversation=str(talk).encode(), person="ann" if named else "")
+            await read(made, Request([5], id="r"), note)
+            made.voted(str(talk), None, "down")
+        assert trial.decided[0] == "wait", trial.decided
+        assert seen(trial.evidence, "canary") == ((1, 1) if named else (50, 0))
+        assert seen(trial.evidence, "canary", "down")[1] == (0 if named else 1)
 
     asyncio.run(work())
 
@@ -320,9 +346,9 @@ def in_turns(stable: Engine, canary: Engine, count: int, talk: Callable[[int], s
 def test_answers_that_the_canary_is_far_less_sure_of_take_it_back() -> None:
     bad = in_turns(Sure(1.0), Sure(1.5), 200, str)
     assert bad.decided[0] == "back" and "unsure answers: " in bad.decided[1]
-    assert bad.evidence.canary.requests < 100
+    assert seen(bad.evidence, "canary")[0] < 100
     good = in_turns(Sure(1.0), Sure(1.1), 200, str)
-    assert good.decided[0] != "back" and good.evidence.canary.heard > 150
+    assert good.decided[0] != "back" and seen(good.evidence, "canary", "unsure")[0] > 150
 
 
 def test_answers_that_do_not_end_take_it_back_unless_the_stable_ones_do_not_either() -> None:
@@ -330,14 +356,14 @@ def test_answers_that_do_not_end_take_it_back_unless_the_stable_ones_do_not_eith
     bad = in_turns(ends, cut, 100, str)
     assert bad.decided[0] == "back" and "cut answers: " in bad.decided[1]
     asked_so = in_turns(Sure(1.0, ("stop", *["length"] * 9)), cut, 300, str)
-    assert asked_so.decided[0] != "back" and asked_so.evidence.canary.cut == 300
+    assert asked_so.decided[0] != "back" and seen(asked_so.evidence, "canary", "cut") == (300, 300)
 
 
 def test_of_a_talk_one_answer_says_how_sure_a_version_is() -> None:
     """Somebody who asks the canary the same hard thing a hundred times condemns nothing."""
     one = in_turns(Sure(1.0), Sure(4.0), 100, lambda number: "the same")
-    assert one.decided[0] != "back" and one.evidence.canary.talks == one.evidence.stable.talks == 1
-    assert one.evidence.canary.requests == 100
+    assert one.decided[0] != "back"
+    assert [seen(one.evidence, side, "cut")[0] for side in ("canary", "stable")] == [1, 1]
 
 
 def test_an_answer_of_two_authors_is_no_evidence_of_either() -> None:
@@ -345,7 +371,8 @@ def test_an_answer_of_two_authors_is_no_evidence_of_either() -> None:
         made = split(Engine(0, GenerationError("NaN"), 2))
         await read(made, Request([5], id="r"), Note(id="a"))
         made.voted("a", "ann", "down")
-        assert made.trial is not None and made.trial.evidence.canary.votes == made.trial.evidence.stable.votes == 0
+        assert made.trial is not None
+        assert [seen(made.trial.evidence, side, "down")[0] for side in ("canary", "stable")] == [0, 0]
 
     asyncio.run(work())
 
@@ -371,9 +398,10 @@ def test_a_vote_on_an_answer_of_another_gateway_is_counted_there() -> None:
             made._vote_elsewhere = lambda *vote: told.append(vote)
         await read(there, Request([5], id="r"), Note(id="a"))
         here.voted("a", "ann", "down")
-        assert told == [("a", "ann", "down")] and here.trial is not None and not here.trial.evidence.canary.votes
+        assert told == [("a", "ann", "down")] and here.trial is not None
+        assert seen(here.trial.evidence, "canary", "down") == (0, 0)
         assert [made.counts_vote(*told[0]) for made in (here, there)] == [False, True]
-        assert there.trial is not None and there.trial.evidence.canary.down == 1
+        assert there.trial is not None and seen(there.trial.evidence, "canary", "down") == (1, 1)
         there.voted("a", "ann", "up")
         here.trial = None
         here.voted("a", "ann", "up")

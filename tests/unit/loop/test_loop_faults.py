@@ -4,7 +4,6 @@ promises about chance that did not hold."""
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 from dataclasses import asdict
@@ -18,7 +17,7 @@ import pytest
 from shoal import Model, cli
 from shoal.errors import DataError, ResourceError
 from shoal.loop.asked import forbidden
-from shoal.loop.canary import Canary, Evidence, Tally, advanced, judged
+from shoal.loop.canary import Canary, judged
 from shoal.loop.capture import Capture, Forgotten
 from shoal.loop.cut import MANIFEST, RECENT, TRAIN, Settings, _manifest, cut, read
 from shoal.loop.forget import forget as forget_all
@@ -32,6 +31,7 @@ from shoal.loop.texts import Texts
 from shoal.loop.unread import Read, unread
 from shoal.loop.votes import Vote, Votes
 from shoal.loop.writer import Writer
+from tests.canaries import both
 
 NOON = 1_795_780_800_000  # 2026-11-27 12:00, UTC
 ANN = "a" * 32
@@ -273,30 +273,7 @@ Release({str(release.directory)!r}).add({str(tmp_path / "model")!r})
     assert release.check() == 2
 
 
-@pytest.mark.drill
-@pytest.mark.parametrize("share", [0.02, 0.15])
-def test_a_canary_that_fails_as_often_as_the_stable_version_is_hardly_ever_taken_back(share: float) -> None:
-    draw, back = random.Random(0), 0
-    for _ in range(60):
-        canary, evidence, decision = Canary(2, 0, "now"), Evidence(), "wait"
-        while decision in ("wait", "next"):
-            shadows = canary.step == 0
-            on = shadows or draw.random() < canary.share
-            for tally in [evidence.stable] * (shadows or not on) + [evidence.canary] * on:
-                failed = draw.random() < share
-                tally.requests, tally.failures = tally.requests + 1, tally.failures + failed
-                tally.timed += not failed
-            evidence.step += on
-            decision = judged(canary, evidence)[0] if on else "wait"
-            if decision == "next":
-                canary, evidence.step = advanced(canary, "now"), 0
-        back += decision == "back"
-    assert back <= 3
-
-
 def test_one_that_fails_more_often_is_taken_back_all_the_same() -> None:
-    for failures, of in ((3, 3), (5, 20), (16, 200)):
-        evidence = Evidence(
-            Tally(requests=of, failures=failures), Tally(requests=5 * of, failures=round(0.01 * 5 * of))
-        )
+    for failures, of in ((5, 5), (6, 20), (16, 200)):
+        evidence = both((of, 19 * of), 1, failures=(failures, round(0.01 * 19 * of)))
         assert judged(Canary(2, 1, "now"), evidence)[0] == "back"

@@ -65,7 +65,7 @@ def test_what_the_gate_did_not_measure_is_not_known_and_never_zero() -> None:
 
 
 def test_the_checks_of_a_canary_are_shown_once_they_are_its_own() -> None:
-    check = {"name": "failures", "count": 3, "of": 9, "tolerated": 0.005, "condemned": True, "cleared": False}
+    check = {"name": "failures", "count": 3, "of": 9, "stable": 0.005, "condemned": True, "cleared": False}
     evidence = {"version": 2, "checks": [check]}
     canary = {"version": 2, "step": 1}
     page = releases.show(told(canary=canary, share=0.05, evidence=evidence))
