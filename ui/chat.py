@@ -14,12 +14,12 @@ from typing import Any
 import gradio as gr
 import openai
 
-from ui import bubbles, history, lookup, program, site, talk, vote, words
+from ui import bubbles, history, login, lookup, program, site, talk, vote, words
 from ui.assistants import Assistant
-from ui.site import QUIET, Component, Key, Site
+from ui.site import QUIET, Component, Site
 from ui.talk import Card, Said, Settings, Words
+from ui.uploads import IMAGES
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")  # what the API decodes
 AT_ONCE = 64  # answers that stream at once; the engine's queue bounds them further
 MOST_TOKENS = 128  # of an answer, unless the slider says more
 SAVED_EVERY = 0.25  # seconds between two savings of a conversation while an answer streams
@@ -48,7 +48,6 @@ def build_chat(at: Site, assistant: Assistant) -> None:
         settings: Component = gr.Column(scale=1, min_width=280, elem_id="settings", render=False)
         with settings:
             controls = _controls(assistant)
-            key = Key.ask()
             kept = _kept()
             with gr.Accordion("The last request as curl", open=False, elem_id="curl"):
                 command = gr.Code(
@@ -60,16 +59,16 @@ def build_chat(at: Site, assistant: Assistant) -> None:
                 box = _textbox()
             keep, remembered = vote.keep_box()
         settings.render()
-    _describe(at, assistant, head, controls, key, chat)
-    answering = _talk(at, assistant, chat, box, [*controls.values(), keep, key.box], [command, key.box])
-    vote.build(at, chat, key, keep, remembered)
-    program.build(at, key)
+    _describe(at, assistant, head, controls, chat)
+    answering = _talk(at, assistant, chat, box, [*controls.values(), keep], command)
+    vote.build(at, chat, keep, remembered)
+    program.build(at)
     _remember(at, assistant, chat, kept, answering)
     _offer(chat, controls["system"], kept)
 
 
 def _talk(
-    at: Site, assistant: Assistant, chat: Component, box: Component, inputs: list[Component], more: list[Component]
+    at: Site, assistant: Assistant, chat: Component, box: Component, inputs: list[Component], command: Component
 ) -> list[Any]:
     """A question goes into the conversation, and the answer below it: the events that answer. All that an answer needs comes
     with the question: a service that began anew meanwhile, or another one, remembers nothing."""
@@ -90,7 +89,7 @@ def _talk(
     ]
     chat.undo(None, chat, shown, js=CALLED.format("undo"), **QUIET)
     answering = [
-        event.success(_replies(at, assistant), [chat, *inputs], [chat, *more], concurrency_limit=AT_ONCE, **QUIET)
+        event.success(_replies(at, assistant), [chat, *inputs], [chat, command], concurrency_limit=AT_ONCE, **QUIET)
         for event in asked
     ]
     for event in answering:
@@ -115,37 +114,30 @@ def _replies(at: Site, assistant: Assistant) -> Any:
         seed: str,
         tolerance: str,
         keep: bool,
-        key: str,
         request: gr.Request,
-    ) -> AsyncIterator[tuple[Any, Any, Any]]:
+    ) -> AsyncIterator[tuple[Any, Any]]:
         if not shown or shown[-1]["role"] != "user":
-            yield gr.skip(), gr.skip(), gr.skip()
+            yield gr.skip(), gr.skip()
             return
         try:
             given = talk.number("Seed", seed, whole=True), talk.number("Tolerance", tolerance)
             if bubbles.lacks_picture(shown[-1]):
                 raise ValueError("The server does not have this picture any more: add it once more, and ask again.")
             began = time.perf_counter()
-            async with aclosing(talk.insist(lambda: at.cards(key))) as found:
+            async with aclosing(talk.insist(lambda: at.cards(request))) as found:
                 async for cards in found:
                     if not isinstance(cards, list):
                         waits = time.perf_counter() - began
-                        yield [*shown, bubbles.said(Said("", waits=waits, refused=True))], gr.skip(), gr.skip()
+                        yield [*shown, bubbles.said(Said("", waits=waits, refused=True))], gr.skip()
         except ValueError as error:
-            yield [*shown, bubbles.faulty(str(error))], gr.skip(), gr.skip()
+            yield [*shown, bubbles.faulty(str(error))], gr.skip()
             return
         except openai.OpenAIError as error:
-            # also a service that had no keys when the page opened
-            locked = isinstance(error, openai.AuthenticationError)
-            yield (
-                [*shown, bubbles.faulty(talk.reason(error))],
-                gr.skip(),
-                Key.shown(key, error) if locked else gr.skip(),
-            )
+            yield [*shown, bubbles.faulty(talk.reason(error))], gr.skip()
             return
         assert isinstance(cards, list)
         card = site.of(cards, model)
-        tools = await lookup.read(at.client(key)) if assistant.tools else None
+        tools = await lookup.read(at.client(request)) if assistant.tools else None
         signed_in, place = lookup.place(tools, bubbles.first(shown), request.session_hash)
         made = site.words_of(card, assistant.place.path)
         if system.strip() in _unwritten(assistant, cards):  # what the user wrote stands
@@ -153,12 +145,16 @@ def _replies(at: Site, assistant: Assistant) -> Any:
         depth = "" if made and depth == "auto" else depth
         asked = bubbles.conversation(shown, system.strip())
         settings, told = Settings(depth, int(most), temperature, top_p, *given, store=bool(keep)), None
-        async with aclosing(lookup.stream(at.client(key), card, asked, settings, tools, place)) as states:
+        async with aclosing(lookup.stream(at.client(request), card, asked, settings, tools, place)) as states:
             async for state in states:
                 sent = state.settings or settings
-                command = gr.skip() if sent == told else words.curl(at.url, sent.body(card.name, asked), key=bool(key))
+                command = (
+                    gr.skip()
+                    if sent == told
+                    else words.curl(at.url, sent.body(card.name, asked), key=bool(login.key_of(request.cookies)))
+                )
                 told = sent
-                yield [*shown, bubbles.said(state)], command, gr.skip()
+                yield [*shown, bubbles.said(state)], command
 
     return reply
 
@@ -219,21 +215,20 @@ def _kept() -> dict[str, Component]:
     return {"earlier": earlier, "new": new, "markdown": markdown, "json": as_json}
 
 
-def _describe(
-    at: Site, assistant: Assistant, head: Component, controls: dict[str, Component], key: Key, chat: Component
-) -> None:
+def _describe(at: Site, assistant: Assistant, head: Component, controls: dict[str, Component], chat: Component) -> None:
     """What the page shows of the models, read when the page opens, when a key is given and when a model is picked."""
 
-    async def describe(given: str, picked: str | None, depth: str, most: float, system: str) -> tuple[Any, ...]:
+    async def describe(
+        request: gr.Request, picked: str | None, depth: str, most: float, system: str
+    ) -> tuple[Any, ...]:
         try:
-            cards = await at.cards(given)
+            cards = await at.cards(request)
         except openai.OpenAIError as error:
             return (
-                at.header(assistant.place, talk.reason(error), fault=True),
+                at.header(assistant.place, request, talk.reason(error), fault=True),
                 gr.skip(),
                 gr.skip(),
                 gr.skip(),
-                Key.shown(given, error),
                 gr.skip(),
                 gr.skip(),
             )
@@ -243,19 +238,18 @@ def _describe(
         any_made = any(site.words_of(one, assistant.place.path) for one in cards)
         unwritten = system.strip() in _unwritten(assistant, cards)
         return (
-            at.header(assistant.place, site.about(card)),
+            at.header(assistant.place, request, site.about(card)),
             gr.update(choices=names, value=card.name, visible=len(cards) > 1),
             site.depths_of(card, depth, made.depth if made else "auto"),
             gr.update(maximum=card.context - 1, value=min(most, card.context // 2)),
-            Key.shown(given),
             _system(assistant, made) if any_made and unwritten else gr.skip(),
             gr.update(examples=_examples(assistant, made)) if any_made else gr.skip(),
         )
 
     set_now = [controls[name] for name in ("model", "depth", "most", "system")]
-    shown = [head, controls["model"], controls["depth"], controls["most"], key.box, controls["system"], chat]
-    key.then(at, describe, set_now, shown)
-    controls["model"].input(describe, [key.box, *set_now], shown, **QUIET)
+    shown = [head, controls["model"], controls["depth"], controls["most"], controls["system"], chat]
+    at.page.load(describe, set_now, shown, **QUIET)
+    controls["model"].input(describe, set_now, shown, **QUIET)
 
 
 def _remember(

@@ -12,10 +12,11 @@ import gradio as gr
 import openai
 
 from ui import bubbles, site, talk
-from ui.chat import IMAGES, LOST
+from ui.chat import LOST
 from ui.look import Place
-from ui.site import QUIET, Component, Key, Site
+from ui.site import QUIET, Component, Site
 from ui.talk import Card, Said, Settings
+from ui.uploads import IMAGES
 
 PLACE = Place("Compare", "compare", "tools")
 MOST, AT_FIRST = 4, 2  # answers beside each other
@@ -68,17 +69,16 @@ def build(at: Site) -> None:
     with gr.Accordion("More settings", open=False), gr.Row():
         temperature = gr.Slider(0, 2, value=0, step=0.1, label="Temperature", buttons=[])
         seed = gr.Number(1, label="Seed", precision=0, minimum=0, info="The same for all.")
-    key = Key.ask()
     lost = gr.HTML(f'<p class="note">{MAY_LOSE}</p>', visible=False)  # until a model has depths to draft with
     with gr.Row(equal_height=True, elem_id="panes"):
         panes = [_pane(number) for number in range(MOST)]
     columns.change(_visible, columns, [box for box, *_ in panes], **QUIET)
     picks = [pick for _, model, depth, _ in panes for pick in (model, depth)]
     answers = [answer for *_, answer in panes]
-    _describe(at, head, picks, [most, lost], key)
+    _describe(at, head, picks, [most, lost])
     asked = prompt.submit(lambda: gr.update(**BUSY), None, prompt, **QUIET)
     asked.then(None, None, None, js=FOCUS.format(".stop-button"))
-    inputs = [prompt, columns, turns, most, temperature, seed, key.box, *picks]
+    inputs = [prompt, columns, turns, most, temperature, seed, *picks]
     running = asked.then(_run(at), inputs, answers, concurrency_limit=None, **QUIET)
     # whether they came to their end or were stopped; when the stop is pressed, the last words are still on their way
     ended = running.then(_ended, answers, [prompt, *answers], **QUIET)
@@ -150,16 +150,16 @@ def _visible(columns: int) -> list[Any]:
     return [gr.update(visible=number < columns) for number in range(MOST)]
 
 
-def _describe(at: Site, head: Component, picks: Sequence[Component], others: Sequence[Component], key: Key) -> None:
+def _describe(at: Site, head: Component, picks: Sequence[Component], others: Sequence[Component]) -> None:
     """What the page shows of the models: by default the shallowest answer stands beside the deepest. `others`: the bound on
     tokens, and what is said of tolerances."""
 
-    async def describe(given: str) -> list[Any]:
+    async def describe(request: gr.Request) -> list[Any]:
         try:
-            cards = await at.cards(given)
+            cards = await at.cards(request)
         except openai.OpenAIError as error:
-            said = at.header(PLACE, talk.reason(error), fault=True)
-            return [said, *[gr.skip()] * (len(picks) + len(others)), Key.shown(given, error)]
+            said = at.header(PLACE, request, talk.reason(error), fault=True)
+            return [said, *[gr.skip()] * (len(picks) + len(others))]
         card = cards[0]
         names = [(site.label(card), card.name) for card in cards]
         order = [name for name in card.depths if name != "full"]
@@ -171,19 +171,19 @@ def _describe(at: Site, head: Component, picks: Sequence[Component], others: Seq
             updates.append(gr.update(choices=_depths(other), value="full" if len(cards) > 1 else first[number]))
         limit = gr.update(maximum=card.context - 1, value=min(MOST_TOKENS, card.context // 2))
         told = gr.update(visible=any(len(card.depths) > 1 for card in cards))
-        return [at.header(PLACE, site.all_of(cards)), *updates, limit, told, Key.shown(given)]
+        return [at.header(PLACE, request, site.all_of(cards)), *updates, limit, told]
 
-    async def described(given: str, picked: str, depth: str) -> Any:
+    async def described(request: gr.Request, picked: str, depth: str) -> Any:
         try:
-            card = site.of(await at.cards(given), picked)
+            card = site.of(await at.cards(request), picked)
             choices = _depths(card)
             return gr.update(choices=choices, value=depth if depth in [value for _, value in choices] else "auto")
         except openai.OpenAIError:
             return gr.skip()  # the answer will say so
 
-    key.then(at, describe, [], [head, *picks, *others, key.box])
+    at.page.load(describe, None, [head, *picks, *others], **QUIET)
     for model, depth in zip(picks[::2], picks[1::2], strict=True):
-        model.input(described, [key.box, model, depth], depth, **QUIET)
+        model.input(described, [model, depth], depth, **QUIET)
 
 
 def _run(at: Site) -> Any:
@@ -194,7 +194,7 @@ def _run(at: Site) -> Any:
         most: float,
         temperature: float,
         seed: float | None,
-        key: str,
+        request: gr.Request,
         *picks: str,
     ) -> AsyncIterator[list[str]]:
         if not (prompt["text"].strip() or prompt["files"]):
@@ -207,7 +207,7 @@ def _run(at: Site) -> Any:
             ]
             return
         try:
-            cards = await at.cards(key)
+            cards = await at.cards(request)
         except openai.OpenAIError as error:
             yield [bubbles.fault(talk.reason(error)), *[_waiting()] * (MOST - 1)]
             return
@@ -216,7 +216,7 @@ def _run(at: Site) -> Any:
         streams = []
         for model, depth in chosen:
             settings = _settings(depth, int(most), temperature, None if seed is None else int(seed))
-            streams.append(talk.stream(at.client(key), site.of(cards, model), asked, settings))
+            streams.append(talk.stream(at.client(request), site.of(cards, model), asked, settings))
         yield [_asking()] * columns + [_waiting()] * (MOST - columns)
         async with aclosing(beside(streams, together=turns == TOGETHER)) as states:  # type: ignore[type-var]
             async for now in states:

@@ -16,7 +16,7 @@ import openai
 
 from ui import look, talk
 from ui.look import NONE_YET, UNKNOWN, Place
-from ui.site import QUIET, Component, Key, Site
+from ui.site import QUIET, Component, Site
 
 PLACE = Place("Drift", "drift", "tools")
 EVERY = 5.0  # seconds between two readings
@@ -54,24 +54,23 @@ _ISO = re.compile(r"\d{4}-(\d\d-\d\d)T(\d\d:\d\d):\d\d\+00:00")
 def build(at: Site) -> None:
     """The page, inside the Blocks that are open."""
     head = at.head(PLACE)
-    key = Key.ask()
     body = gr.HTML(look.empty("Reading what was seen…", "One moment."), elem_id="drift")
 
-    async def refresh(given: str) -> tuple[Any, ...]:
+    async def refresh(request: gr.Request) -> tuple[Any, ...]:
         try:
-            answer: httpx.Response = await at.client(given).get("/shoal/drift", cast_to=httpx.Response)
+            answer: httpx.Response = await at.client(request).get("/shoal/drift", cast_to=httpx.Response)
             told: Told = answer.json()
         except openai.NotFoundError:
-            return at.header(PLACE), NO_ROUTE, Key.shown(given)
+            return at.header(PLACE, request), NO_ROUTE
         except openai.PermissionDeniedError as error:
-            return at.header(PLACE, talk.reason(error), fault=True), LOCKED, Key.shown(given)
+            return at.header(PLACE, request, talk.reason(error), fault=True), LOCKED
         except openai.OpenAIError as error:
-            return at.header(PLACE, talk.reason(error), fault=True), look.nothing(EVERY), Key.shown(given, error)
-        return at.header(PLACE, sentence(told)), show(told), gr.skip()
+            return at.header(PLACE, request, talk.reason(error), fault=True), look.nothing(EVERY)
+        return at.header(PLACE, request, sentence(told)), show(told)
 
-    outputs: list[Component] = [head, body, key.box]
-    key.then(at, refresh, [], outputs)
-    gr.Timer(EVERY).tick(refresh, [key.box], outputs, **QUIET)
+    outputs: list[Component] = [head, body]
+    at.page.load(refresh, None, outputs, **QUIET)
+    gr.Timer(EVERY).tick(refresh, None, outputs, **QUIET)
 
 
 def sentence(told: Told) -> str:

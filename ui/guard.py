@@ -1,114 +1,171 @@
-"""What stands before the pages: a policy by which a browser loads nothing from elsewhere, and bounds for what is uploaded.
+"""What stands before the pages: a policy by which a browser loads nothing from elsewhere, the few routes of Gradio that the
+pages use, a login where the API has keys, and bounds for uploads.
 
-Notable: the pages show what a model says, and know no keys. So the policy holds whatever an answer spells, and whether a key is
-one of the service's is asked of the API, as by any other client.
+Notable: the pages know no keys. Whether a key is one of the service's is asked of the API, as by any other client.
 """
 
 from __future__ import annotations
 
 import asyncio
-import atexit
-import os
-import shutil
-import tempfile
-from functools import cache
-from pathlib import Path
-from typing import Any
+import json
+import re
+import time
+from collections.abc import Iterable
+from urllib.parse import parse_qs
 
 import openai
-from gradio.utils import is_static_file
-from starlette.responses import JSONResponse
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ui.bubbles import LOST_PICTURE
+from ui import login, uploads
+from ui.uploads import Uploads
 
-UPLOAD = "/gradio_api/upload"
-KEPT_SECONDS, LOOKED_EVERY = 3600, 300  # an upload is removed after so long, within so long
-UPLOADED = {"_type": "gradio.FileData"}  # what Gradio knows a file by
-MOST_FILES, MOST_BYTES = 2000, 2**30  # of all uploads together
+API = "/gradio_api/"
+UPLOAD, FILE = API + "upload", API + "file="
+# what the pages ask of Gradio. It has many more routes, of which some read files, write files or ask other servers
+PUBLIC = re.compile(
+    r"/theme\.css|/manifest\.json|/gradio_api/theme\.css|/(assets|static|svelte)/.+"
+)  # of Gradio's package
+GET = re.compile(r"/config|/gradio_api/(app_id|info|queue/data|startup-events|upload_progress|heartbeat/[^/]+|file=.+)")
+POST = re.compile(r"/gradio_api/(queue/join|cancel|reset|upload)")
+SURE_SECONDS, MOST_SURE = 30.0, 1000  # for how long a key that the API took is not asked about again, and of how many
+ASK_SECONDS = 10.0  # for the API to say
 
 # Gradio's pages are made of scripts and styles within the page
 POLICY = "; ".join((
     "default-src 'self'", "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:", "style-src 'self' 'unsafe-inline'",
     "img-src 'self' data: blob:", "media-src 'self' data: blob:", "font-src 'self' data:", "connect-src 'self' data: blob:",
     "worker-src 'self' blob:", "frame-src 'none'", "object-src 'none'", "base-uri 'self'", "form-action 'self'",
+    "frame-ancestors 'self'",
 ))  # fmt: skip
 HEADERS = [(b"content-security-policy", POLICY.encode()), (b"x-content-type-options", b"nosniff")]
 HEADERS += [(b"referrer-policy", b"no-referrer")]
 
 
 class Guard:
-    """ASGI middleware: all that is below `path` has the policy; an upload needs a key where `api` does, and room."""
+    """ASGI middleware before all that is below `path`: 404 for what no page asks for, a login where `api` wants a key, and only
+    a session's own uploads."""
 
-    def __init__(self, app: ASGIApp, *, path: str, api: openai.AsyncOpenAI) -> None:
-        self._app, self._path, self._api = app, path, api
+    def __init__(
+        self, app: ASGIApp, *, path: str, pages: Iterable[str], api: openai.AsyncOpenAI, files: Uploads
+    ) -> None:
+        """`pages`: their paths below `path`, the first one's empty."""
+        self._app, self._path, self._api, self._files = app, path, api, files
+        self._pages = {f"/{page}" for page in pages}
+        self._sure: dict[str, float] = {}  # key -> when the API took it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
         if scope["type"] != "http" or not (path == self._path or path.startswith(self._path + "/")):
             await self._app(scope, receive, send)
             return
+        request, below = Request(scope, receive), path.removeprefix(self._path)
+        more, session = list(HEADERS), login.session_of(request.cookies)
+        if below in self._pages and not session:
+            session = login.new_session()
+            more.append(self._cookie(request, login.keep_session(session)))
+        taken = bytearray()
 
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], *HEADERS]}
+                message = {**message, "headers": [*message["headers"], *more]}
+            elif below == UPLOAD:
+                taken.extend(message.get("body", b""))
+                if not message.get("more_body"):
+                    self._files.add(session, _paths(bytes(taken)))
             await send(message)
 
-        refused = None
-        if path.rstrip("/") == self._path + UPLOAD and scope["method"] != "OPTIONS":
-            refused = await self._refusal(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"))
-        await (refused or self._app)(scope, receive, guarded)
+        answer = await self._instead(request, below, session)
+        if answer is None and below == UPLOAD:  # its answer is read here
+            scope = {**scope, "headers": [one for one in scope["headers"] if one[0] != b"accept-encoding"]}
+        await (answer or self._app)(scope, receive, guarded)
 
-    async def _refusal(self, authorization: str) -> ASGIApp | None:
-        """Why nothing is taken now; None: it is."""
+    async def _instead(self, request: Request, below: str, session: str) -> ASGIApp | None:
+        """What is answered instead of Gradio; None: Gradio answers."""
+        if below == login.LOGIN:
+            return await self._login(request)
+        if below == login.LOGOUT:
+            return self._to("login", request, login.keep_key(""))
+        if not self._is_used(request.method, below):
+            return JSONResponse({"detail": "Not Found"}, 404)
+        if not below or PUBLIC.fullmatch(below):  # the first leads to "/"
+            return None
+        opens = await self._opens(login.key_of(request.cookies))
+        if opens is False:
+            if below in self._pages:
+                return self._to(f"login?to={below[1:]}", request)
+            return JSONResponse({"detail": "log in with an API key of this server"}, 401)
+        if below.startswith(FILE) and not self._files.may_see(session, below.removeprefix(FILE)):
+            return JSONResponse({"detail": "no file of this session"}, 403)
+        if below == UPLOAD:
+            return await self._refusal(opens, session)
+        return None
+
+    def _is_used(self, method: str, below: str) -> bool:
+        if ".." in below.split("/"):
+            return False
+        if method in ("GET", "HEAD"):
+            return not below or below in self._pages or any(some.fullmatch(below) for some in (GET, PUBLIC))
+        return method == "POST" and POST.fullmatch(below) is not None
+
+    async def _opens(self, key: str) -> bool | None:
+        """Whether the API answers to `key`; None: it cannot tell now. Then the pages are shown, and say so: all that is in them
+        is asked of the API with the same key."""
+        now = time.monotonic()
+        if now < self._sure.get(key, -SURE_SECONDS) + SURE_SECONDS:
+            return True
         try:
-            key = authorization.partition(" ")[2]
-            await (self._api.with_options(api_key=key) if key else self._api).models.list()
+            await (self._api.with_options(api_key=key) if key else self._api).models.list(timeout=ASK_SECONDS)
         except openai.AuthenticationError:
-            return JSONResponse({"detail": "a picture needs an API key of this server"}, 401)
-        except openai.APIStatusError as error:
-            return JSONResponse({"detail": "the server takes no picture now"}, error.status_code)
+            return False
         except openai.OpenAIError:
-            return JSONResponse({"detail": "the server does not answer"}, 503)
-        files, held = await asyncio.to_thread(stored, folder())
-        if files >= MOST_FILES or held >= MOST_BYTES:
+            return None
+        if len(self._sure) >= MOST_SURE:
+            self._sure.clear()
+        self._sure[key] = now
+        return True
+
+    async def _login(self, request: Request) -> Response:
+        to = request.query_params.get("to", "")
+        to = to if f"/{to}" in self._pages else ""
+        said = login.ASKED
+        if request.method == "POST":
+            given = parse_qs((await request.body()).decode(errors="replace"))
+            key = given.get("key", [""])[0].strip()
+            if login.is_key(key) and await self._opens(key) is not False:
+                return self._to(f"./{to}", request, login.keep_key(key))
+            said = login.WRONG
+        elif request.method not in ("GET", "HEAD"):
+            return JSONResponse({"detail": "Method Not Allowed"}, 405)
+        return HTMLResponse(login.FORM.format(to=to, said=said), headers={"cache-control": "no-store"})
+
+    async def _refusal(self, opens: bool | None, session: str) -> ASGIApp | None:
+        """Why no picture is taken now; None: it is."""
+        if opens is None:
+            return JSONResponse({"detail": "the server takes no picture now"}, 503)
+        if not session:
+            return JSONResponse({"detail": "load the page first: its cookie says whose the picture is"}, 403)
+        if await asyncio.to_thread(uploads.is_full):
             return JSONResponse({"detail": "too many pictures wait here; they are removed after an hour"}, 507)
         return None
 
+    def _to(self, where: str, request: Request, cookie: str = "") -> Response:
+        answer = RedirectResponse(where, 303, headers={"cache-control": "no-store"})
+        if cookie:
+            answer.raw_headers.append(self._cookie(request, cookie))
+        return answer
 
-@cache
-def folder() -> Path:
-    """Where this process keeps what is uploaded, below $GRADIO_TEMP_DIR or the system's; removed at its end."""
-    made = tempfile.mkdtemp(prefix="shoal-pages-", dir=os.environ.get("GRADIO_TEMP_DIR"))
-    os.environ["GRADIO_TEMP_DIR"] = made  # by which Gradio is told
-    atexit.register(shutil.rmtree, made, ignore_errors=True)
-    return Path(made)
-
-
-def with_lost(given: Any) -> Any:
-    """What a page sends, with `LOST_PICTURE` for each picture that is not there: it was removed, or another server has it.
-    Gradio would refuse all of it, and with it whatever is asked in a conversation that had a picture an hour ago."""
-    if isinstance(given, list):
-        return [with_lost(item) for item in given]
-    if not isinstance(given, dict):
-        return given
-    if given.get("meta") == UPLOADED and not _is_here(str(given.get("path"))):
-        return {"path": str(LOST_PICTURE), "mime_type": "image/png", "meta": UPLOADED}
-    return {name: with_lost(value) for name, value in given.items()}
+    @staticmethod
+    def _cookie(request: Request, value: str) -> tuple[bytes, bytes]:
+        encrypted = "https" in (request.url.scheme, request.headers.get("x-forwarded-proto"))
+        return b"set-cookie", (value + "; Secure" * encrypted).encode()
 
 
-def _is_here(path: str) -> bool:
-    place = os.path.realpath(path)
-    return os.path.isfile(place) and (Path(place).is_relative_to(os.path.realpath(folder())) or is_static_file(place))
-
-
-def stored(folder: Path) -> tuple[int, int]:
-    """How many files a folder holds, and their bytes."""
-    sizes = []
-    for place, _, names in os.walk(folder):
-        for name in names:
-            try:
-                sizes.append(os.stat(os.path.join(place, name)).st_size)
-            except OSError:  # removed meanwhile
-                continue
-    return len(sizes), sum(sizes)
+def _paths(answer: bytes) -> list[str]:
+    """The files that Gradio says it has taken; none where it refused."""
+    try:
+        said = json.loads(answer)
+    except ValueError:
+        return []
+    return [path for path in said if isinstance(path, str)] if isinstance(said, list) else []

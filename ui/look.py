@@ -75,9 +75,11 @@ class Place:
     group: str
 
 
-def header(places: Sequence[Place], here: Place, root: str, said: str = "", *, fault: bool = False) -> str:
+def header(
+    places: Sequence[Place], here: Place, root: str, said: str = "", *, fault: bool = False, keyed: bool = False
+) -> str:
     """The line on top of a page: who this is, the other pages below `root`, and what is `said` of the model, or why it cannot
-    be (`fault`)."""
+    be (`fault`). `keyed`: with a link to leave the key that the browser logged in with."""
     groups = dict.fromkeys(place.group for place in places)
     links = "".join(
         f'<span class="group">{"".join(_link(p, here, root) for p in places if p.group == group)}</span>'
@@ -85,6 +87,7 @@ def header(places: Sequence[Place], here: Place, root: str, said: str = "", *, f
     )
     kind = 'class="about fault" role="alert"' if fault else 'class="about"'
     about = f"<p {kind}>{html.escape(said)}</p>" if said else ""
+    links += f'<span class="group"><a href="{html.escape(root)}/logout">Log out</a></span>' if keyed else ""
     nav = f'<nav aria-label="Pages">{links}</nav>'
     return f'<div class="top"><span class="name">Shoal</span>{nav}</div><h1 class="unseen">{here.name}</h1>{about}'
 

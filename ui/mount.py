@@ -12,9 +12,11 @@ import gradio as gr
 from fastapi import FastAPI, Response
 
 from ui import talk
-from ui.app import MAX_FILE_SIZE, build
-from ui.guard import Guard, folder
+from ui.app import MAX_FILE_SIZE, PLACES, build
+from ui.assistants import PICTURES
+from ui.guard import Guard
 from ui.look import CSS, FIRST, ICON, SCRIPTS, THEME
+from ui.uploads import Uploads, folder
 
 
 def mount(app: FastAPI, *, base_url: str, model: str | None, path: str = "/ui") -> FastAPI:
@@ -29,7 +31,8 @@ def mount(app: FastAPI, *, base_url: str, model: str | None, path: str = "/ui") 
             await api.close()
 
     app.router.lifespan_context = closing
-    app.add_middleware(Guard, path=path, api=api)
+    files = Uploads(PICTURES)
+    app.add_middleware(Guard, path=path, pages=[place.path for place in PLACES], api=api, files=files)
     folder()  # before Gradio asks for it
 
     @app.get("/favicon.ico", include_in_schema=False)  # browsers ask for it, whatever the page says
@@ -40,16 +43,18 @@ def mount(app: FastAPI, *, base_url: str, model: str | None, path: str = "/ui") 
         warnings.filterwarnings("ignore", "SSR mode is not supported")  # said although it is off
         return gr.mount_gradio_app(
             app,
-            build(base_url, model, root, api),
+            build(base_url, model, root, api, files),
             path=path,
             root_path=root,  # Gradio guesses it wrongly for files
             theme=THEME,
             css=CSS.read_text(encoding="utf-8"),
             head=FIRST + "".join(f"<script>{script.read_text(encoding='utf-8')}</script>" for script in SCRIPTS),
+            allowed_paths=[],
             max_file_size=MAX_FILE_SIZE,
             show_error=False,
             ssr_mode=False,
             mcp_server=False,
+            enable_monitoring=False,
             run_history=False,
             footer_links=[],
         )

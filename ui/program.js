@@ -54,7 +54,7 @@ window.program = (() => {
 
   // --- what Gradio calls
 
-  const next = (sent, key) => [waiting, key];
+  const next = () => waiting;
   const told = (reply) => { end(JSON.parse(reply)); };
   const lost = () => { end({ fault: 'It could not be run. Try it again.' }); };
 

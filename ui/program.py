@@ -12,7 +12,7 @@ import httpx
 import openai
 
 from ui import talk
-from ui.site import QUIET, Component, Key, Site
+from ui.site import QUIET, Component, Site
 
 CALLED = "(...given) => program.{}(...given)"  # a function of program.js
 ENDS = {
@@ -22,31 +22,31 @@ ENDS = {
 }
 
 
-def build(at: Site, key: Key) -> None:
+def build(at: Site) -> None:
     """The events of the buttons, inside the Blocks that are open."""
     runs = gr.HTML("", elem_id="runs")  # program.js puts buttons where it has a mark
     sent, told = gr.Textbox(visible="hidden"), gr.Textbox(visible="hidden")
     start = gr.Button("Run", visible="hidden", elem_id="start-program")
 
-    async def look(given: str) -> str:
+    async def look(request: gr.Request) -> str:
         """Whether the service runs programs of this key."""
         try:
-            await at.client(given).get("/shoal/programs", cast_to=httpx.Response)
+            await at.client(request).get("/shoal/programs", cast_to=httpx.Response)
         except openai.OpenAIError:
             return ""
         return '<i class="runs"></i>'
 
-    async def run(program: str, given: str) -> str:
+    async def run(program: str, request: gr.Request) -> str:
         """What became of it, or why it was not run, as JSON."""
         try:
             body = {"program": program}
-            answer: httpx.Response = await at.client(given).post("/shoal/programs", body=body, cast_to=httpx.Response)
+            answer: httpx.Response = await at.client(request).post("/shoal/programs", body=body, cast_to=httpx.Response)
         except openai.OpenAIError as error:
             return json.dumps({"fault": talk.reason(error)})
         return json.dumps(said(answer.json()))
 
-    key.then(at, look, [], [runs])
-    done: Component = start.click(run, [sent, key.box], told, js=CALLED.format("next"), **QUIET)
+    at.page.load(look, None, runs, **QUIET)
+    done: Component = start.click(run, sent, told, js=CALLED.format("next"), **QUIET)
     done.success(None, told, None, js=CALLED.format("told"), **QUIET)
     done.failure(None, None, None, js=CALLED.format("lost"), **QUIET)
 

@@ -13,7 +13,7 @@ import openai
 
 from ui import bubbles, look, site, talk
 from ui.look import UNKNOWN, Place
-from ui.site import QUIET, Component, Key, Site
+from ui.site import QUIET, Component, Site
 
 PLACE = Place("Releases", "releases", "tools")
 EVERY = 3.0  # seconds between two readings
@@ -41,7 +41,7 @@ Told = dict[str, Any]
 def build(at: Site) -> None:
     """The page, inside the Blocks that are open."""
     head = at.head(PLACE)
-    key, taken = Key.ask(), gr.State()  # what a rollback takes back, as the page shows it
+    taken = gr.State()  # what a rollback takes back, as the page shows it
     body = gr.HTML(look.empty("Reading the release…", "One moment."), elem_id="release")
     with gr.Column(visible=False, elem_id="changes") as changes:
         with gr.Row(equal_height=True):
@@ -54,31 +54,30 @@ def build(at: Site) -> None:
             buttons = [gr.Button(name, elem_id=path) for name, path, _ in CHANGES]
         done = gr.HTML("", elem_id="done")
 
-    async def refresh(given: str, picked: str | None) -> tuple[Any, ...]:
+    async def refresh(request: gr.Request, picked: str | None) -> tuple[Any, ...]:
         try:
-            told = await _get(at, given)
+            told = await _get(at, request)
         except openai.NotFoundError:
-            return at.header(PLACE), NO_ROUTE, gr.update(visible=False), gr.skip(), Key.shown(given), gr.skip()
+            return at.header(PLACE, request), NO_ROUTE, gr.update(visible=False), gr.skip(), gr.skip()
         except openai.OpenAIError as error:
-            said = at.header(PLACE, talk.reason(error), fault=True)
-            shown = Key.shown(given, error)
-            return said, look.nothing(EVERY), gr.update(visible=False), gr.skip(), shown, gr.skip()
+            said = at.header(PLACE, request, talk.reason(error), fault=True)
+            return said, look.nothing(EVERY), gr.update(visible=False), gr.skip(), gr.skip()
         labels = [each["label"] for each in reversed(told["versions"])]
         chosen = picked if picked in labels else labels[0] if labels else None
         choices = gr.update(choices=labels, value=chosen)
         may = gr.update(visible=told["may_change"])
-        return at.header(PLACE, sentence(told)), show(told), may, choices, gr.skip(), last(told)
+        return at.header(PLACE, request, sentence(told)), show(told), may, choices, last(told)
 
-    outputs: list[Component] = [head, body, changes, version, key.box, taken]
-    key.then(at, refresh, [version], outputs)
-    gr.Timer(EVERY).tick(refresh, [key.box, version], outputs, **QUIET)
+    outputs: list[Component] = [head, body, changes, version, taken]
+    at.page.load(refresh, version, outputs, **QUIET)
+    gr.Timer(EVERY).tick(refresh, version, outputs, **QUIET)
     for button, (_, path, said) in zip(buttons, CHANGES, strict=True):
-        pressed = button.click(_changes(at, path, said), [key.box, version, why, force, taken], [done, why], **QUIET)
-        pressed.then(refresh, [key.box, version], outputs, **QUIET)
+        pressed = button.click(_changes(at, path, said), [version, why, force, taken], [done, why], **QUIET)
+        pressed.then(refresh, version, outputs, **QUIET)
 
 
 def _changes(at: Site, path: str, said: str) -> Callable[..., Awaitable[tuple[Any, Any]]]:
-    async def change(given: str, version: str | None, why: str, force: bool, taken: str) -> tuple[Any, Any]:
+    async def change(request: gr.Request, version: str | None, why: str, force: bool, taken: str) -> tuple[Any, Any]:
         """What is said below the buttons, and the reason: it stays where the change was refused."""
         if not why.strip():
             return bubbles.fault("Write the reason first."), gr.skip()
@@ -88,7 +87,7 @@ def _changes(at: Site, path: str, said: str) -> Callable[..., Awaitable[tuple[An
         if path == "rollback":  # a canary that has ended since is not to become the version that serves
             body["version"] = taken
         try:
-            answer: httpx.Response = await at.client(given).post(
+            answer: httpx.Response = await at.client(request).post(
                 f"/shoal/release/{path}", body=body, cast_to=httpx.Response
             )
         except openai.OpenAIError as error:
@@ -99,8 +98,8 @@ def _changes(at: Site, path: str, said: str) -> Callable[..., Awaitable[tuple[An
     return change
 
 
-async def _get(at: Site, key: str) -> Told:
-    answer: httpx.Response = await at.client(key).get("/shoal/release", cast_to=httpx.Response)
+async def _get(at: Site, request: gr.Request) -> Told:
+    answer: httpx.Response = await at.client(request).get("/shoal/release", cast_to=httpx.Response)
     told: Told = answer.json()
     return told
 

@@ -19,7 +19,7 @@ import openai
 from ui import bubbles, look, readings, site, talk
 from ui.look import NONE_YET, SOON, UNKNOWN, Place
 from ui.readings import Metrics, Readings, Seen
-from ui.site import QUIET, Key, Site
+from ui.site import QUIET, Site
 from ui.talk import Card
 
 PLACE = Place("Service", "service", "tools")
@@ -29,24 +29,23 @@ EVERY = 2.0  # seconds between two readings
 def build(at: Site) -> None:
     """The page, inside the Blocks that are open."""
     head = at.head(PLACE)
-    key = Key.ask()
     body = gr.HTML(look.empty("Reading the service…", "One moment."), elem_id="service")
     seen = gr.Textbox(visible="hidden")  # the page remembers, and not the server, which may be another one next time
 
-    async def refresh(given: str, before: str) -> tuple[Any, ...]:
+    async def refresh(request: gr.Request, before: str) -> tuple[Any, ...]:
         last = readings.remembered(before)
         try:
-            cards = await at.cards(given)
+            cards = await at.cards(request)
         except openai.OpenAIError as error:
-            said = at.header(PLACE, talk.reason(error), fault=True)
-            return said, look.nothing(EVERY), gr.skip(), Key.shown(given, error)
+            said = at.header(PLACE, request, talk.reason(error), fault=True)
+            return said, look.nothing(EVERY), gr.skip()
         metrics, why = await readings.read_metrics(at)
         now = readings.observe(last, metrics, time.time(), time.strftime("%H:%M:%S"))
         page = show(cards, metrics, why, await _ready(at), last, now)
-        return at.header(PLACE, site.all_of(cards)), page, json.dumps(asdict(now)), gr.skip()
+        return at.header(PLACE, request, site.all_of(cards)), page, json.dumps(asdict(now))
 
-    key.then(at, refresh, [seen], [head, body, seen, key.box])
-    gr.Timer(EVERY).tick(refresh, [key.box, seen], [head, body, seen, key.box], **QUIET)
+    at.page.load(refresh, seen, [head, body, seen], **QUIET)
+    gr.Timer(EVERY).tick(refresh, seen, [head, body, seen], **QUIET)
 
 
 def show(cards: list[Card], metrics: Readings, why: str, ready: str, last: Seen, now: Seen) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 import openai
 
-from ui import history, look, talk
+from ui import login, look, talk
 from ui.look import Place
 from ui.talk import Card, Words
 
@@ -33,50 +33,24 @@ class Site:
     model: str | None  # named first; None: the server's first
     api: openai.AsyncOpenAI
 
-    def client(self, key: str | None) -> openai.AsyncOpenAI:
+    def client(self, request: gr.Request) -> openai.AsyncOpenAI:
+        """What asks the API with the key that this browser logged in with."""
+        key = login.key_of(request.cookies)
         return self.api.with_options(api_key=key) if key else self.api
 
-    async def cards(self, key: str | None) -> list[Card]:
+    async def cards(self, request: gr.Request) -> list[Card]:
         """Raises openai.OpenAIError."""
-        return await talk.read_cards(self.client(key), self.model)
+        return await talk.read_cards(self.client(request), self.model)
 
-    def header(self, here: Place, said: str = "", *, fault: bool = False) -> str:
-        return look.header(self.places, here, self.root, said, fault=fault)
+    def header(self, here: Place, request: gr.Request | None, said: str = "", *, fault: bool = False) -> str:
+        """The line on top of a page; None: before anybody asks for it."""
+        keyed = request is not None and bool(login.key_of(request.cookies))
+        return look.header(self.places, here, self.root, said, fault=fault, keyed=keyed)
 
     def head(self, here: Place) -> Component:
         """The line on top, instead of Gradio's own, and the name of the browser's tab."""
         self.page.load(None, None, None, js=look.titled(here.name))
-        return gr.HTML(self.header(here), elem_id="head")
-
-
-@dataclass(frozen=True)
-class Key:
-    """The API key as the user gives it, and as the browser keeps it for all pages."""
-
-    box: Component
-    stored: Component
-
-    @classmethod
-    def ask(cls) -> Key:
-        """Shown only once the server has asked for one."""
-        info = "Press Enter. Kept in this browser until you empty it."
-        box = gr.Textbox(label="API key", type="password", visible=False, info=info, elem_id="key")
-        return cls(box, gr.BrowserState("", storage_key="shoal-key", secret=history.STORED_AS))
-
-    def then(
-        self, site: Site, fn: Callable[..., Any], inputs: Sequence[Component], outputs: Sequence[Component]
-    ) -> None:
-        """Runs `fn` with the key and `inputs` when the page opens, and when a key is given."""
-        site.page.load(None, self.stored, self.box, js="(key) => key")
-        site.page.load(fn, [self.stored, *inputs], outputs, **QUIET)
-        given = self.box.submit(lambda key: key, self.box, self.stored, **QUIET)
-        given.then(fn, [self.box, *inputs], outputs, **QUIET)
-
-    @staticmethod
-    def shown(key: str, error: openai.OpenAIError | None = None) -> Any:
-        """The box as it should be: there is one if there is a key, or one is asked for. What stands in it is the user's: an
-        answer that took its time must not undo what was typed meanwhile."""
-        return gr.update(visible=bool(key) or isinstance(error, openai.AuthenticationError))
+        return gr.HTML(self.header(here, None), elem_id="head")
 
 
 def of(cards: Sequence[Card], name: str | None) -> Card:

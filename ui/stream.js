@@ -46,6 +46,7 @@
   const reach = async (request) => {
     try {
       const reply = await plain(request);
+      if (reply.status === 401) location.reload(); // to the login: the key is one no more, or there are keys now
       return reply.status >= 500 || reply.status === 404 ? undefined : reply;
     } catch {
       return undefined;
@@ -200,11 +201,8 @@
     following = false;
   };
 
-  const upload = async (resource, options) => { // which the server takes only with a key, where it has keys
-    const key = document.querySelector('#key input, #key textarea')?.value;
-    const headers = new Headers(options?.headers);
-    if (key) headers.set('Authorization', `Bearer ${key}`);
-    const request = new Request(resource, { ...options, headers });
+  const upload = async (resource, options) => {
+    const request = new Request(resource, options);
     try {
       return await plain(request.clone());
     } catch {

@@ -308,7 +308,7 @@ def reason(error: openai.OpenAIError, card: Card | None = None) -> str:
     if isinstance(error, openai.APIConnectionError):
         return "The server does not answer; is it still running?"
     if isinstance(error, openai.AuthenticationError):
-        return "This server answers only with one of its API keys: write it in the box for the API key."
+        return "This server answers only with one of its API keys: load the page anew, and log in."
     body = error.body if isinstance(error, openai.APIError) and isinstance(error.body, dict) else {}
     if card and body.get("code") == TOO_LONG:
         return f"The conversation does not fit the model's {card.context} tokens of context: begin a new one, or shorten it."

@@ -15,7 +15,7 @@ from shoal.progress import duration
 from ui import look, readings, service, site, talk
 from ui.look import Place
 from ui.readings import Readings
-from ui.site import QUIET, Component, Key, Site
+from ui.site import QUIET, Component, Site
 from ui.talk import Card
 
 PLACE = Place("Training", "training", "tools")
@@ -37,38 +37,37 @@ Run = dict[str, Any]
 def build(at: Site) -> None:
     """The page, inside the Blocks that are open."""
     head = at.head(PLACE)
-    key = Key.ask()
     with gr.Row(equal_height=False, elem_id="training"):
         with gr.Column(scale=1, min_width=260, elem_id="runs", visible=False) as side:
             picked = site.judged_by_the_api(gr.Radio([], label="Runs", elem_id="run"))
         with gr.Column(scale=4, min_width=320):
             body = gr.HTML(look.empty("Reading the runs…", "One moment."), elem_id="curves")
 
-    async def refresh(given: str, name: str | None) -> tuple[Any, ...]:
+    async def refresh(request: gr.Request, name: str | None) -> tuple[Any, ...]:
         try:
-            runs = (await _get(at, given, "/shoal/runs"))["data"]
-            run = await _get(at, given, f"/shoal/runs/{_chosen(runs, name)}") if runs else None
-            cards = await at.cards(given) if runs else []
+            runs = (await _get(at, request, "/shoal/runs"))["data"]
+            run = await _get(at, request, f"/shoal/runs/{_chosen(runs, name)}") if runs else None
+            cards = await at.cards(request) if runs else []
         except openai.NotFoundError:
-            return at.header(PLACE), gr.update(visible=False), gr.skip(), NO_ROUTE, Key.shown(given)
+            return at.header(PLACE, request), gr.update(visible=False), gr.skip(), NO_ROUTE
         except openai.OpenAIError as error:
-            said = at.header(PLACE, talk.reason(error), fault=True)
-            return said, gr.update(visible=False), gr.skip(), look.nothing(EVERY), Key.shown(given, error)
+            said = at.header(PLACE, request, talk.reason(error), fault=True)
+            return said, gr.update(visible=False), gr.skip(), look.nothing(EVERY)
         if run is None:
-            return at.header(PLACE), gr.update(visible=False), gr.skip(), NO_RUNS, gr.skip()
+            return at.header(PLACE, request), gr.update(visible=False), gr.skip(), NO_RUNS
         choices = gr.update(choices=[(_label(r), r["name"]) for r in runs], value=run["name"])
         metrics, _ = await readings.read_metrics(at)
-        told = at.header(PLACE, f"{len(runs)} run{'s' * (len(runs) != 1)}, read every {EVERY:g} s")
-        return told, gr.update(visible=True), choices, show(run, cards, metrics), gr.skip()
+        told = at.header(PLACE, request, f"{len(runs)} run{'s' * (len(runs) != 1)}, read every {EVERY:g} s")
+        return told, gr.update(visible=True), choices, show(run, cards, metrics)
 
-    outputs: list[Component] = [head, side, picked, body, key.box]
-    key.then(at, refresh, [picked], outputs)
-    gr.Timer(EVERY).tick(refresh, [key.box, picked], outputs, **QUIET)
-    picked.input(refresh, [key.box, picked], outputs, **QUIET)
+    outputs: list[Component] = [head, side, picked, body]
+    at.page.load(refresh, picked, outputs, **QUIET)
+    gr.Timer(EVERY).tick(refresh, picked, outputs, **QUIET)
+    picked.input(refresh, picked, outputs, **QUIET)
 
 
-async def _get(at: Site, key: str, path: str) -> Any:
-    answer: httpx.Response = await at.client(key).get(path, cast_to=httpx.Response)
+async def _get(at: Site, request: gr.Request, path: str) -> Any:
+    answer: httpx.Response = await at.client(request).get(path, cast_to=httpx.Response)
     return answer.json()
 
 

@@ -92,7 +92,7 @@ window.vote = (() => {
 
   // --- what Gradio calls
 
-  const next = (ballot, key) => [JSON.stringify({ id: sending?.[0], ...sending?.[1] }), key];
+  const next = () => JSON.stringify({ id: sending?.[0], ...sending?.[1] });
   const told = (reply) => { end(JSON.parse(reply).fault); };
   const lost = () => { end('The vote did not arrive. Try it again.'); };
 

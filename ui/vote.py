@@ -14,7 +14,7 @@ import httpx
 import openai
 
 from ui import history, talk
-from ui.site import QUIET, Component, Key, Site
+from ui.site import QUIET, Component, Site
 
 CALLED = "(...given) => vote.{}(...given)"  # a function of vote.js
 NAMES = {"rating", "correction"}
@@ -28,17 +28,17 @@ def keep_box() -> tuple[Component, Component]:
     return box, gr.BrowserState("", storage_key="shoal-keep", secret=history.STORED_AS)
 
 
-def build(at: Site, chat: Component, key: Key, keep: Component, remembered: Component) -> None:
+def build(at: Site, chat: Component, keep: Component, remembered: Component) -> None:
     """The events of the buttons below the answers of `chat`, inside the Blocks that are open."""
     takes = gr.HTML("", elem_id="takes")  # style.css shows the buttons by it
     ballot, told = gr.Textbox(visible="hidden"), gr.Textbox(visible="hidden")
     cast = gr.Button("Vote", visible="hidden", elem_id="cast")
     correct = gr.Button("Correct", visible="hidden", elem_id="correct")
 
-    async def look(given: str, chosen: str) -> tuple[Any, Any]:
+    async def look(request: gr.Request, chosen: str) -> tuple[Any, Any]:
         """What the service takes of this key."""
         try:
-            answer: httpx.Response = await at.client(given).get("/shoal/feedback", cast_to=httpx.Response)
+            answer: httpx.Response = await at.client(request).get("/shoal/feedback", cast_to=httpx.Response)
             taken: dict[str, Any] = answer.json()
         except openai.OpenAIError:
             return "", gr.update(visible=False, value=False)
@@ -49,22 +49,22 @@ def build(at: Site, chat: Component, key: Key, keep: Component, remembered: Comp
         mark = f'<i class="{"takes texts" if texts else "takes"}"></i>'
         return mark, gr.update(visible=texts, value=texts and chosen == "yes", info=info)
 
-    async def vote(ballot: str, given: str) -> str:
+    async def vote(ballot: str, request: gr.Request) -> str:
         """Gives it to the API; why it was not taken, as JSON."""
         said: dict[str, Any] = json.loads(ballot)
         id_ = str(said.get("id"))
         body = {"id": id_} | {name: said[name] for name in NAMES if said.get(name)}
         try:
-            await at.client(given).post("/shoal/feedback", body=body, cast_to=httpx.Response)
+            await at.client(request).post("/shoal/feedback", body=body, cast_to=httpx.Response)
         except openai.NotFoundError:
             return json.dumps({"id": id_, "fault": "The service does not know this answer any more."})
         except openai.OpenAIError as error:
             return json.dumps({"id": id_, "fault": talk.reason(error)})
         return json.dumps({"id": id_, "fault": ""})
 
-    key.then(at, look, [remembered], [takes, keep])
+    at.page.load(look, remembered, [takes, keep], **QUIET)
     keep.input(lambda on: "yes" if on else "no", keep, remembered, **QUIET)
-    sent = cast.click(vote, [ballot, key.box], told, js=CALLED.format("next"), trigger_mode="multiple", **QUIET)
+    sent = cast.click(vote, ballot, told, js=CALLED.format("next"), trigger_mode="multiple", **QUIET)
     sent.success(None, told, None, js=CALLED.format("told"), **QUIET)
     sent.failure(None, None, None, js=CALLED.format("lost"), **QUIET)
     correct.click(None, chat, None, js=CALLED.format("write"), **QUIET)

@@ -20,6 +20,18 @@ def visit(page: Page, site: Site, path: str = "") -> None:
     page.get_by_text("fish · 4 layers").wait_for()  # the settings are then those of the model
 
 
+def log_in(page: Page, key: str) -> None:
+    """On the form that a page without a key leads to."""
+    page.get_by_label("API key").fill(key)
+    page.get_by_role("button", name="Log in").click()
+
+
+def log_in_anew(page: Page, key: str) -> None:
+    """With another key, from a page that is open."""
+    page.get_by_role("link", name="Log out").click()
+    log_in(page, key)
+
+
 def most_tokens(page: Page, count: int) -> None:
     box = page.get_by_label("number input for Most tokens")
     box.fill(str(count))

@@ -10,7 +10,7 @@ import pytest
 from shoal import Model
 from shoal.api.auth import ApiKeys
 from tests.browser.conftest import written_release
-from tests.browser.driving import ask, most_tokens, until, visit
+from tests.browser.driving import ask, log_in, log_in_anew, most_tokens, until, visit
 from tests.browser.runs import START, evaluation, say, step
 from tests.browser.site import Site, site
 
@@ -114,12 +114,12 @@ def test_a_release_is_changed_on_its_page_where_axe_finds_nothing(
     release = written_release(tmp_path)
     with site(ApiKeys(["reader", "secret name=ann admin=yes"]), release=release) as locked:
         page.goto(f"{locked.url}/ui/releases")
-        page.get_by_label("API key").fill("reader")
-        page.get_by_label("API key").press("Enter")
+        assert in_both_schemes(page) == []
+        log_in(page, "reader")
         page.get_by_text("Version 1 serves; version 3 is to be decided on.").wait_for()
         assert page.get_by_role("button", name="Promote").count() == 0
-        page.get_by_label("API key").fill("secret")
-        page.get_by_label("API key").press("Enter")
+        log_in_anew(page, "secret")
+        page.goto(f"{locked.url}/ui/releases")
         promote = page.get_by_role("button", name="Promote")
         promote.click()
         page.get_by_role("alert").get_by_text("Write the reason first.").wait_for()

@@ -9,6 +9,7 @@ import pytest
 
 from shoal.api.auth import ApiKeys
 from shoal.api.capture import CaptureArgs
+from tests.browser.driving import log_in, log_in_anew
 from tests.browser.site import site
 from tests.browser.test_access import BROKEN, in_both_schemes
 from tests.unit.loop.test_watch import Service, watch
@@ -26,11 +27,10 @@ def test_it_goes_from_nobody_who_watches_to_an_alarm_by_itself_and_axe_finds_not
     keys = ApiKeys(["reader", "secret name=ann admin=yes"])
     with site(keys, capture=CaptureArgs(str(service.folder))) as locked:
         page.goto(f"{locked.url}/ui/drift")
-        page.get_by_label("API key").fill("reader")
-        page.get_by_label("API key").press("Enter")
+        log_in(page, "reader")
         page.get_by_text("Not for this key").wait_for()
-        page.get_by_label("API key").fill("secret")
-        page.get_by_label("API key").press("Enter")
+        log_in_anew(page, "secret")
+        page.goto(f"{locked.url}/ui/drift")
         page.get_by_role("heading", name="Nobody watches yet").wait_for()
         service.serve(300)
         watch(service).look(service.now)

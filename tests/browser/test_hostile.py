@@ -9,9 +9,9 @@ import httpx
 import pytest
 
 from shoal.api.auth import ApiKeys
-from tests.browser.driving import ask, most_tokens, until, visit
+from tests.browser.driving import ask, log_in, most_tokens, until, visit
 from tests.browser.site import Site, site
-from ui import guard
+from ui import uploads
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -71,28 +71,35 @@ def test_the_policy_stands_on_every_page_and_on_nothing_else(open_site: Site) ->
 
 
 def test_an_upload_needs_a_key_where_there_are_keys(page: Page, strangers: list[str]) -> None:
-    with site(ApiKeys(["sk-fish"])) as locked:
-        url = f"{locked.url}/ui/gradio_api/upload"
-        assert httpx.post(url, files=PICTURE).status_code == 401
-        assert httpx.post(url, files=PICTURE, headers={"Authorization": "Bearer sk-no"}).status_code == 401
-        assert httpx.post(url, files=PICTURE, headers={"Authorization": "Bearer sk-fish"}).status_code == 200
+    with (
+        site(ApiKeys(["sk-fish"])) as locked,
+        httpx.Client(base_url=f"{locked.url}/ui/", follow_redirects=True) as browser,
+    ):
+        assert browser.post("gradio_api/upload", files=PICTURE).status_code == 401
+        browser.post("login", data={"key": "sk-no"})
+        assert browser.post("gradio_api/upload", files=PICTURE).status_code == 401
+        browser.post("login", data={"key": "sk-fish"})
+        assert browser.post("gradio_api/upload", files=PICTURE).status_code == 200
 
 
 def test_uploads_are_bounded_in_number(open_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = f"{open_site.url}/ui/gradio_api/upload"
-    assert httpx.post(url, files=PICTURE).status_code == 200
-    monkeypatch.setattr(guard, "MOST_FILES", 1)
-    assert httpx.post(url, files=PICTURE).status_code == 507
-    monkeypatch.setattr(guard, "MOST_FILES", 10**6)
-    monkeypatch.setattr(guard, "MOST_BYTES", 10)
-    assert httpx.post(url, files=PICTURE).status_code == 507
+    cookies = httpx.get(f"{open_site.url}/ui/").cookies
+
+    def upload() -> int:
+        return httpx.post(f"{open_site.url}/ui/gradio_api/upload", files=PICTURE, cookies=cookies).status_code
+
+    assert upload() == 200
+    monkeypatch.setattr(uploads, "MOST_FILES", 1)
+    assert upload() == 507
+    monkeypatch.setattr(uploads, "MOST_FILES", 10**6)
+    monkeypatch.setattr(uploads, "MOST_BYTES", 10)
+    assert upload() == 507
 
 
 def test_a_picture_is_uploaded_with_the_key_of_the_page(page: Page, strangers: list[str]) -> None:
     with site(ApiKeys(["sk-fish"])) as locked:
         page.goto(f"{locked.url}/ui/")
-        page.get_by_label("API key").fill("sk-fish")
-        page.get_by_label("API key").press("Enter")
+        log_in(page, "sk-fish")
         page.get_by_text("fish · 4 layers").wait_for()
         page.locator("#chat").get_by_text("What colour is this shape?").wait_for()
         page.locator("input[type=file]").first.set_input_files("ui/shape.png")

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from shoal.api.auth import ApiKeys
-from tests.browser.driving import ask, most_tokens, told, until, visit, wait_until_kept, words
+from tests.browser.driving import ask, log_in, most_tokens, told, until, visit, wait_until_kept, words
 from tests.browser.site import Site, free_port, site
-from ui import guard
+from ui import uploads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +33,7 @@ class Service:
         self.begin()
 
     def begin(self, keys: ApiKeys | None = None) -> Site:
-        guard.folder.cache_clear()  # another process would keep its uploads elsewhere
+        uploads.folder.cache_clear()  # another process would keep its uploads elsewhere
         self.site = self._running.enter_context(site(keys, port=self._port))
         return self.site
 
@@ -50,7 +50,7 @@ def service(strangers: list[str]) -> Iterator[Service]:
     running = Service()
     yield running
     running.end()
-    guard.folder.cache_clear()
+    uploads.folder.cache_clear()
 
 
 def users(page: Page) -> list[str]:
@@ -182,8 +182,9 @@ def test_a_service_that_comes_with_keys_makes_an_open_page_ask_for_one(lasting_p
     most_tokens(page, 4)
     service.again(ApiKeys(["sk-fish"]))
     ask(page, "Hello?")
-    page.locator(".fault").get_by_text("write it in the box for the API key").wait_for()
-    page.get_by_label("API key").fill("sk-fish")
+    log_in(page, "sk-fish")
+    page.get_by_text("fish · 4 layers").wait_for()
+    most_tokens(page, 4)
     ask(page, "Hello again?")
     page.locator(".facts").wait_for()
     assert "Hello?" not in told(service.site)

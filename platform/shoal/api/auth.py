@@ -1,8 +1,8 @@
 """API keys: who may use the model, and how much of it a minute. Keys come from a file or the environment; only their digests
 are kept.
 
-A file has one key a line, ``#`` starts a comment; after the key its name in logs and its limits may follow. In place of a key
-its SHA-256 digest may stand:
+A file has one key a line, ``#`` starts a comment; after the key its name and its limits may follow. In place of a key its
+SHA-256 digest may stand. A name says whose stored responses are whose, so no two keys have the same:
 
     sk-3kf9...  name=search  requests=60  tokens=20000        a minute; tokens are those of prompt and answer
     sk-81hc...  name=shop  texts=yes                          its requests may have their texts stored
@@ -335,12 +335,21 @@ def _stamp(path: Path) -> Stamp | None:
 
 
 def _keys(lines: Iterable[str], clock: Clock, shared: Counts | None) -> tuple[Key, ...]:
-    keys = [parsed(line, number, clock, shared) for number, line in enumerate(lines, 1) if _stripped(line)]
+    keys = {number: parsed(line, number, clock, shared) for number, line in enumerate(lines, 1) if _stripped(line)}
     if not keys:
         raise ConfigError("API keys", got="none", do="give at least one key, or none of the key options")
-    if len({key.digest for key in keys}) < len(keys):
-        raise ConfigError("API keys", got="one key twice", do="give each key on one line, with all its settings")
-    return tuple(keys)
+    digests: dict[bytes, int] = {}
+    names: dict[str, int] = {}
+    for number, key in keys.items():
+        if (first := digests.setdefault(key.digest, number)) != number:
+            what = f"API keys, lines {first} and {number}: one key twice"
+            raise ConfigError(what, do="give each key on one line, with all its settings")
+        if (first := names.setdefault(key.name, number)) != number:  # whose a stored response is, its key's name says
+            what = f"API keys, lines {first} and {number}: one name for two keys"
+            raise ConfigError(
+                what, got=f"name={key.name}", do="give each its own: keys of one name would share all stored"
+            )
+    return tuple(keys.values())
 
 
 def _stripped(line: str) -> str:

@@ -488,6 +488,28 @@ class TestKeys:
             keys.find("Bearer gone")
         assert keys.find("Bearer still").name
 
+    @pytest.mark.parametrize(
+        "lines",
+        [
+            ["alpha name=ann", "# of the shop", "beta name=ann"],  # would share what is stored
+            [
+                "alpha",
+                "",
+                f"beta name={ApiKeys(['alpha']).find('Bearer alpha').name}",
+            ],  # as alpha is called without one
+            ["alpha name=ann", "", "alpha name=bob"],
+        ],
+    )
+    def test_keys_that_cannot_be_told_apart_are_refused_with_both_lines(self, lines: list[str], tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="lines 1 and 3") as refused:
+            ApiKeys(lines)
+        assert "alpha" not in str(refused.value) and "beta" not in str(refused.value)
+        (file := tmp_path / "keys").write_text("gamma name=ann\n")
+        keys = ApiKeys.load(file)
+        assert keys is not None
+        file.write_text("\n".join(lines))  # of a service that runs: the keys stay as they were
+        assert keys.find("Bearer gamma").name == "ann"
+
     def test_a_digest_that_is_none_is_no_key(self) -> None:
         """Digests are shown to others: one in capitals, or cut, would let in whoever has seen it."""
         for line in ("sha256:" + "AB" * 32, "sha256:" + "ab" * 31, "sha256:"):

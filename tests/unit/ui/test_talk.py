@@ -270,7 +270,7 @@ def test_an_error_is_the_api_s_own_sentence_or_what_to_do_on_the_page() -> None:
     assert talk.reason(refused) == "15 tokens do not fit."
     body = {"message": "send one as 'Authorization: Bearer KEY'", "code": "invalid_api_key"}
     locked = openai.AuthenticationError("Error code: 401", response=httpx.Response(401, request=asked), body=body)
-    assert "Bearer" not in talk.reason(locked) and "the box for the API key" in talk.reason(locked)
+    assert "Bearer" not in talk.reason(locked) and "log in" in talk.reason(locked)
 
 
 def test_a_request_holds_what_was_set_and_leaves_the_rest_to_the_server() -> None:
