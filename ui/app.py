@@ -50,5 +50,5 @@ def _keep_to(page: gr.Blocks, files: Uploads) -> None:
         session = login.session_of(request.cookies) if isinstance(request, gr.Request) else ""
         return await process(block_fn, files.own(session, inputs), request=request, **named)
 
-    page.process_api = process_own  # type: ignore[method-assign]
+    page.process_api = process_own  # type: ignore[method-assign, assignment]
     page.has_launched = True  # so that Gradio checks paths too: it does not where it is mounted

@@ -20,9 +20,8 @@ from ui.talk import Message, Said
 from ui.words import markdown
 
 FAULT = "fault"  # `id` in the metadata of a message that says why there is no answer
-LOST_PICTURE = (
-    Path(__file__).parent / "lost.png"
-)  # stands for one that this server does not have (`uploads.Uploads.own`)
+# stands for one that this server does not have (`uploads.Uploads.own`)
+LOST_PICTURE = Path(__file__).parent / "lost.png"
 MARK = "\x1e"  # before and after the calls in what rides along with an answer
 PICTURE = "[picture]"  # what the model is told instead
 ID = re.compile(r"[\w.:-]{1,100}")  # of an answer

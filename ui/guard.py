@@ -24,9 +24,7 @@ from ui.uploads import Uploads
 API = "/gradio_api/"
 UPLOAD, FILE = API + "upload", API + "file="
 # what the pages ask of Gradio. It has many more routes, of which some read files, write files or ask other servers
-PUBLIC = re.compile(
-    r"/theme\.css|/manifest\.json|/gradio_api/theme\.css|/(assets|static|svelte)/.+"
-)  # of Gradio's package
+PUBLIC = re.compile(r"/theme\.css|/manifest\.json|/gradio_api/theme\.css|/(assets|static|svelte)/.+")
 GET = re.compile(r"/config|/gradio_api/(app_id|info|queue/data|startup-events|upload_progress|heartbeat/[^/]+|file=.+)")
 POST = re.compile(r"/gradio_api/(queue/join|cancel|reset|upload)")
 SURE_SECONDS, MOST_SURE = 30.0, 1000  # for how long a key that the API took is not asked about again, and of how many

@@ -18,7 +18,7 @@ from shoal.errors import ConfigError
 from tests.contracts.commands import commands
 
 UNITS = (
-    "days|hours|seconds|minutes|tokens|passes|updates|workers|port|runs|seed|share|micro-batches|questions|requests|CPUs|"
+    "days|hours|seconds|minutes|tokens|passes|updates|workers|port|runs|seed|share|micro-batches|questions|requests|sessions|people|trials|CPUs|"
     "0 is greedy"
 )
 

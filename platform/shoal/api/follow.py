@@ -25,7 +25,8 @@ from shoal.engine.metrics import Samples
 from shoal.errors import ShoalError, frames
 from shoal.loop import retrainings
 from shoal.loop.again import Again
-from shoal.loop.canary import Canary, advanced, checks
+from shoal.loop.canary import advanced, checks
+from shoal.loop.canary_state import Canary
 from shoal.loop.release import ChangedError, Release, State, now
 from shoal.loop.versions import Version
 from shoal.machine import write_aside

@@ -20,7 +20,7 @@ from shoal.api.service import Service
 from shoal.api.wire import ForbiddenError
 from shoal.config import dump
 from shoal.errors import RequestError, ShoalError, UsageError
-from shoal.loop.evidence import SHARES
+from shoal.loop.canary_state import SHARES
 from shoal.loop.release import Release
 from shoal.loop.versions import Version
 

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shoal.loop.canary import Canary
+from shoal.loop.canary_state import Canary
 from shoal.loop.evidence import Person, dumped, joined, loaded
 from shoal.machine import write_aside
 

@@ -14,7 +14,8 @@ from shoal.api.meter import Meter
 from shoal.config import FULL
 from shoal.engine.events import Event, Request
 from shoal.errors import EngineDeadError
-from shoal.loop.canary import Canary, Decision, Pace, judged
+from shoal.loop.canary import Decision, Pace, judged
+from shoal.loop.canary_state import Canary
 from shoal.loop.evidence import Evidence, Person
 
 LATE_SECONDS = 2.0  # least patience with a canary

@@ -7,7 +7,6 @@ passed all steps.
 
 from __future__ import annotations
 
-import os
 import random
 import statistics
 from collections.abc import Sequence
@@ -23,7 +22,9 @@ from shoal.api.meter import Meter
 from shoal.api.trial import Part, Trial, Weighed
 from shoal.bench.turns import show
 from shoal.errors import ShoalError, UsageError
-from shoal.loop.canary import PEOPLE, SHADOWS, Canary, Pace, advanced
+from shoal.loop.canary import Pace, advanced
+from shoal.loop.canary_state import PEOPLE, SHADOWS, Canary
+from shoal.machine import cores
 
 WORSE = 0.1  # of answers more that fail
 EQUAL_MOST, WORSE_LEAST = 0.05, 0.9  # shares that are taken back
@@ -195,7 +196,7 @@ def canary(
         raise UsageError("--patterns", got=list(patterns), allowed=[*PATTERNS])
     table = Table("traffic", "equal, taken back", "worse by 10 points, taken back", "after people (median)")
     found = dict[str, Any]()
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with ProcessPoolExecutor(cores()) as pool:
         for pattern in patterns:
             of = [(pattern, worse, seed, shadows, people) for worse in (0.0, WORSE) for seed in range(runs)]
             ends = list(pool.map(_one, of, chunksize=5))

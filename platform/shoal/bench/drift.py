@@ -40,10 +40,7 @@ SUBJECTS, USERS = 8, 300
 WEEKEND_SHARE = 0.4  # of the sessions of another day
 TURNS, PAUSE_S = 4.0, 120.0  # requests in a session and seconds between them, in the mean
 BETWEEN, ALIKE, TASTE = 0.7, 0.7, 0.5  # standard deviations between subjects, sessions of one user, and users
-SHIFT, WITHIN_DAYS = (
-    0.2,
-    3.0,
-)  # share of the sessions that turn to the new subject, and days within which it is to be seen
+SHIFT, WITHIN_DAYS = 0.2, 3.0  # share of the sessions that turn to the new subject; days within which it is to be seen
 MOST_FALSE = 0.05
 
 
@@ -140,12 +137,8 @@ def traffic(
     if change is not None:
         subject[(start >= change * DAY) & (rng.random(len(start)) < shift)] = SUBJECTS
     kinds = BETWEEN * rng.normal(size=(SUBJECTS + 1, 4))
-    kinds[SUBJECTS] = (
-        3.0,
-        1.5,
-        -1.0,
-        1.0,
-    )  # 2 standard deviations of the surprisal: of the shop's new catalogue it was 3
+    # 2 standard deviations of the surprisal: of the shop's new catalogue it was 3
+    kinds[SUBJECTS] = (3.0, 1.5, -1.0, 1.0)
     own = kinds[subject] + TASTE * rng.normal(size=(USERS, 4))[user]
     turns = rng.geometric(1 / TURNS, len(start)) if pattern.sessions else np.ones(len(start), int)
     own += (ALIKE if pattern.sessions else 0.0) * rng.normal(size=own.shape)

@@ -179,9 +179,7 @@ class Request:
     priority: int = 0  # smaller runs earlier; from `LATER` on it gives its place to any that is below
     payer: str = ""  # payers share the engine evenly
     client: str = ""  # and so do the clients of one payer
-    cache_salt: str = (
-        ""  # the prefix cache finds a page only for requests of the salt that it was made for, as vLLM's does
-    )
+    cache_salt: str = ""  # the prefix cache finds a page only for requests of the salt that it was made for
     answer: Sequence[int] = ()  # the first tokens of its answer, given by another engine: this one goes on after them
     spent: float = 0.0  # nats of its tolerance, on those
     ran: int = 0  # layers that ran for those, one after the other; 0: nobody counted

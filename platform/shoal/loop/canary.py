@@ -30,14 +30,13 @@ import math
 from bisect import bisect_left, insort
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from shoal.errors import UsageError
-from shoal.loop.evidence import KINDS, OF, SHARES, Evidence, differences, log_evidence
+from shoal.loop.canary_state import SHARES, Canary
+from shoal.loop.evidence import KINDS, OF, Evidence, differences, log_evidence
 
-SHADOWS, PEOPLE = 200, 300  # that a step takes at least
 ALPHA = 0.005  # share of equal canaries that one check condemns at most
 CONDEMNED = math.log(1 / ALPHA)  # log likelihood ratio
 LEAST_PEOPLE = 3  # to whom it happened, before a canary is condemned
@@ -50,44 +49,6 @@ NATS = 0.02  # ... a token: what chance makes of it where all is nearly certain
 FEW = 4  # people whose answers of the stable version were timed, before a canary is too slow beside them
 
 Decision = Literal["wait", "next", "back", "done"]
-
-
-@dataclass(frozen=True)
-class Canary:
-    """A version on trial, as ``release.json`` keeps it."""
-
-    version: int
-    step: int  # index into `SHARES`
-    since: str  # time of the step, ISO 8601
-    shadows: int = SHADOWS
-    people: int = PEOPLE
-    began: int = 0  # number of the change that it began with: what tells it from a trial of the same version before
-
-    def __post_init__(self) -> None:
-        least = min(self.shadows, self.people)
-        if least < 1:
-            raise UsageError("people that a step of a canary takes", got=least, allowed="1 or more")
-
-    def same(self, other: Canary | None) -> bool:
-        """Whether that is a step of the same trial."""
-        return other is not None and (self.version, self.began) == (other.version, other.began)
-
-    @property
-    def share(self) -> float:
-        return SHARES[self.step]
-
-    @property
-    def enough(self) -> int:
-        """People that its step takes at least."""
-        return self.people if self.step else self.shadows
-
-
-def with_people(state: dict[str, Any]) -> dict[str, Any]:
-    """What a release's file says, by the names of now: until people were counted a step took so many requests."""
-    canary = state.get("canary") or {}
-    if "requests" not in canary:
-        return state
-    return {**state, "canary": {"people": canary["requests"], **{n: v for n, v in canary.items() if n != "requests"}}}
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,15 @@ from typing import Any
 
 import numpy as np
 
-SHARES = (0.0, 0.05, 0.25, 0.5)  # of the conversations, by step; step 0: copies
+from shoal.loop.canary_state import SHARES
+
 KINDS = ("failures", "invalid", "slow", "down", "cut", "unsure", "wrong")
-ODDS = np.array(
-    [1.5, 2.2, 4.0, 12.0, 60.0, 1000.0]
-)  # of something bad, times those of the stable version: worse canaries
+# odds of something bad of worse canaries, times those of the stable version
+ODDS = np.array([1.5, 2.2, 4.0, 12.0, 60.0, 1000.0])
 MOST_PEOPLE = 20_000  # of a step that one gateway keeps: a thousand of a canary with 5 %; more are not counted
 OF, FIRST, EVER = range(3)  # people who could have had it; at their first chance; at any
-CHANCE = np.array([0.5, *SHARES[1:]])[
-    :, None
-]  # that one who counts is the canary's; of a copy and its original each counts
+# chance that one who counts is the canary's; of a copy and its original each counts
+CHANCE = np.array([0.5, *SHARES[1:]])[:, None]
 
 
 @dataclass
@@ -183,10 +182,8 @@ def _of_first(counts: np.ndarray, chance: np.ndarray) -> float:
     square = (1 - chance) * more
     stable = (np.sqrt(half * half + square * rate) - half) / square
     canary = ODDS * stable / (1 + more * stable)
-    is_bad, is_good = (
-        chance * canary / rate,
-        chance * (1 - canary) / (1 - rate),
-    )  # chance that such a one is the canary's
+    # chance that such a one is the canary's
+    is_bad, is_good = chance * canary / rate, chance * (1 - canary) / (1 - rate)
     good = all_ - bad
     told = _told(bad, is_bad, chance) + _told(good, is_good, chance)
     return float(np.exp(np.minimum(told.sum(0), 600)).mean())

@@ -8,6 +8,8 @@ A change writes its line of the audit log first, with all that ``release.json`` 
 what was interrupted between the two is finished by the next change. One change at a time: a second one is refused.
 """
 
+# long: each change of a release, with what it refuses
+
 from __future__ import annotations
 
 import getpass
@@ -26,7 +28,7 @@ from shoal.data.alone import alone
 from shoal.errors import CheckpointError, ConfigError, DataError, ResourceError, UsageError
 from shoal.loop import versions
 from shoal.loop.audit import FIRST, Audit
-from shoal.loop.canary import PEOPLE, SHADOWS, Canary, with_people
+from shoal.loop.canary_state import PEOPLE, SHADOWS, Canary, with_people
 from shoal.loop.versions import Version
 from shoal.machine import write_aside
 

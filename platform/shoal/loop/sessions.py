@@ -27,9 +27,8 @@ class Sessions:
     """The sessions that are open, as JSON can hold them."""
 
     conversations: list[str] = field(default_factory=list)
-    subjects: dict[str, list[float]] = field(
-        default_factory=dict
-    )  # name -> first and last request, epoch seconds; count
+    # name -> first and last request, epoch seconds; count
+    subjects: dict[str, list[float]] = field(default_factory=dict)
 
     def first_requests(self, table: pa.Table) -> pa.Table:
         """The rows of `table`, in their order, that begin a session; the same however the rows are cut into tables."""

@@ -11,10 +11,8 @@ DAY, WEEK = 86_400, 7 * 86_400
 DAY_HOURS, WEEK_HOURS = 24, 168
 TWO_WEEKS, ONE_DAY, QUARTERS = 13.9 * DAY, 0.9 * DAY, 4  # seconds; parts of a day that all have enough values
 FEWEST_DAYS = 7  # from which on it may be told how much days differ
-LOW, HIGH = (
-    -1.6448536,
-    2.0,
-)  # normal quantiles: of a variance that may be as much as 5 % larger; of a day that is another
+# normal quantiles: of a variance that may be as much as 5 % larger; of a day that is another
+LOW, HIGH = -1.6448536, 2.0
 
 
 def hour_of(at: np.ndarray, hours: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from shoal.config import dump
 from shoal.errors import UsageError
-from shoal.loop.canary import PEOPLE, SHADOWS
+from shoal.loop.canary_state import PEOPLE, SHADOWS
 from shoal.loop.release import Auto, Release, State
 from shoal.loop.versions import Version, cut_lineage
 from shoal.model.described import read_json

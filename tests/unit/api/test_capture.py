@@ -25,7 +25,7 @@ from shoal.api.trial import Trial
 from shoal.engine.events import Finished, Signals
 from shoal.errors import ConfigError, GenerationError
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.loop.canary import Canary
+from shoal.loop.canary_state import Canary
 from shoal.loop.capture import Capture, subject
 from shoal.loop.outbox import Outbox
 from shoal.model.files import weights_sha256

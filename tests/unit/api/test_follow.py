@@ -25,7 +25,8 @@ from shoal.cli import main
 from shoal.engine.events import Token
 from shoal.errors import DataError, EngineDeadError
 from shoal.loop import again
-from shoal.loop.canary import Canary, Pace, advanced
+from shoal.loop.canary import Pace, advanced
+from shoal.loop.canary_state import Canary
 from shoal.loop.evidence import Evidence
 from shoal.loop.release import ChangedError, Release
 from shoal.loop.versions import Version

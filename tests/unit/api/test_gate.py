@@ -492,11 +492,8 @@ class TestKeys:
         "lines",
         [
             ["alpha name=ann", "# of the shop", "beta name=ann"],  # would share what is stored
-            [
-                "alpha",
-                "",
-                f"beta name={ApiKeys(['alpha']).find('Bearer alpha').name}",
-            ],  # as alpha is called without one
+            # as alpha is called without one
+            ["alpha", "", f"beta name={ApiKeys(['alpha']).find('Bearer alpha').name}"],
             ["alpha name=ann", "", "alpha name=bob"],
         ],
     )

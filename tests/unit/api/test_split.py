@@ -25,8 +25,8 @@ from shoal.errors import (
     QueueFullError,
     RequestError,
 )
-from shoal.loop.canary import LEAST_TIMES, Canary
-from shoal.loop.evidence import SHARES
+from shoal.loop.canary import LEAST_TIMES
+from shoal.loop.canary_state import SHARES, Canary
 from tests.canaries import seen
 
 SECONDS = 60.0

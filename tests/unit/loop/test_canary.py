@@ -8,18 +8,9 @@ import random
 import pytest
 
 from shoal.engine.signals import EVERY
-from shoal.loop.canary import (
-    ALPHA,
-    CHECKS,
-    LEAST_TIMES,
-    LOOKED_AT,
-    Canary,
-    Pace,
-    advanced,
-    checks,
-    judged,
-)
-from shoal.loop.evidence import CHANCE, KINDS, MOST_PEOPLE, SHARES, Evidence, dumped, joined, loaded, log_evidence, none
+from shoal.loop.canary import ALPHA, CHECKS, LEAST_TIMES, LOOKED_AT, Pace, advanced, checks, judged
+from shoal.loop.canary_state import SHARES, Canary
+from shoal.loop.evidence import CHANCE, KINDS, MOST_PEOPLE, Evidence, dumped, joined, loaded, log_evidence, none
 from tests.canaries import add, both
 
 START = Canary(2, 0, "2026-11-27T12:00:00+00:00", shadows=200, people=300)

@@ -17,7 +17,8 @@ import pytest
 from shoal import Model, cli
 from shoal.errors import DataError, ResourceError
 from shoal.loop.asked import forbidden
-from shoal.loop.canary import Canary, judged
+from shoal.loop.canary import judged
+from shoal.loop.canary_state import Canary
 from shoal.loop.capture import Capture, Forgotten
 from shoal.loop.cut import MANIFEST, RECENT, TRAIN, Settings, _manifest, cut, read
 from shoal.loop.forget import forget as forget_all

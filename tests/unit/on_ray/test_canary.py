@@ -12,7 +12,7 @@ import pytest
 from ray.serve.schema import ApplicationStatus
 
 from shoal.api.serve_args import ServeArgs
-from shoal.loop.canary import Canary
+from shoal.loop.canary_state import Canary
 from shoal.loop.release import Release, State
 from shoal.on_ray import canary
 from shoal.on_ray.canary import LOCK, OnServe

@@ -13,9 +13,8 @@ import numpy as np
 import xxhash
 
 _INVISIBLE = "\u00ad\u200b-\u200d\u2060\ufeff"  # soft hyphen, spaces without a width
-_ALONE = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # scripts without spaces: a character is a word
-)
+# scripts without spaces: a character is a word
+_ALONE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 _LETTER = r"[^\W_\u0e00-\u0eff\u3040-\u9fff]"
 _WORD = re.compile(rf"[{_ALONE}]|\d{{1,3}}(?:,\d{{3}})+(?!\d)|{_LETTER}(?:{_LETTER}|[{_INVISIBLE}\u0300-\u036f])*")
 _MARKUP = re.compile(

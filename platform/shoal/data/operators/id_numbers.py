@@ -45,9 +45,8 @@ FORMS = {
     "ch.ssn": r"756\.\d{4}\.\d{4}\.\d{2}",
     "kr.rrn": r"\d{6}-[1-8]\d{6}",
 }
-_NATIONAL_INSURANCE = (
-    r"(?!BG|GB|KN|NK|NT|TN|ZZ)[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z] ?\d{2} ?\d{2} ?\d{2} ?[A-D]"  # Britain's
-)
+# Britain's
+_NATIONAL_INSURANCE = r"(?!BG|GB|KN|NK|NT|TN|ZZ)[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z] ?\d{2} ?\d{2} ?\d{2} ?[A-D]"
 # the word that names a number of plain digits -> modules of stdnum, one of which must hold it valid
 NAMED = {
     r"bsn|burgerservicenummer": ("nl.bsn",),

@@ -55,9 +55,8 @@ _PRIVATE_KEY = re.compile(
     re.DOTALL,
 )
 _TAIL = re.compile(r"[\w=-]*(?:\.[\w=-]+)*")  # what still belongs to a token of which a pattern finds the beginning
-_WITHIN = frozenset(
-    {"AWSKeyDetector", "BasicAuthDetector", "NpmDetector", "SoftlayerDetector"}
-)  # group 1 is the secret
+# of these group 1 is the secret
+_WITHIN = frozenset({"AWSKeyDetector", "BasicAuthDetector", "NpmDetector", "SoftlayerDetector"})
 _DIGIT = re.compile(r"\d")
 _RUN = re.compile(r"[A-Za-z0-9]{10,}")
 # A plugin's pattern looks at so many characters at once, and again from so many on: some take the square of what they look at,

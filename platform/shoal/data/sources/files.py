@@ -4,6 +4,8 @@ Notable: what a file cannot give is `Unusable`, whose text is the reason that is
 DataError, before any work is done. Sizes come with the listing, so that S3 is asked once for a thousand files.
 """
 
+# long: files of a disk and of S3 are listed, opened, decompressed and refused alike, in one place
+
 from __future__ import annotations
 
 import io
