@@ -452,7 +452,7 @@ def loop(
 def drift(
     runs: Annotated[int, typer.Option(help="Runs of each kind of traffic, without and with a new subject.")] = 20,
     daily: Annotated[int, typer.Option(help="Sessions of a working day.")] = 400,
-    seed: Annotated[int, typer.Option(help="Of the traffic.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the traffic.")] = 0,
 ) -> None:
     """How often `shoal watch` rings in 60 days of ordinary traffic, with weekends, sessions and both; and how soon it sees that
     a fifth of the sessions has a new subject. Simulated rows, no model; two minutes at most."""
@@ -464,10 +464,12 @@ def drift(
 @bench.command("canary")
 def canary(
     runs: Annotated[int, typer.Option(help="Trials of each pattern and kind of canary.", callback=_some)] = 100,
-    shadows: Annotated[int, typer.Option(help="As of `shoal release canary`.", callback=_some)] = 200,
-    people: Annotated[int, typer.Option(help="As of `shoal release canary`.", callback=_some)] = 300,
+    shadows: Annotated[
+        int, typer.Option(help="People whose requests are copied before any share.", callback=_some)
+    ] = 200,
+    people: Annotated[int, typer.Option(help="People whom each share must serve.", callback=_some)] = 300,
     patterns: Annotated[
-        str, typer.Option(help="Of the traffic, with commas.")
+        str, typer.Option(help="Patterns of the traffic, with commas.")
     ] = "independent,sessions,weekends,load step,one angry user",
 ) -> None:
     """How often a canary is taken back that is equal (at most 5 %), and one whose answers fail 10 points more often (at least

@@ -57,7 +57,8 @@ class Sessions:
             over = abs(when - last) >= PAUSE_S or abs(when - first) >= LONGEST_S or count >= MOST_REQUESTS
         if over and is_new:
             first, count = when, 0
-        _newest(self.subjects, name, [float(first), when, count + int(is_new)], SUBJECTS)
+        if np.isfinite(first):  # else no session of theirs has begun, and JSON has no infinity
+            _newest(self.subjects, name, [float(first), when, count + int(is_new)], SUBJECTS)
         return over and is_new
 
 

@@ -78,11 +78,13 @@ def check(request: Request, told: list[Event], layers: tuple[int, int], after: i
     """`told` is what the first depth of `layers` says, from `after` tokens on what the second does. Does it get there?"""
     first, deeper = layers
     wanted = alone(request, first)
-    tokens, there = (
-        wanted.tokens[:after],
-        len(wanted.tokens) > after
-        or (len(wanted.tokens) == after < request.sampling.max_tokens and wanted.finish_reason == "stop"),
-    )
+    tokens = wanted.tokens[:after]
+    there = len(wanted.tokens) > after
+    if len(wanted.tokens) == after < request.sampling.max_tokens and wanted.finish_reason == "stop":
+        # A stop string ends the answer at its last token; an end token is the one behind it, which the deeper draws anew.
+        sampling = request.sampling
+        few = dataclasses.replace(sampling, max_tokens=after, min_tokens=min(after, sampling.min_tokens))
+        there = alone(dataclasses.replace(request, sampling=few), first).finish_reason == "length"
     rest = alone(request, deeper, tuple(tokens)) if there else None
     *said, end = told
     assert isinstance(end, Finished) and all(isinstance(one, Token) for one in said)

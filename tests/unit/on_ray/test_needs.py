@@ -24,6 +24,7 @@ from shoal.data.pack import Row
 from shoal.data.parts import Packed, split_files
 from shoal.data.shards import INDEX, Index, Shard, ShardWriter, open_index, read_index, write_index
 from shoal.data.sources.files import Entry, File, Local, list_files
+from shoal.data.sources.s3 import S3
 from shoal.on_ray.corpus_tasks import TASKS_OF_BANDS, Decision
 from shoal.on_ray.prepare import WORK, _Job, _stamps, prepare
 
@@ -151,7 +152,7 @@ def test_memory_of_parts_is_as_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path
     decision = Decision(tables.Parts(tmp_path, 1000), "0" * 32, Operators(), 10)
 
     def ask() -> Any:
-        job = _Job(tmp_path, [SPEC], plan, [], None, {}, preset, 0, Operators(), None, demo=False)  # type: ignore[arg-type]
+        job = _Job(tmp_path, [SPEC], plan, [], [], None, {}, preset, 0, Operators(), S3(), demo=False)
         keys = [digest(key, {}) for key in job.keys]
         packs = [(decision, number, [], preset.model, 0, digest(key, "")) for number, key in enumerate(keys)]
         return job, keys, [{"job": pack, "number": number} for number, pack in enumerate(packs)]

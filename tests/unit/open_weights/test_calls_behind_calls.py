@@ -27,7 +27,9 @@ def test_calls_behind_calls_are_calls_and_what_is_said_between_is_said(family: s
     ):
         for parts in ([text], list(text)):
             for whole in (True, False):
-                assert read(offer(family).reader(), parts, whole) == (content, calls), text
+                unfinished = text.endswith(form.open) or (text.endswith(broken) and not form.close)
+                shown = "" if unfinished and not whole else content  # it may be a call that was cut off
+                assert read(offer(family).reader(), parts, whole) == (shown, calls), text
             single = read(offer(family, parallel_tool_calls=False).reader(), parts)
             assert single == (content, calls[:1])
 

@@ -6,8 +6,8 @@ for the ``#!`` line of a script.
 
 from __future__ import annotations
 
+import posixpath
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 PLAIN = frozenset({".adoc", ".markdown", ".md", ".mdx", ".org", ".rst", ".tex", ".text", ".txt"})
 HTML = frozenset({".htm", ".html", ".xhtml"})
@@ -49,13 +49,15 @@ class Kind:
 
 def kind_of(name: str) -> Kind:
     """The kind of a file by its name alone."""
-    path = PurePosixPath(name.lower())
-    compression = path.suffix if path.suffix in COMPRESSED else ""
+    name = posixpath.basename(name.lower())
+    stem, suffix = posixpath.splitext(name)
+    compression = suffix if suffix in COMPRESSED else ""
     if compression:
-        path = path.with_suffix("")
-    elif path.suffix == ".tgz":
-        path, compression = path.with_suffix(ARCHIVE), ".gz"
-    return Kind(path.suffix, compression, path.suffix in CODE or path.name in CODE_NAMES)
+        name = stem
+        suffix = posixpath.splitext(name)[1]
+    elif suffix == ".tgz":
+        suffix, compression = ARCHIVE, ".gz"
+    return Kind(suffix.rstrip("."), compression, suffix in CODE or name in CODE_NAMES)
 
 
 def is_read(name: str) -> bool:
