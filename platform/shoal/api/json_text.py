@@ -171,6 +171,9 @@ def _listed(value: Any) -> list[Any]:
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_listed).encode
 
 
+_SCALARS = frozenset({int, float, str, bool, type(None)})
+
+
 def dumps(payload: Any) -> bytes:
     """Compact UTF-8 JSON; an iterator is a list. Raises ValueError for NaN and infinities, which JSON does not have."""
     return _encode(payload).encode()
@@ -194,7 +197,7 @@ def pieces(value: Any) -> Iterator[bytes]:
             yield before + (b",".join(some) if isinstance(some[0], bytes) else dumps(some)[1:-1])
             before = b","
         yield b"[]" if before == b"[" else b"]"
-    elif isinstance(value, (list, tuple)) and any(isinstance(each, (dict, list, tuple, Iterator)) for each in value):
+    elif isinstance(value, (list, tuple)) and not _SCALARS.issuperset(map(type, value)):
         before = b"["
         for each in value:
             yield before
@@ -202,8 +205,9 @@ def pieces(value: Any) -> Iterator[bytes]:
             before = b","
         yield b"]"
     elif isinstance(value, (list, tuple)) and len(value) > SLICE:
-        slices = (value[at : at + SLICE] for at in range(0, len(value), SLICE))
-        yield b"[" + b",".join(dumps(some)[1:-1] for some in slices) + b"]"
+        for at in range(0, len(value), SLICE):
+            yield (b"," if at else b"[") + dumps(value[at : at + SLICE])[1:-1]
+        yield b"]"
     else:
         yield dumps(value)
 

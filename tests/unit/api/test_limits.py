@@ -21,8 +21,8 @@ def test_one_request_may_ask_for_so_much_where_nobody_says_otherwise() -> None:
     """What a gateway answers for: each number is also what one process must hold, or what a step must look for."""
     mib = 1_048_576
     assert vars(Limits()) == {
-        "body_bytes": 16 * mib, "bodies_bytes": 256 * mib, "messages": 1024, "images": 16, "tools": 128, "choices": 64, "inputs": 2048,
-        "tokenized": mib, "stops": 16, "stop_characters": 1024, "stop_ids": 1024, "bad_words": 128,
+        "body_bytes": 16 * mib, "bodies_bytes": 256 * mib, "messages": 1024, "images": 16, "tools": 128, "choices": 64,
+        "inputs": 2048, "tokenized": mib, "stops": 16, "stop_characters": 1024, "stop_ids": 1024, "bad_words": 128,
         "file_bytes": 200 * mib, "held_files": 1000, "held_bytes": 10 * 1024 * mib, "batch_lines": 50_000,
         "open_batches": 100, "held_batches": 1000, "seconds": 600.0,
     }  # fmt: skip
