@@ -114,8 +114,8 @@ def can_be_served(case: Any, known: dict[str, str], mode: GenerationMode) -> Non
             body["id"] = known["id"]
         if isinstance(body.get("previous_response_id"), str) and len(body["previous_response_id"]) % 4:
             body["previous_response_id"] = known["response_id"]
-        if case.path == "/tokenize" and isinstance(body.get("prompt"), str):
-            body.pop("messages", None)  # either one
+        if case.path == "/tokenize" and mode is GenerationMode.POSITIVE and len(body) % 4:  # one of the two is wanted
+            body |= {"prompt": body.get("prompt") or "the sea", "messages": None}
         if type(body.get("max_tokens")) is int:
             body["max_tokens"] %= 20
     for name in case.path_parameters or {}:
