@@ -454,9 +454,9 @@ def drift(
     daily: Annotated[int, typer.Option(help="Sessions of a working day.")] = 400,
     seed: Annotated[int, typer.Option(help="Seed of the traffic.")] = 0,
 ) -> None:
-    """How often `shoal watch` rings in 60 days of ordinary traffic, with weekends, sessions and both; and how soon it sees that
-    a fifth of the sessions has a new subject. Simulated rows, no model. Fails where more than 5 % ring falsely, or fewer than 95 %
-    are seen within three days. Some minutes."""
+    """How often `shoal watch` rings in 60 days of ordinary traffic, with weekends, sessions and both; and how soon it sees
+    that a fifth of the sessions has a new subject. Simulated rows, no model. Fails where more than 5 % ring falsely, or
+    fewer than 95 % are seen within three days. Some minutes."""
     from shoal.bench.drift import drift as run
 
     run(out, runs=runs, daily=daily, seed=seed)
