@@ -16,7 +16,7 @@ PYTHON_3_11 = import sys; sys.exit(None if sys.version_info >= (3, 11) else "Sho
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL = help
-.PHONY: quickstart assistant test smoke drills nightly test-vllm test-triton gpu mutate check lint bench setup clients docs docs-serve wheel help
+.PHONY: quickstart assistant test smoke drills nightly test-vllm test-triton gpu mutate check house lint bench setup clients docs docs-serve wheel help
 
 quickstart: $(READY)  ## set up, then corpus to chat on this machine, about 15 minutes (EXIT=1 stops after the samples)
 	@$(BIN)/shoal quickstart $(if $(EXIT),--exit)
@@ -55,6 +55,9 @@ check: $(READY) lint  ## what CI runs before the tests: layout, style, types, im
 	sh tests/contracts/no_init.sh
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+house: $(READY)  ## how large the repository is, beside what it may be at most
+	@$(BIN)/python tests/contracts/house.py
 
 lint: $(READY)  ## style only (ruff format and ruff check)
 	$(BIN)/ruff format --check .

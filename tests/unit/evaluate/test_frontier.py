@@ -162,7 +162,8 @@ def test_the_router_pays_for_reading_each_prompt(found: dict, nll: bool) -> None
     look = sum(a / b for a, b in zip(looks, whole(test), strict=True)) / len(looks)
     least = {name: min(point["flops_share"] for point in points) for name, points in found["curves"].items()}
     assert (look > 0.01) == nll and least["router"] == pytest.approx(found["fixed"][0]["flops_share"] + look)
-    assert least["length"] == least["oracle"] == pytest.approx(found["fixed"][0]["flops_share"])
+    for name in ("length", "oracle"):
+        assert least[name] == pytest.approx(found["fixed"][0]["flops_share"])
 
 
 @pytest.mark.parametrize(("length", "answer"), [(3, 1), (21, 6)])
