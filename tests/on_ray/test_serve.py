@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import openai
 import psutil
@@ -88,6 +89,20 @@ def service(shared_ray: None, models: dict[str, Path], captured: Path) -> Iterat
         yield Service(serve.run(deploy, blocking=False), models)
     finally:
         serve.stop()
+
+
+def test_strangers_can_call_none_of_the_ports(service: Service) -> None:
+    """Replicas take pickled requests on a port of every interface, so a call without Ray's token must be refused there."""
+    ours = {process.pid for process in psutil.Process().children(recursive=True)}
+    listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in ours]
+    loopback = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+    exposed = {c.laddr.port for c in listening if c.laddr.ip not in loopback}
+    assert len(exposed) == 1 + len(NAMES)  # the gateway and an engine of each model
+    for port in exposed:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_stream("/ray.serve.ASGIService/HandleRequestStreaming")
+            with pytest.raises(grpc.RpcError, match="UNAUTHENTICATED"):
+                list(call(b"", timeout=30))
 
 
 def free_port() -> int:

@@ -48,6 +48,14 @@ class Serve(Stage):
         ),
     ] = None
     ray: Annotated[bool, typer.Option(help="On Ray Serve; --no-ray serves from this process.")] = True
+    allow_public_ray: Annotated[
+        bool,
+        typer.Option(
+            "--allow-public-ray",
+            help="Serve although Ray has a public address and no token authentication: whoever reaches its ports runs code "
+            "there (docs/how-to/run-on-a-cluster.md). [refused]",
+        ),
+    ] = False
     replicas: Annotated[str | None, typer.Option(help="Engine replicas, N or MIN:MAX [1, or the config's].")] = None
     gateways: Annotated[
         str | None, typer.Option(help="Processes that speak HTTP, N or MIN:MAX by their load [1, or the config's].")
@@ -236,7 +244,8 @@ class Serve(Stage):
             deploy = serve_config(args, host=self.host or LOOPBACK, port=self.port or PORT)
         need_free_port(deploy.http_options.host, deploy.http_options.port)
         with local_ray(logs=self.logs):
-            run(deploy, on_ready=partial(_ready, page=shows_page(deploy)))
+            ready = partial(_ready, page=shows_page(deploy))
+            run(deploy, on_ready=ready, allow_public_ray=self.allow_public_ray)
 
 
 @contextmanager
