@@ -58,7 +58,6 @@ from shoal.on_ray.ending import stop as stop
 from shoal.on_ray.engines import EngineReplica, engine_options, surge
 from shoal.on_ray.gateways import CpuUse, GatewayNames, counted, gateway_options, vote
 from shoal.on_ray.known_adapters import KnownAdapters
-from shoal.on_ray.ports import need_closed_ports
 from shoal.on_ray.quotas import ActorLink
 from shoal.on_ray.serve_config import GATEWAY, IMPORT_PATH
 from shoal.vllm_plugin import options
@@ -110,15 +109,13 @@ def run(
     blocking: bool = True,
     seconds: float = 180.0,
     on_ready: Callable[[str], None] | None = None,
-    allow_public_ray: bool = False,
 ) -> str:
     """Starts Serve on the Ray that is running, with the applications of a checked config, and returns the base URL of the first
     one that is ours, which ends in its ``route_prefix``.
 
     Returns once requests would be served, or raises when `seconds` are over; `on_ready` is called with the URL then.
     With `blocking` it stays until Ctrl-C (or SIGTERM) and stops Serve; without, `stop` does. Raises ResourceError for a port in
-    use, a Serve that runs already, an application that does not start, or, without `allow_public_ray`, a Ray without token
-    authentication on a public address; CheckpointError for a broken model.
+    use, a Serve that runs already, or an application that does not start; CheckpointError for a broken model.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what it tells, this function tells
     options = deploy.http_options
@@ -134,8 +131,6 @@ def run(
         raise ResourceError(
             "Serve is already running on this Ray", do="change it with `serve deploy`, or stop it first"
         )
-    if not allow_public_ray:
-        need_closed_ports()
     deadline = time.monotonic() + seconds
     if blocking:
         end_by_signals()

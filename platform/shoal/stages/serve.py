@@ -233,6 +233,7 @@ class Serve(Stage):
     def _on_ray(self) -> None:
         from shoal.api.serve_args import ServeArgs
         from shoal.machine import need_free_port
+        from shoal.on_ray.ports import need_closed_ports
         from shoal.on_ray.resources import local_ray
         from shoal.on_ray.serve import run
         from shoal.on_ray.serve_config import load_serve_config, serve_config, shows_page
@@ -244,8 +245,9 @@ class Serve(Stage):
             deploy = serve_config(args, host=self.host or LOOPBACK, port=self.port or PORT)
         need_free_port(deploy.http_options.host, deploy.http_options.port)
         with local_ray(logs=self.logs):
-            ready = partial(_ready, page=shows_page(deploy))
-            run(deploy, on_ready=ready, allow_public_ray=self.allow_public_ray)
+            if not self.allow_public_ray:
+                need_closed_ports()
+            run(deploy, on_ready=partial(_ready, page=shows_page(deploy)))
 
 
 @contextmanager
