@@ -13,7 +13,8 @@ from shoal.api.limits import Limits, at_most
 from shoal.api.served import ServedModel
 from shoal.api.tools import as_native, as_plain
 from shoal.errors import ContextLengthError, RequestError
-from shoal.inputs.chat import Encoded, encode_chat, texts_in
+from shoal.inputs.chat import Encoded, encode_chat
+from shoal.inputs.stand_ins import texts_in
 from shoal.inputs.templates import GIVEN, variables
 from shoal.inputs.tokenizer import IMG_END_ID, IMG_ID, PATCH_ID, ROW_ID
 

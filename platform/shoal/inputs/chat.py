@@ -1,15 +1,15 @@
 """Chat messages to token ids, through the model's own ``chat_template.jinja``.
 
 Notable: our template sees a placeholder for every piece of content, never the content itself, so neither a user's text
-nor an image can spell a control token. An open model's template may compute with the content, so it sees it, with a mark in
-front of each control token that is spelt there; what lies between the control tokens of the whole is encoded as one, as
+nor an image can spell a control token. An open model's template may compute with the content, so it sees it, with other
+characters for those of control tokens (`stand_ins`); what lies between the control tokens of the whole is encoded as one, as
 transformers does it (`_rendered_whole`). One that knows tools (`Tokenizer.calls`) sees them, calls and results as values.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 from shoal.config import ModelConfig
 from shoal.errors import RequestError
 from shoal.inputs import media
+from shoal.inputs.stand_ins import StandIns
 from shoal.inputs.templates import EndlessTemplateError, rendered
 from shoal.inputs.tokenizer import END_ID, Tokenizer
 from shoal.inputs.tools import parsed
@@ -28,9 +29,6 @@ TOOL = "tool"  # a fourth, of what calls gave, where the chat template knows too
 DEFAULT_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
 
 _PLACE = re.compile("\ue000([0-9]+)\ue001")  # private-use marks around a content's number
-# Of these one that is in no text marks control tokens: letters, which stay what they are where a template writes a value as
-# Python or JSON does. In a chat they are Yi.
-_MARKS = range(0xA000, 0xA48D)
 
 
 @dataclass(frozen=True)
@@ -121,12 +119,9 @@ def _rendered_whole(
     shown = [_shown(message, index, tokenizer) for index, message in enumerate(messages)]
     try:
         shown = shown if tokenizer.calls is None else tokenizer.calls.for_template(shown)
-        spelt = set("".join([template, *texts_in([*shown, settings])]))
-        mark = next((char for char in map(chr, _MARKS) if char not in spelt), None)
-        if mark is None:
-            raise RequestError("messages", param="messages", got="every letter of Yi", do="leave some out")
-        shown = [_marked_message(message, tokenizer, mark) for message in shown]
-        settings = _marked(settings, tokenizer.frame_pattern, mark)
+        stand_ins = StandIns(tokenizer, template, [*shown, settings])
+        shown = [stand_ins.message(message) for message in shown]
+        settings = stand_ins.put(settings)
     except RecursionError:
         raise RequestError(
             "messages", param="messages", got="values in values, too deep", do="leave some out"
@@ -138,7 +133,7 @@ def _rendered_whole(
         if last not in text:
             raise RequestError("chat template", param="messages", do="it does not end with the last message")
         text = text[: text.rindex(last) + len(last)]
-    return tokenizer.template_ids(text, mark)
+    return tokenizer.template_ids(text, stand_ins.back)
 
 
 def _shown(message: Mapping[str, Any], index: int, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -155,36 +150,6 @@ def _shown(message: Mapping[str, Any], index: int, tokenizer: Tokenizer) -> dict
     if message.get("role") == TOOL:
         shown["tool_call_id"] = message.get("tool_call_id")
     return shown
-
-
-def texts_in(value: Any) -> Iterator[str]:
-    """All texts in a value, however deep, in no order, names of fields too."""
-    waiting = [value]
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, str):
-            yield each
-        elif isinstance(each, Mapping):
-            waiting += (*each, *each.values())
-        elif isinstance(each, (list, tuple)):
-            waiting += each
-
-
-def _marked(value: Any, pattern: str, mark: str) -> Any:
-    """`value` with a `mark` in front of all that is spelt as `pattern` in its texts, names of fields too."""
-    if isinstance(value, str):
-        return re.sub(pattern, rf"{mark}\g<0>", value)
-    if isinstance(value, Mapping):
-        return {_marked(name, pattern, mark): _marked(each, pattern, mark) for name, each in value.items()}
-    return [_marked(each, pattern, mark) for each in value] if isinstance(value, (list, tuple)) else value
-
-
-def _marked_message(message: Mapping[str, Any], tokenizer: Tokenizer, mark: str) -> dict[str, Any]:
-    """What the assistant said is in tokens of its own, and may be a call that was never read as one: there control tokens alone
-    are marked."""
-    pattern = tokenizer.control_pattern if message["role"] == "assistant" else tokenizer.frame_pattern
-    marked: dict[str, Any] = _marked({**message, "content": None}, tokenizer.frame_pattern, mark)
-    return {**marked, "content": _marked(message["content"], pattern, mark)}
 
 
 def _answers(

@@ -54,6 +54,15 @@ def variables(template: str) -> frozenset[str]:
     return frozenset(found - set(GIVEN) - set(_environment.globals))
 
 
+@lru_cache(maxsize=8)
+def literals(template: str) -> frozenset[str]:
+    """The texts that a chat template compares with, looks for, or writes in an expression. Empty for one that is broken."""
+    if why_broken(template):
+        return frozenset()
+    found = (each.value for each in _environment.parse(template).find_all(nodes.Const))
+    return frozenset(text for text in found if isinstance(text, str))
+
+
 @lru_cache(maxsize=32)  # compiling takes longer than encoding a short chat
 def _compiled(template: str) -> Template:
     if len(template) > LONGEST:

@@ -14,7 +14,7 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -86,12 +86,14 @@ class Tokenizer:
         self.calls: CallFormat | None = FORMATS.get(named)  # of a chat template that knows tools
         around = () if self.calls is None else (self.calls.open, self.calls.close)
         self._seen = {number for number, name in self._names.items() if name in around}  # in the text of an answer
-        # Tokens that frame tools, calls and results, and are no control tokens, as <tool_call> of Qwen.
-        self._frames = {} if self.calls is None else {
+        # Added tokens that are no control tokens, and frame calls, thoughts or turns: <tool_call>, <think>, and <｜User｜> of
+        # DeepSeek's. Words and white space frame nothing.
+        self._frames = {} if controls is None else {
             token.content: (token.lstrip, token.rstrip)
             for token in added.values()
-            if token.content not in spelt and "tool" in token.content.lower()
+            if token.content not in spelt and not token.single_word and not re.fullmatch(r"[\w\s]*", token.content)
         }  # fmt: skip
+        self.frames: Sequence[str] = tuple(self._frames)
         self._bytes: dict[int, bytes] = {}  # of the tokens that were asked for: every token of an answer is
 
     def with_end(self, token: int) -> Tokenizer:
@@ -270,17 +272,17 @@ class Tokenizer:
     @cached_property
     def control_pattern(self) -> str:
         """Regular expression of all control tokens."""
-        return _any_of(self.specials)
+        return any_of(self.specials)
 
     @cached_property
     def frame_pattern(self) -> str:
         """Regular expression of all control tokens, and of those that frame calls and results in a chat template's text."""
-        return _any_of((*self.specials, *self._frames))
+        return any_of((*self.specials, *self._frames))
 
-    def template_ids(self, text: str, mark: str = "") -> list[int]:
-        """Ids of a chat template's own text, whose control tokens are meant; but for what of `frame_pattern` stands behind a
-        `mark`, which is plain characters. Marks are taken out."""
-        pattern = f"(?<!{re.escape(mark)})(?:{self.frame_pattern})" if mark else self.control_pattern
+    def template_ids(self, text: str, back: Mapping[str, str] | None = None) -> list[int]:
+        """Ids of a chat template's own text, whose control tokens are meant; with `back`, of which characters stand in it for
+        others (`stand_ins`), those are plain characters, whatever they spell."""
+        pattern = self.control_pattern if back is None else self.frame_pattern
         ids: list[int] = []
         at, strips = 0, False
         for match in [*re.finditer(pattern, text), None]:
@@ -289,8 +291,8 @@ class Tokenizer:
             before, after = self._spelt.get(name) or self._frames.get(name) or (False, False)
             run = run.lstrip() if strips else run
             run = run.rstrip() if before else run
-            spelt = bool(mark) and mark in run and bool(self._frames)
-            run = run.replace(mark, "") if mark else run
+            run = restored(run, back or {})
+            spelt = back is not None and re.search(any_of(self._frames), run) is not None
             ids += _ids(self._letters if spelt else self._inside if at else self._core, run)
             if match:
                 ids.append(int(self._core.token_to_id(name) or 0))
@@ -353,7 +355,18 @@ def _ids(core: tokenizers.Tokenizer, text: str) -> list[int]:
     return ids
 
 
-def _any_of(names: Iterable[str]) -> str:
+def restored(text: str, back: Mapping[str, str]) -> str:
+    """`text` with the characters of `back` for what stands for them, also where a template wrote that as JSON's escapes."""
+    for there, char in back.items():
+        text = text.replace(there, char).replace(escaped(there), char)
+    return text
+
+
+def escaped(char: str) -> str:
+    return f"\\u{ord(char):04x}"
+
+
+def any_of(names: Iterable[str]) -> str:
     """Regular expression of all `names`, of two that begin alike the longer first."""
     return "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"
 

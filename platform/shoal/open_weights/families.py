@@ -53,31 +53,46 @@ class Family:
     settings: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     partial: bool = False  # does its class read partial_rotary_factor?
-    # a layer's, if layer_types is not given
-    windowed: Callable[[Mapping[str, Any], int], bool] = lambda config, layer: False
+    typed: tuple[str, ...] = ()  # it reads layer_types, and what must be set where they name windows
+    skips: bool = False  # does it read no_rope_layers and no_rope_layer_interval?
+    schemes: tuple[str, ...] = rope.KINDS  # of rope, that its class takes
+    # has a layer a window, where layer_types does not say it? `turned`: has it positions?
+    windowed: Callable[[Mapping[str, Any], int, bool], bool] = lambda config, layer, turned: False
 
 
-def _all_windowed(config: Mapping[str, Any], layer: int) -> bool:
+_SWITCHED = ("sliding_window", "use_sliding_window")
+
+
+def _all_windowed(config: Mapping[str, Any], layer: int, turned: bool) -> bool:
     return config.get("sliding_window") is not None
 
 
-def _late_windowed(config: Mapping[str, Any], layer: int) -> bool:
-    used = config.get("use_sliding_window") and config.get("sliding_window")
-    return bool(used) and layer >= int(config.get("max_window_layers", 28))
+def _used(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("use_sliding_window") and config.get("sliding_window"))
+
+
+def _late_windowed(config: Mapping[str, Any], layer: int, turned: bool) -> bool:
+    return _used(config) and layer >= int(config.get("max_window_layers", 28))
+
+
+def _unturned_windowed(config: Mapping[str, Any], layer: int, turned: bool) -> bool:
+    return _used(config) and not turned
 
 
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(defaults={"max_position_embeddings": 2048}),
     "MistralForCausalLM": Family(
         defaults={"max_position_embeddings": 131072, "sliding_window": 4096, "num_key_value_heads": 8},
+        typed=("sliding_window",),
         windowed=_all_windowed,
     ),
     "Qwen2ForCausalLM": Family(
-        defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32}, windowed=_late_windowed
+        defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32}, typed=_SWITCHED, windowed=_late_windowed
     ),
     "Qwen3ForCausalLM": Family(
         settings={"qk_norm": "head"},
         defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+        typed=_SWITCHED,
         windowed=_late_windowed,
     ),
     "Olmo2ForCausalLM": Family(
@@ -87,8 +102,9 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "Phi3ForCausalLM": Family(
         layer=_FUSED,
-        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        defaults={"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
         partial=True,
+        schemes=("default", "longrope"),
         windowed=_all_windowed,
     ),
     "SmolLM3ForCausalLM": Family(
@@ -99,7 +115,9 @@ FAMILIES: Mapping[str, Family] = {
             "num_key_value_heads": 4,
             "tie_word_embeddings": True,
         },
-        windowed=_late_windowed,
+        typed=_SWITCHED,
+        skips=True,
+        windowed=_unturned_windowed,
     ),
 }
 _MODEL_TYPES = {
@@ -125,8 +143,17 @@ _KEYS = {  # of config.json, when they say something: the reason
     "quantization_config": "quantised: give the checkpoint that it was made from",
     "num_experts": "a mixture of experts", "num_local_experts": "a mixture of experts",
     "n_routed_experts": "a mixture of experts", "attn_logit_softcapping": "soft-capped scores",
-    "final_logit_softcapping": "soft-capped scores",
+    "final_logit_softcapping": "soft-capped scores", "clip_qkv": "clipped queries, keys and values",
+    "query_pre_attn_scalar": "another scale of scores", "attention_multiplier": "another scale of scores",
+    "rope_interleaved": "pairs of neighbouring dims", "use_qk_norm": "norms that its class does not have",
+    "qk_layernorm": "norms that its class does not have", "per_layer_config": "a configuration for each layer",
+    "per_layer_heterogeneous_config": "a configuration for each layer",
 }  # fmt: skip
+# Factors, of which 1 changes nothing, as other classes have them.
+_FACTORS = (
+    "embedding_multiplier", "residual_multiplier", "lm_head_multiplier", "logits_scaling", "logit_scale", "scale_emb",
+    "scale_depth", "mup_scale", "mup_width_scale", "mup_embeddings_multiplier",
+)  # fmt: skip
 
 
 def family_of(config: Mapping[str, Any]) -> str:
@@ -140,6 +167,9 @@ def family_of(config: Mapping[str, Any]) -> str:
     for key, why in _KEYS.items():
         if config.get(key):
             raise CheckpointError(f"config.json: {key}", got=why, do="choose a dense checkpoint of plain weights")
+    for key in _FACTORS:
+        if config.get(key) not in (None, 1):
+            raise CheckpointError(f"config.json of {name}: {key}", got=config[key], allowed=1)
     return name
 
 
@@ -191,12 +221,16 @@ def shape_of(config: Mapping[str, Any], tensors: Collection[str], *, tied: bool,
         got, allowed = f"{width} for {heads} heads", f"2 to {MOST_HEAD} dims a head"
         raise CheckpointError("config.json: hidden_size", got=got, allowed=allowed)
     dims, theta = _turns(told, name, head_dim)
+    kind = rope.scheme(told)[1]
+    if kind in rope.KINDS and kind not in family.schemes:
+        raise CheckpointError(f"config.json of {name}: rope_type", got=kind, allowed=family.schemes)
     rates, most, scale = rope.rates(told, dims, theta, context)
     length = min(n for n in (size("max_position_embeddings"), most, context) if n)
-    for key in ("max_window_layers", "no_rope_layer_interval"):
+    for key, least in (("max_window_layers", 0), ("no_rope_layer_interval", 1)):
         if key in told:
-            size(key, least=0)
-    kinds = _kinds(told, family, layers)
+            size(key, least=least)
+    turned = _turned(told, family, layers)
+    kinds = _kinds(told, family, turned)
     window = size("sliding_window") if "L" in kinds else length
     if window >= length:
         kinds, window = "D" * layers, length
@@ -206,7 +240,7 @@ def shape_of(config: Mapping[str, Any], tensors: Collection[str], *, tied: bool,
         "ffn": size("intermediate_size"), "train_length": length, "max_length": length, "window": window, "block": PAGE,
         "page": PAGE, "top_k": 1, "sinks": 0, "mix_mode": "fixed", "attn_pattern": _short(kinds),
         "rope_theta": theta, "rope_dims": dims,
-        "rope_rates": rates, "rope_scale": scale, "rope_pattern": _short(_turned(told, layers)),
+        "rope_rates": rates, "rope_scale": scale, "rope_pattern": _short(turned),
         "norm_eps": positive("config.json: rms_norm_eps", told["rms_norm_eps"]), "qk_norm": "none",
         "qkv_bias": "model.layers.0.self_attn.q_proj.bias" in tensors, "tied": tied, "embed_scale": 1.0, "early_exits": False,
         "image_size": 0,
@@ -237,32 +271,44 @@ def _turns(told: Mapping[str, Any], name: str, head_dim: int) -> tuple[int, floa
     return dims, theta
 
 
-def _kinds(told: Mapping[str, Any], family: Family, layers: int) -> str:
-    """D or L of each layer."""
+def _kinds(told: Mapping[str, Any], family: Family, turned: str) -> str:
+    """D or L of each layer, of which it is known whether it is `turned`. Raises CheckpointError for layer_types that its class
+    does not read, and that say something else."""
     letters = {"full_attention": "D", "sliding_attention": "L"}
-    types = told.get("layer_types")
+    types, layers = told.get("layer_types"), len(turned)
+    own = "".join("L" if family.windowed(told, n, turned[n] == "R") else "D" for n in range(layers))
     if types is None:
-        return "".join("L" if family.windowed(told, layer) else "D" for layer in range(layers))
+        return own
     odd = next((kind for kind in texts("config.json: layer_types", types) if kind not in letters), None)
     if odd is not None or len(types) != layers:
         got = odd if odd is not None else f"{len(types)} for {layers} layers"
         raise CheckpointError("config.json: layer_types", got=got, allowed=list(letters))
     kinds = "".join(letters[kind] for kind in types)
-    if "L" in kinds and not told.get("sliding_window"):
-        raise CheckpointError("config.json: sliding_window", got=None, allowed="tokens, as layer_types names it")
+    if not family.typed and kinds != own:
+        alone = {"D": "full_attention", "L": "sliding_attention"}[own[0]]
+        raise CheckpointError(
+            "config.json: layer_types", got="windows by layer", allowed=f"{alone} in all, as its class has it"
+        )
+    for key in family.typed if "L" in kinds else ():
+        if not told.get(key):
+            raise CheckpointError(f"config.json: {key}", got=told.get(key), allowed="set, as layer_types names windows")
     return kinds
 
 
-def _turned(told: Mapping[str, Any], layers: int) -> str:
-    """R or N of each layer: 1 in `no_rope_layers` means that rope is used."""
-    if not (told.get("no_rope_layers") or told.get("no_rope_layer_interval")):
-        return "R"
-    flags = told.get("no_rope_layers") or [(n + 1) % told["no_rope_layer_interval"] for n in range(layers)]
-    if len(flags) != layers:
+def _turned(told: Mapping[str, Any], family: Family, layers: int) -> str:
+    """R or N of each layer: 1 in `no_rope_layers` means that rope is used. Raises CheckpointError."""
+    flags, each = told.get("no_rope_layers"), told.get("no_rope_layer_interval")
+    if flags is None:
+        flags = [(n + 1) % each for n in range(layers)] if each else [1] * layers
+    if not isinstance(flags, list) or len(flags) < layers:
+        got = f"{len(flags)} numbers" if isinstance(flags, list) else flags
+        raise CheckpointError("config.json: no_rope_layers", got=got, allowed=f"{layers}, one a layer")
+    turned = "".join("R" if flag else "N" for flag in flags[:layers])
+    if "N" in turned and not family.skips:  # its class turns all, whatever this says
         raise CheckpointError(
-            "config.json: no_rope_layers", got=f"{len(flags)} numbers", allowed=f"{layers}, one a layer"
+            "config.json: no_rope_layers", got="layers without positions", allowed="none in this family"
         )
-    return "".join("R" if flag else "N" for flag in flags)
+    return turned
 
 
 def _short(letters: str) -> str:

@@ -152,7 +152,7 @@ def test_a_tensor_that_is_wrong_is_named(
         ("mistral", {"sliding_window": "8"}, "config.json: sliding_window: got '8'; allowed: a whole number above 0"),
         ("mistral", {"sliding_window": 7.5}, "config.json: sliding_window: got 7.5; allowed: a whole number above 0"),
         ("qwen2", {"max_window_layers": "x"}, "config.json: max_window_layers: got 'x'; allowed: a whole number"),
-        ("smollm3", {"no_rope_layer_interval": -1}, "no_rope_layer_interval: got -1; allowed: a whole number above -1"),
+        ("smollm3", {"no_rope_layer_interval": -1}, "no_rope_layer_interval: got -1; allowed: a whole number above 0"),
         (
             "qwen2",
             {"rope_parameters": {"rope_theta": "500"}},
