@@ -208,7 +208,7 @@ class Service:
         client, note = hosted.client, Note()
         if isinstance(client, Split):
             note.conversation, note.id = _conversation(request, body) if client.trial else b"", answer.id
-            note.person = request.state.access.person
+            note.person, note.api_key = access.person, "" if access.key is None else access.key.digest.hex()
             if self.recorder is not None:
                 note.shadowed = partial(self.recorder.shadowed, access, call, answer)
             client = client.asked(note)

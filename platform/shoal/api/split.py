@@ -46,6 +46,7 @@ class Note:
     resumed: str = ""  # "canary->stable" where it went on with other weights
     conversation: bytes = b""  # what tells it from others; empty: by its first tokens
     person: str = ""  # who asks; empty where nobody says so
+    api_key: str = ""  # what tells the key that asks from others; empty without keys
     id: str = ""  # of the answer, by which votes name it
     # of an answer during a trial that ended well: is to be told whether the calls of tools in it are valid
     on_calls: Callable[[bool], None] | None = None
@@ -69,8 +70,8 @@ class Split:
         self.pace = Pace()
         self.rollbacks = 0  # of canaries, by themselves
         self._counts: Counter[tuple[str, str]] = Counter()  # (label of a version, outcome)
-        # answers during the trial, the newest last -> label of the version, and the step
-        self._answered: dict[str, tuple[str, int]] = {}
+        # answers during the trial, the newest last -> label of the version, the step, and the key that asked
+        self._answered: dict[str, tuple[str, int, str]] = {}
         self.beside: Callable[[], Samples] = dict  # what a release's files say
         self.labels: Mapping[str, str] = {}  # beginning of what engines call their weights -> label of the version
 
@@ -86,15 +87,15 @@ class Split:
 
     def counts_vote(self, answer: str, who: str | None, rating: str | None) -> bool:
         """As `voted`, of answers that were given here; whether this is one."""
-        label, step = self._answered.get(answer, ("", 0))
-        if self.trial is None or not label:
+        given = self._answered.get(answer)
+        if self.trial is None or given is None:
             return False
-        self.trial.vote(label, step, (answer, who), rating)
+        self.trial.vote(given, (answer, who), rating)
         return True
 
     def _remember(self, note: Note, trial: Trial) -> None:
         if note.id and note.version:
-            self._answered[note.id] = note.version, trial.canary.step
+            self._answered[note.id] = note.version, trial.canary.step, note.api_key
             if len(self._answered) > REMEMBERED:
                 del self._answered[next(iter(self._answered))]
 
@@ -113,7 +114,7 @@ class Split:
             return self._on_stable(trial, request, note, self._shadow(trial, request, note, talk))
         takes = trial.takes(talk)
         answered = self._on_trial if takes else self._on_stable
-        return answered(trial, request, note, trial.part(talk, note.person, canary=takes))
+        return answered(trial, request, note, trial.part(talk, note.person, canary=takes, api_key=note.api_key))
 
     async def _on_stable(
         self, trial: Trial | None, request: Request, note: Note, part: Part = NOWHERE
@@ -196,8 +197,8 @@ class Split:
         """Sends a copy to the canary, where none is there; it waits for whatever else there is. Where the original counts."""
         if trial.shadowing is not None and not trial.shadowing.done():
             return Part(None, trial.begins(talk))
-        part = trial.part(talk, note.person, canary=False)
-        copied = replace(part, key=trial.part(talk, note.person, canary=True).key)
+        part, other = (trial.part(talk, note.person, canary=each, api_key=note.api_key) for each in (False, True))
+        copied = replace(part, key=other.key)
         copy = replace(request, id=f"{request.id}.shadow", priority=LATER, payer="shadow", client="", beside="")
         trial.shadowing = asyncio.create_task(self._copied(trial, copy, note, copied))
         return part

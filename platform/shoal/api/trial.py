@@ -16,7 +16,7 @@ from shoal.engine.events import Event, Request
 from shoal.errors import EngineDeadError
 from shoal.loop.canary import Decision, Pace, judged
 from shoal.loop.canary_state import Canary
-from shoal.loop.evidence import Evidence, Person
+from shoal.loop.evidence import VOTER, Evidence, Person
 
 LATE_SECONDS = 2.0  # least patience with a canary
 LATE_TIMES = 10.0  # the patience, in times of the stable version's 95th percentile to a first token
@@ -90,15 +90,16 @@ class Trial:
         if self.decided[0] != "back":
             self.decided = judged(self.canary, self.evidence)
 
-    def part(self, talk: bytes, person: str, *, canary: bool) -> Part:
+    def part(self, talk: bytes, person: str, *, canary: bool, api_key: str = "") -> Part:
         """Where a request of this conversation counts, at the canary or the stable version. `person`: who asks; "" where nobody
-        says so: then each conversation is of another. One that began before this step counts for nobody in it."""
+        says so: then each conversation is of another. One that began before this step counts for nobody in it. `api_key`: what
+        tells the key from others; "" without keys."""
         first = self.begins(talk)
         if self._talks[self._hash(talk)] != self.canary.step:
             return NOWHERE
         who = self._hash(person.encode("utf-8", "surrogatepass") if person else talk).hex()
-        at = time.time()
-        return Part(self.evidence.part(self.canary.step, who, self._hash(talk), canary=canary, at=at), first)
+        see, of = self.evidence.part, self._key(api_key)
+        return Part(see(self.canary.step, who, self._hash(talk), canary=canary, at=time.time(), api_key=of), first)
 
     def begins(self, talk: bytes) -> bool:
         """Whether nothing of this conversation was asked before."""
@@ -113,6 +114,9 @@ class Trial:
         """The same at each gateway."""
         return hashlib.blake2b(what, digest_size=8, key=self.label.encode()[:64]).digest()
 
+    def _key(self, api_key: str) -> str:
+        return self._hash(api_key.encode()).hex()[:8] if api_key else ""
+
     def count(self, meter: Meter, part: Part, *, stable: bool, failed: bool = False) -> None:
         """A request has ended at one of the two versions."""
         if part.key is not None:
@@ -124,14 +128,16 @@ class Trial:
         if not stable:
             self._judge()
 
-    def vote(self, label: str, step: int, by: tuple[str, str | None], rating: str | None) -> None:
-        """A person rates an answer that the version `label` gave in this step of the trial, `by` (answer, person), or withdraws
-        that. The person's first answer of a step counts, and on it the newest vote; who has no name is one person. Of copies
-        and their originals none counts: nobody reads the copies."""
+    def vote(self, given: tuple[str, int, str], by: tuple[str, str | None], rating: str | None) -> None:
+        """A person rates an answer that was `given` in the trial by (label of the version, step, to this API key), `by`
+        (answer, person), or withdraws that. The person's first answer of a step counts, and on it the newest vote; who has no
+        name is one person. Of copies and their originals none counts: nobody reads the copies."""
+        label, step, api_key = given
         if not step:
             return
         answer, who = by[0].encode(), self._hash(f"{by[1]}".encode()).hex()
-        key = self.evidence.part(step, f"v{who}", answer, canary=label == self.label, at=time.time())
+        see, of = self.evidence.part, self._key(api_key)
+        key = see(step, f"{VOTER}{who}", answer, canary=label == self.label, at=time.time(), api_key=of)
         if key is not None:
             self.evidence.unsee(key, "down")
             if rating is not None:

@@ -155,7 +155,7 @@ def trial_of(pattern: str, worse: float, seed: int, shadows: int, people: int) -
         rating = traffic.rating(talk, not stable)
         if step and rating is not None:
             label = "stable" if stable else trial.label
-            trial.vote(label, step, (str(request), rating[0]), rating[1])
+            trial.vote((label, step, ""), (str(request), rating[0]), rating[1])
 
     for request in range(MOST_REQUESTS):
         talk = traffic.next()

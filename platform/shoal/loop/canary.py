@@ -8,7 +8,7 @@ Each check compares people who had something bad of the canary with people who h
 one person once a step (`evidence`). It may be looked at after every request: all together take back an equal canary in at most
 3.5 % of all trials (`ALPHA` each), whatever the traffic. A check condemns where the canary is worse for sure, by more than its
 margin, and for `LEAST_PEOPLE` or more. A step ends when enough people were seen and all checks that it needs are clear, never
-by the clock. Votes are given by whom it pleases: they condemn, and clear nothing.
+by the clock. Votes are given by whom it pleases: they condemn, and clear nothing. Of several API keys none condemns alone.
 
 What answers are worth nobody knows who has no labels. Two things say that they are worth less: they do not come to an end
 (cut by their length), and the model is less sure of them. Unsure is an answer whose sampled NLL is above the 75th
@@ -35,11 +35,10 @@ from typing import Literal
 import numpy as np
 
 from shoal.loop.canary_state import SHARES, Canary
-from shoal.loop.evidence import KINDS, OF, Evidence, differences, log_evidence
+from shoal.loop.evidence import KINDS, LEAST_PEOPLE, OF, Evidence, differences, log_evidence
 
 ALPHA = 0.005  # share of equal canaries that one check condemns at most
 CONDEMNED = math.log(1 / ALPHA)  # log likelihood ratio
-LEAST_PEOPLE = 3  # to whom it happened, before a canary is condemned
 SLOW = 1.25  # times the stable version's 95th percentile
 LEAST_TIMES = 20  # answers of the stable version before any is called slow
 LOOKED_AT = 16  # of so many tokens of an answer the NLL of one is known (`engine.signals.EVERY`)
@@ -89,12 +88,13 @@ MOST = 0.5  # share of the stable version's from which on that is what is asked
 
 def checks(evidence: Evidence) -> list[Check]:
     """All of them."""
-    more = differences(evidence.counts)
-    return [_check(evidence, more, *each) for each in CHECKS]
+    counts = evidence.weighed()
+    more = differences(counts)
+    return [_check(counts, more, *each) for each in CHECKS]
 
 
-def _check(evidence: Evidence, more: np.ndarray, name: str, kind: str, margin: float, needed: bool) -> Check:
-    counts = evidence.counts[:, :, KINDS.index(kind)]
+def _check(all_counts: np.ndarray, more: np.ndarray, name: str, kind: str, margin: float, needed: bool) -> Check:
+    counts = all_counts[:, :, KINDS.index(kind)]
     (known, _, bad), (of, _, count) = counts.sum(0)
     stable = bad / known if known else 0.0
     ratio = log_evidence(counts)
@@ -103,14 +103,15 @@ def _check(evidence: Evidence, more: np.ndarray, name: str, kind: str, margin: f
     # worse beside what? and where half of the stable version's are so, it is what is asked
     if kind in QUALITY and (known < LEAST_TIMES or stable >= MOST):
         ratio = min(ratio, 0.0)
-    return Check(name, int(count), int(of), float(stable), float(more[KINDS.index(kind)]), margin, ratio, needed)
+    return Check(name, round(count), round(of), float(stable), float(more[KINDS.index(kind)]), margin, ratio, needed)
 
 
 def judged(canary: Canary, evidence: Evidence) -> tuple[Decision, str]:
     """What is to become of a canary, and why, in words."""
-    more = differences(evidence.counts)
+    counts = evidence.weighed()
+    more = differences(counts)
     # the others are clear; this is called after each request
-    some = [_check(evidence, more, *each) for each in CHECKS if more[KINDS.index(each[1])] > each[2]]
+    some = [_check(counts, more, *each) for each in CHECKS if more[KINDS.index(each[1])] > each[2]]
     bad = next((check for check in some if check.condemned), None)
     if bad is not None:
         beside = f"{bad.stable:.1%} of the stable version's, {bad.more:+.1%} at the same time"

@@ -33,7 +33,7 @@ from shoal.data.operators.grams import words
 from shoal.data.operators.near import BANDS, LEAST_WORDS, WIDTH, nearly_equal, signature
 from shoal.errors import DataError, ResourceError, UsageError
 from shoal.evaluate.halves import asked_groups
-from shoal.loop import suites
+from shoal.loop import caps, suites
 from shoal.loop.asked import Asked, asked_in, asks, chats_of, user
 from shoal.loop.labels import LABELS, UP, Found, Labelled
 from shoal.loop.paired import LEAST_RECENT
@@ -56,6 +56,7 @@ class Settings:
     # rows of the old mix for each new one; fewer are known by heart before they hold anything back
     replay: float = 10.0
     seed: int = 0
+    shares: caps.Shares = field(default_factory=caps.Shares)  # that one key, and one user, may have of either file
 
     def __post_init__(self) -> None:
         given = (("--heldout", self.heldout or 0.0, 0.9), ("--up", self.up, 1.0), ("--replay", self.replay, 100))
@@ -99,7 +100,8 @@ def cut(
         raise DataError("no row with a label", got=f"{found.texts} texts: {reasons}", do=do)
     rows = _distinct(found)
     train, recent = _split(rows, settings, found, never or Asked(), before or Asked(), learned or Learned())
-    train = _few_liked(train, settings, found)
+    train = caps.to_train_on(train, settings.up, settings.shares, found)
+    recent = caps.within(recent, settings.shares, found)
     for name, some in (("to train on", train), ("held out", recent)):
         if not some and (name == "to train on" or settings.heldout != 0):
             people = len({row.person for row in rows})
@@ -273,12 +275,16 @@ def _split(
     nothing that is asked in training; to train on there is nothing of `before`, and nothing of `learned` is held out."""
     allowed = [row for row in rows if not never.holds(row.messages[:-1])]
     found.leave("asked by a suite", len(rows) - len(allowed))
+    # here too, for whose rows go in any case are to keep nobody else's from being held out
+    allowed = caps.within(allowed, settings.shares, found)
     names = {row.person: row.person.encode("utf-8", "surrogatepass") for row in allowed}
     draws = {person: xxhash.xxh3_64_intdigest(name, settings.seed) / 2**64 for person, name in names.items()}
     draws |= {person: LEARNED for person in draws if name_of(person) in learned.people}
     barred = {id(row) for row in allowed if before.holds(row.messages[:-1])}
     known = {id(row) for row in allowed if learned.asked.holds(row.messages[:-1])}
-    share = _share(allowed, draws, barred, known) if settings.heldout is None else settings.heldout
+    share = settings.heldout
+    if share is None:
+        share = _share(allowed, draws, barred, known, settings.shares)
     train, recent = _apart(allowed, draws, share, barred, known)
     earlier = sum(draws[row.person] >= share and id(row) in barred for row in allowed)
     found.leave("held out by an earlier cut", earlier)
@@ -306,28 +312,24 @@ def _asked_by(rows: Iterable[Labelled]) -> Asked:
     return found
 
 
-def _share(rows: Sequence[Labelled], draws: dict[str, float], barred: Collection[int], known: Collection[int]) -> float:
+def _share(
+    rows: Sequence[Labelled],
+    draws: dict[str, float],
+    barred: Collection[int],
+    known: Collection[int],
+    shares: caps.Shares,
+) -> float:
     """A fifth of the people, or as many more as leave a tenth more rows than the gate asks for: with fewer it can say nothing,
     however much was learned. Where half of the rows would not do, a fifth: the next cut will."""
+
+    def rows_of(share: float) -> int:
+        held = _apart(rows, draws, share, barred, known)[1]
+        return len(caps.within([row for row in held if row.label != UP], shares))
+
     possible = (math.nextafter(draw, 2) for draw in draws.values() if draw < LEARNED)
-    shares = [0.2, *sorted(share for share in possible if share > 0.2)]
-    place = bisect_left(
-        shares,
-        1.1 * LEAST_RECENT,
-        key=lambda each: sum(row.label != UP for row in _apart(rows, draws, each, barred, known)[1]),
-    )
-    share = shares[min(place, len(shares) - 1)]
+    sizes = [0.2, *sorted(share for share in possible if share > 0.2)]
+    share = sizes[min(bisect_left(sizes, 1.1 * LEAST_RECENT, key=rows_of), len(sizes) - 1)]
     return share if 2 * sum(draws[row.person] < share for row in rows) <= len(rows) else 0.2
-
-
-def _few_liked(train: list[Labelled], settings: Settings, found: Found) -> list[Labelled]:
-    """At most so many of the model's own answers; the newest."""
-    own = [row for row in train if row.label == UP]
-    others = len(train) - len(own)
-    most = len(own) if settings.up >= 1 else int(settings.up * others / (1 - settings.up))
-    dropped = {id(row) for row in own[most:]}
-    found.leave("liked, but too many of these", len(dropped))
-    return [row for row in train if id(row) not in dropped]
 
 
 def _replayed(path: Path, count: int, seed: int, apart: Sequence[Asked], held: Collection[str]) -> list[str]:
@@ -375,6 +377,7 @@ def _manifest(
         "texts": found.texts, "sha256": {name: sha256_of(folder / name) for name in (TRAIN, RECENT)},
         "requests": sorted({name_of(row.id) for row in both if row.id} | ids),
         "persons": sorted({name_of(row.person) for row in both} | people),
+        "caps": caps.told(train, recent, settings.shares, found),
         "settings": {name: getattr(settings, name) for name in ("heldout", "up", "replay", "seed")},
     }  # fmt: skip
 

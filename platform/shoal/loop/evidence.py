@@ -9,6 +9,10 @@ them at the same time. `log_evidence` is the log of how much more likely the dra
 `ODDS`. It may be looked at after every request: an equal canary reaches 1 / a in at most the share a of all trials (Ville's
 inequality; but for the rate of both together, which is estimated).
 
+Votes are what people like to say, and `user` is what a client likes to say. So where several API keys have asked, one key's
+votes weigh as those of `caps.most` people, or of `FEW_VOTERS`, who condemn nothing: sixty users of one key are no sixty people.
+What the server measures is not weighed: nobody says it, and the version is drawn.
+
 Copies of requests (step 0) are compared with the answers of the stable version to the same requests, and with no others.
 """
 
@@ -22,11 +26,16 @@ from typing import Any
 import numpy as np
 
 from shoal.loop.canary_state import SHARES
+from shoal.loop.caps import Shares, most
 
 KINDS = ("failures", "invalid", "slow", "down", "cut", "unsure", "wrong")
 # odds of something bad of worse canaries, times those of the stable version
 ODDS = np.array([1.5, 2.2, 4.0, 12.0, 60.0, 1000.0])
 MOST_PEOPLE = 20_000  # of a step that one gateway keeps: a thousand of a canary with 5 %; more are not counted
+LEAST_PEOPLE = 3  # to whom something bad happened, before a canary is condemned
+VOTER = "v"  # what the name of one who votes begins with; no other has the letter
+FEW_VOTERS = LEAST_PEOPLE - 1  # whom one key has at least, however few the others' are
+DOWN = KINDS.index("down")
 OF, FIRST, EVER = range(3)  # people who could have had it; at their first chance; at any
 # chance that one who counts is the canary's; of a copy and its original each counts
 CHANCE = np.array([0.5, *SHARES[1:]])[:, None]
@@ -42,6 +51,7 @@ class Person:
     had: int = 0  # bits, by place in `KINDS`: there was a chance
     first: int = 0  # the first one was bad
     ever: int = 0  # any was
+    key: str = ""  # hash of the API key; "" without keys
 
     def see(self, kind: int, bad: bool) -> None:
         bit = 1 << kind
@@ -66,9 +76,11 @@ class Evidence:
     own: dict[str, Person] = field(default_factory=dict)  # that this gateway counted
     others: Mapping[str, Person] = field(default_factory=dict)  # that the others did
     counts: np.ndarray = field(default_factory=none)  # of both
+    asking: set[str] = field(default_factory=set)  # keys that have asked, at any gateway
+    votes: dict[str, np.ndarray] = field(default_factory=dict)  # key -> the part of `counts` that its votes are
     kept: list[int] = field(default_factory=lambda: [0] * len(SHARES))  # people of `own`, by step
 
-    def part(self, step: int, who: str, talk: bytes, *, canary: bool, at: float) -> str | None:
+    def part(self, step: int, who: str, talk: bytes, *, canary: bool, at: float, api_key: str = "") -> str | None:
         """Under which key a request of this person counts; None where another conversation of the person does."""
         key = f"{step}{'cs'[not canary] if not step else ''}{who}"
         known = self.own.get(key)
@@ -76,7 +88,9 @@ class Evidence:
             return key if known.talk == talk and known.canary == canary else None
         if self.kept[step] >= MOST_PEOPLE:
             return None
-        self.own[key] = Person(at, canary, talk)
+        self.own[key] = Person(at, canary, talk, key=api_key)
+        if not who.startswith(VOTER):
+            self.asking.add(api_key)
         self.kept[step] += 1
         return key
 
@@ -98,19 +112,35 @@ class Evidence:
         if key in self.others:
             self.hear(self.others)
             return
-        of = self.counts[int(key[0]), int(person.canary), place]
-        for at, (now, then) in enumerate(zip(_flags(person, place), before, strict=True)):
-            of[at] += now - then
+        more = np.subtract(_flags(person, place), before)
+        self.counts[int(key[0]), int(person.canary), place] += more
+        if place == DOWN:
+            self.votes.setdefault(person.key, _no_votes())[int(key[0]), int(person.canary)] += more
 
     def hear(self, others: Mapping[str, Person]) -> None:
         """What all other gateways have counted so far."""
-        self.others, self.counts = others, none()
-        rows = [
-            (int(key[0]), one.canary, one.had, one.first, one.ever) for key, one in joined(self.own, others).items()
-        ]
+        self.others, self.counts, self.votes = others, none(), {}
+        every = joined(self.own, others)
+        rows = [(int(key[0]), one.canary, one.had, one.first, one.ever) for key, one in every.items()]
         step, canary, *bits = np.array(rows, np.int64).reshape(-1, 5).T
         each = np.stack(bits, -1)[:, None, :] >> np.arange(len(KINDS))[:, None] & 1
         np.add.at(self.counts, (step, canary), each)
+        self.asking = {one.key for key, one in every.items() if key[1:2] != VOTER}
+        for key, one in every.items():
+            if one.had >> DOWN & 1:
+                self.votes.setdefault(one.key, _no_votes())[int(key[0]), int(one.canary)] += _flags(one, DOWN)
+
+    def weighed(self) -> np.ndarray:
+        """`counts`, in which no key's votes weigh more than they may."""
+        if len(self.asking) < 2 or not self.votes:
+            return self.counts
+        found, keys = self.counts.astype(np.float64), [*(self.asking | self.votes.keys())]
+        every = np.stack([self.votes.get(key, _no_votes()) for key in keys])
+        voters = every[..., OF].sum(-1)  # [key, step]
+        may = [max(FEW_VOTERS, most(of, Shares.key)) for of in voters.T.tolist()]
+        weight = np.minimum(1, np.array(may) / np.maximum(voters, 1))
+        found[:, :, DOWN] = (every * weight[:, :, None, None]).sum(0)
+        return found
 
     def people(self, step: int) -> int:
         """The canary's in a step, of whom an answer has ended."""
@@ -123,6 +153,11 @@ class Evidence:
             name: {kind: {"of": int(of[OF]), "bad": int(of[EVER])} for kind, of in zip(KINDS, whole[at], strict=True)}
             for at, name in enumerate(("stable", "canary"))
         }
+
+
+def _no_votes() -> np.ndarray:
+    """[step, stable or canary, `OF` to `EVER`]"""
+    return np.zeros((len(SHARES), 2, 3), np.int64)
 
 
 def _flags(person: Person, place: int) -> tuple[int, int, int]:
@@ -140,17 +175,21 @@ def joined(some: Mapping[str, Person], more: Mapping[str, Person]) -> dict[str, 
 
 def dumped(people: Mapping[str, Person]) -> dict[str, list[Any]]:
     """As `loaded` reads it; nothing of those who have seen nothing yet."""
-    return {key: [one.at, int(one.canary), one.had, one.first, one.ever] for key, one in people.items() if one.had}
+    return {
+        key: [one.at, int(one.canary), one.had, one.first, one.ever, *filter(None, [one.key])]
+        for key, one in people.items()
+        if one.had
+    }
 
 
 def loaded(told: Mapping[str, list[Any]]) -> dict[str, Person]:
     """Raises ValueError, KeyError and TypeError for what `dumped` has not written."""
     found = {}
-    for key, (at, canary, *bits) in told.items():
-        had, first, ever = map(int, bits)
+    for key, (at, canary, had, first, ever, *api_key) in told.items():
+        had, first, ever = int(had), int(first), int(ever)
         if int(key[:1]) >= len(SHARES) or max(had, first, ever) >= 1 << len(KINDS) or min(had, first, ever) < 0:
             raise ValueError(key)
-        found[key] = Person(float(at), bool(canary), b"", had, first, ever)
+        found[key] = Person(float(at), bool(canary), b"", had, first, ever, "".join(api_key))
     return found
 
 

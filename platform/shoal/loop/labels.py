@@ -44,6 +44,7 @@ class Kept:
     at: int = 0  # ms since 1970
     scrubbed: bool = False  # something was taken out of the answer: it would teach to say "[email]"
     resumed: bool = False  # begun by one version and ended by another
+    key: str = ""  # the hash of its API key; "" without keys
 
     @property
     def person(self) -> str:
@@ -69,6 +70,7 @@ class Labelled:
     person: str
     id: str = ""  # of the request; "" where it is none of the capture
     at: int = 0
+    key: str = ""  # as of `Kept`
 
     @property
     def question(self) -> str:
@@ -125,7 +127,7 @@ def labelled(
             found.leave("disliked, and nobody said what is right" if vote.rating == "down" else "unrated")
             continue
         messages = [*one.messages, {"role": "assistant", "content": answer}]
-        found.rows.append(Labelled(messages, label, one.person, one.id, one.at))
+        found.rows.append(Labelled(messages, label, one.person, one.id, one.at, one.key))
     return found
 
 
@@ -144,7 +146,7 @@ def kept_texts(capture: Capture) -> list[Kept]:
                 one["id"], [_told(message) for message in one["messages"]],
                 str((choices[0].get("message") or {}).get("content") or ""),
                 one.get("subject") or "", row.get("conversation") or "", int(one["at"]),
-                bool((one.get("scrubbed") or {}).get("answer")), bool(row.get("resumed")),
+                bool((one.get("scrubbed") or {}).get("answer")), bool(row.get("resumed")), one.get("owner") or "",
             )
         )  # fmt: skip
     return found

@@ -200,7 +200,7 @@ def cut_lineage(cut: Path | None) -> dict[str, Any]:
         raise UsageError(
             f"{cut} is not a cut", got=f"no {CUT} that can be read", do="make one: shoal curate"
         ) from error
-    kept = {name: told[name] for name in ("train", "replay", "recent", "people", "labels") if name in told}
+    kept = {name: told[name] for name in ("train", "replay", "recent", "people", "labels", "caps") if name in told}
     rows = told.get("sha256", {}).get(TRAIN)  # the cut itself may lose some later
     names = {NAMES: [*told["requests"], *told["persons"]]} if {"requests", "persons"} <= told.keys() else {}
     return {"cut": {"path": str(cut.absolute()), "sha256": sha256_of(manifest), "rows": rows, **kept, **names}}

@@ -165,17 +165,24 @@ class Curate(Stage):
     ] = None
     liked: Annotated[float, typer.Option(help="Share of the rows that may be the model's own answers, liked.")] = 0.2
     replay_share: Annotated[float, typer.Option(help="Share of old rows: so many for each new one.")] = 10.0
+    key_share: Annotated[
+        float, typer.Option(help="Largest share of the new rows that one API key may have; 1: all. Of few keys more.")
+    ] = 0.25
+    user_share: Annotated[
+        float, typer.Option(help="Largest share of a key's rows that one `user` may have; 1: all. Of few users more.")
+    ] = 0.1
     seed: Annotated[int, typer.Option(help="Seed of the split and of what is replayed.")] = 0
     as_json: Json = False
 
     def run(self) -> None:
         from shoal.data.remote import local
-        from shoal.loop import cut, labels, learned
+        from shoal.loop import caps, cut, labels, learned
         from shoal.loop.asked import forbidden
         from shoal.loop.capture import Capture
         from shoal.loop.looked import moved
 
-        settings = cut.Settings(self.heldout, self.liked, self.replay_share, self.seed)
+        shares = caps.Shares(self.key_share, self.user_share)
+        settings = cut.Settings(self.heldout, self.liked, self.replay_share, self.seed, shares)
         if self.out.exists():
             raise DataError(f"{self.out} exists", do="choose another --out: a cut is never changed")
         capture, replay = Capture(self.capture), None if self.replay is None else local(self.replay)
@@ -206,6 +213,7 @@ class Curate(Stage):
         for line in learned.forget(self.out, capture.forgotten()):
             say(line)
             made = cut.read(self.out)
+        say(caps.line(made["caps"]))
         of = ", ".join(f"{count} {label}" for label, count in made["labels"].items())
         line = f"{made['train']} rows ({of}), {made['replay']} replayed, {made['recent']} held out; in {self.out}"
         print_result({"out": str(self.out), **made}, self.as_json, line)

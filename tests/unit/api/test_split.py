@@ -286,6 +286,19 @@ def test_thumbs_on_answers_of_the_trial_are_evidence_and_the_newest_of_a_person_
     asyncio.run(work())
 
 
+def test_users_that_one_key_invents_condemn_no_canary_where_other_keys_ask_too() -> None:
+    async def work(keys: int) -> bool:
+        made = split(Engine(0))
+        for place in range(60):
+            note = Note(id=str(place), conversation=str(place).encode(), api_key=f"key {place % keys}")
+            await read(made, Request([5], id="r"), note)
+            if not place % keys:
+                made.voted(str(place), f"invented {place}", "down")
+        return made.condemned() is not None
+
+    assert asyncio.run(work(1)) and not asyncio.run(work(2))
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_one_person_counts_once_whatever_becomes_of_her_conversations(named: bool) -> None:
     """One whose every answer fails, or who rates every answer down, in fifty conversations with the canary; where nobody says

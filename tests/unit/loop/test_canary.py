@@ -227,3 +227,34 @@ def test_what_slows_both_condemns_nobody() -> None:
     for stable, slow in ((0, 0), (12, 12)):
         assert judged(HALF, both((12, stable), slow=(12, slow)))[0] == "wait"
     assert judged(HALF, both((12, 12), slow=(12, 0)))[0] == "back"
+
+
+def test_sixty_invented_users_of_one_key_condemn_no_canary_by_their_votes() -> None:
+    """Of two keys, with the others' votes good; at the gateway that took them and at one that only read of them. Where there
+    are no other keys they are the users of the service."""
+
+    def voted(keys: tuple[str, ...]) -> Evidence:
+        found = Evidence()
+        for place in range(300):
+            side, api_key = place % 4 == 0, keys[place % len(keys)]
+            asked = found.part(3, f"asks {place}", b"", canary=side, at=0.0, api_key=api_key)
+            assert asked is not None
+            found.see(asked, "failures", False)
+        for place in range(60):
+            key = found.part(3, f"v{place}", b"", canary=True, at=0.0, api_key=keys[0])
+            assert key is not None
+            found.see(key, "down", True)
+        return found
+
+    canary = Canary(2, 3, "")
+    assert judged(canary, voted(("a",)))[0] == "back"
+    found, other = voted(("a", "b", "c")), Evidence()
+    other.hear(loaded(dumped(found.own)))
+    for each in (found, other):
+        assert judged(canary, each)[0] != "back"
+        assert each.table()["canary"]["down"] == {"of": 60, "bad": 60}, "what was said is told as it is"
+    for place in range(6):  # of two other keys, who say the same
+        key = found.part(3, f"v-{place}", b"", canary=True, at=0.0, api_key="bc"[place % 2])
+        assert key is not None
+        found.see(key, "down", True)
+    assert judged(canary, found)[0] == "back"
