@@ -43,6 +43,7 @@ def encode(k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
     both = torch.stack([k, v], dim=-2)  # [..., 2, d]
     both = both.to(torch.promote_types(both.dtype, torch.float32))  # in bf16 the largest of a token could get level 128
     scale = (both.abs().amax(-1) / TOP).float().clamp(min=torch.finfo(torch.float32).tiny)
+    scale = scale.masked_fill(scale.isnan(), torch.nan)  # a GPU's own NaN would overflow in the next line
     upper = (scale.view(torch.int32) + 0xFFFF) >> 16  # the next bfloat16 that is not smaller
     rounded = (upper << 16).view(torch.float32).to(both.dtype)
     levels = torch.round(both / rounded[..., None]).nan_to_num(0.0).to(torch.int8)

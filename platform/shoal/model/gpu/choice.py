@@ -75,8 +75,8 @@ def _rate(
         block = begin + tl.arange(0, TILE)
         z = _wants(own, summaries, begin, row, head, N, KV_HEADS, D, WIDE, VARIANCE, TILE, SCALE, PRECISION, EXACT)
         if G > 1:
-            base = tl.where(total > 0, top, 0.0)
-            z = tl.exp(z - base[:, None]) / tl.where(total > 0, total, 1.0)[:, None]
+            base = tl.where(total == 0, 0.0, top)  # a total of NaN stays: all scores of its query are NaN
+            z = tl.exp(z - base[:, None]) / tl.where(total == 0, 1.0, total)[:, None]
         z = tl.where(real[:, None], z, 0.0)
         kept = (block[None, :] >= start_of[:, None]) & (block[None, :] < end_of[:, None])
         tl.store(to + block[None, :], tl.sum(tl.reshape(z, (EACH, GROUP, TILE)), 1), mask=kept)

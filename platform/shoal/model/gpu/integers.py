@@ -11,15 +11,22 @@ import triton.language as tl
 
 
 @triton.jit
+def _largest(x):
+    """max |x| of one dimension; NaN where x holds one, which `tl.max` leaves out: a broken model must be seen to be broken."""
+    return tl.max(tl.abs(x), 0) + tl.sum(tl.where(x == x, 0.0, x), 0)
+
+
+@triton.jit
 def _levels(x, levels, scales, I: tl.constexpr, WIDE: tl.constexpr, TOP: tl.constexpr, ZERO: tl.constexpr):  # noqa: E741
     """int8 levels [M, I] and fp32 scales [M] of x [M, I] fp32, as `quant.token_levels` and `quant.token_scale`."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, WIDE)
     y = tl.load(x + row * I + at, mask=at < I, other=0)
-    scale = tl.div_rn(tl.max(tl.abs(y), 0), 1.0 * TOP)
+    scale = tl.div_rn(_largest(y), 1.0 * TOP)
     scale = tl.where(scale < 1.1754943508222875e-38, 1.1754943508222875e-38, scale)
     level = tl.div_rn(y, scale + tl.zeros_like(y)) + ZERO
     level = (level + 12582912.0) - 12582912.0 - ZERO  # to the nearest whole number, ties to even
+    level = tl.where(level == level, level, 0.0)  # the scale is NaN then, and so are the products
     level = tl.minimum(tl.maximum(level, -1.0 * ZERO), 1.0 * TOP)
     tl.store(levels + row * I + at, level.to(tl.int8), mask=at < I)
     tl.store(scales + row, scale)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from shoal.model.gpu.integers import _largest
+
 NONE, HEAD, ALL = 0, 1, 2  # what q and k are normed over
 
 
@@ -26,13 +28,15 @@ def _normed(source, bias, weight, at, index, scale, D: tl.constexpr, KIND: tl.co
 @triton.jit
 def _levels(x, at, D: tl.constexpr, EXACT: tl.constexpr):
     """What `slots.encode` stores of x [d]: its levels as fp, and the bfloat16 of its scale as 16 bits."""
-    most = tl.max(tl.where(at < D, tl.abs(x), 0.0), 0)
+    most = _largest(tl.where(at < D, x, 0.0))
     if EXACT:  # noqa: SIM108
         scale = (most / 127).to(tl.float32)
     else:
         scale = tl.div_rn(most, 127.0)
     scale = tl.where(scale < 1.1754943508222875e-38, 1.1754943508222875e-38, scale)  # NaN stays
-    upper = (scale.to(tl.int32, bitcast=True) + 0xFFFF) >> 16
+    upper = tl.where(
+        scale == scale, (scale.to(tl.int32, bitcast=True) + 0xFFFF) >> 16, 0x7FC0
+    )  # a GPU's NaN would overflow
     rounded = (upper << 16).to(tl.float32, bitcast=True)
     if EXACT:
         level = x / rounded
