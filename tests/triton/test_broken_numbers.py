@@ -1,4 +1,4 @@
-"""NaN and infinity in what a kernel reads come out of it, as on a CPU, and the sampler refuses the row. `tl.max` leaves NaN out,
+"""NaN and infinity in what a kernel reads come out of it, as on a CPU, so that the sampler refuses the row. `tl.max` drops NaN,
 so a level, a scale or a score that is taken from it alone would turn a broken model into a plausible one."""
 
 from __future__ import annotations
