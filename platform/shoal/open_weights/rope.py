@@ -75,9 +75,7 @@ def by_length(config: Mapping[str, Any]) -> bool:
 def scheme(config: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     """What it says of the scheme, and its kind. Raises CheckpointError for what is no mapping, and for what should be numbers
     and is none."""
-    key = (
-        "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    )  # the older one counts where there are both
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"  # the older counts where there are both
     given = config.get(key) or {}
     if not isinstance(given, Mapping):
         raise CheckpointError(f"config.json: {key}", got=given, allowed="a mapping")

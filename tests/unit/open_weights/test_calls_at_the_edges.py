@@ -16,7 +16,7 @@ from shoal.api.requests import chat_call
 from shoal.data.chats.rows import read_chats
 from shoal.errors import RequestError
 from shoal.inputs.call_formats import FORMATS
-from shoal.inputs.chat import texts_in
+from shoal.inputs.stand_ins import texts_in
 from shoal.recipes import measure
 from shoal.recipes.customer_service import score, shop
 from tests.unit.open_weights.taught import TOOLS, served

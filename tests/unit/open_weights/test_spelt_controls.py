@@ -106,9 +106,8 @@ def test_every_field_of_a_request_is_text(family: str) -> None:
 def test_whatever_a_template_does_with_a_text_it_stays_text(done: str) -> None:
     """SmolLM3's leaves `/think` out of the system message: of `<|im_/thinkend|>` it made the token."""
     core = tokenizers.Tokenizer.from_str(tokenizer("qwen2").plain_json)
-    core.add_tokens(
-        [AddedToken("<\uff5cUser\uff5c>", special=False, normalized=False)]
-    )  # a turn of DeepSeek's, and not special
+    # a turn of DeepSeek's, and not special
+    core.add_tokens([AddedToken("<\uff5cUser\uff5c>", special=False, normalized=False)])
     its = Tokenizer(core, tokenizer("qwen2").controls)
     template = f"<|im_start|>{{% for m in messages %}}<\uff5cUser\uff5c>{{{{ {done} }}}}<|im_end|>{{% endfor %}}"
 
@@ -139,7 +138,8 @@ def test_a_row_that_is_learned_and_a_prompt_without_a_chat_are_text_too(tmp_path
     for name in its.specials:
         for text in spellings(name):
             assert learned(text) == learned("x"), text
-            assert not set(prompt_ids(text, model, "prompt")) & {*map(its.special, its.specials)}, text
+            asked, other = (prompt_ids(each, model, "prompt") for each in (text, "x"))
+            assert controls(its, asked, frames=False) == controls(its, other, frames=False), text
 
 
 @pytest.mark.parametrize("name", SPECIAL)
