@@ -34,9 +34,8 @@ def _levels(x, at, D: tl.constexpr, EXACT: tl.constexpr):
     else:
         scale = tl.div_rn(most, 127.0)
     scale = tl.where(scale < 1.1754943508222875e-38, 1.1754943508222875e-38, scale)  # NaN stays
-    upper = tl.where(
-        scale == scale, (scale.to(tl.int32, bitcast=True) + 0xFFFF) >> 16, 0x7FC0
-    )  # a GPU's NaN would overflow
+    upper = (scale.to(tl.int32, bitcast=True) + 0xFFFF) >> 16
+    upper = tl.where(scale == scale, upper, 0x7FC0)  # the NaN of a GPU overflows in the line above
     rounded = (upper << 16).to(tl.float32, bitcast=True)
     if EXACT:
         level = x / rounded
