@@ -10,11 +10,15 @@ from typing import Any
 from shoal.config import AUTO, FULL
 from shoal.errors import DataError, UsageError
 from shoal.recipes.baselines import RULE
+from shoal.recipes.measure import ALONE, BOTH, EARNED, RULE_ALONE
 from shoal.recipes.named import named
 from shoal.recipes.run import INT8, OPEN, REPORT
 
-HEAD = ("in wordings that nobody learned from", "a rule", "from nothing", "imported", "run")
-NOT_RUN = "not run"
+HEAD = (
+    "in wordings that nobody learned from", "a keyword rule", "from nothing, as served", "imported, as served",
+    f"the served one, full depth: {ALONE}", RULE_ALONE, BOTH, "run",
+)  # fmt: skip
+NOT_RUN, NOT_KNOWN = "not run", "not known"
 MODELS = (INT8, f"{OPEN} {INT8}")  # from nothing, and imported
 
 
@@ -47,11 +51,13 @@ def _suites(report: Mapping[str, Any], name: str) -> Iterator[list[str]]:
         for model in MODELS:
             served = f"{model} {AUTO}" if report["depth"] != FULL and f"{model} {AUTO}" in by else model
             told.append(_figures(by[served], measures) if served in by else NOT_RUN)
-        yield [*told, name]
+        earned = report.get("earned", {}).get(suite, {})  # one of an earlier version says nothing of it
+        yield [*told, *(_figures(earned[who], measures) if who in earned else NOT_KNOWN for who in EARNED), name]
 
 
 def _figures(figures: Mapping[str, Mapping[str, Any]], measures: Sequence[str]) -> str:
-    return "; ".join(f"{100 * figures[measure]['value']:.0f} %" for measure in measures)
+    told = [figures.get(measure) for measure in measures]
+    return "; ".join("-" if one is None else f"{100 * one['value']:.0f} %" for one in told)
 
 
 def _speeds(report: Mapping[str, Any], name: str) -> list[str]:
@@ -60,7 +66,7 @@ def _speeds(report: Mapping[str, Any], name: str) -> list[str]:
         cost = report["costs"].get(model)
         speeds = (f"{cost[f'tokens_per_s_{batch}']:,.0f}" for batch in (1, 8)) if cost else ()
         told.append("; ".join([f"{cost['bytes'] / 1e6:.1f}", *speeds]) if cost else NOT_RUN)
-    return [*told, name]
+    return [*told, *[""] * len(EARNED), name]
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ from shoal.recipes.sure import calibration
 
 SPEED_TOKENS = 64  # of an answer whose speed is measured
 UNGUIDED = "unguided"  # column of the served model's answers where no grammar guides the calls of its tools
+# who earned a figure of the served model at full depth: the model, which no grammar guides and whose answers no rule changes;
+# the service's rules where a model says nothing; both, as it is served
+ALONE, RULE_ALONE, BOTH = EARNED = ("model alone", "rule alone", "both")
 SAMPLES = 6  # answers that the report shows of each suite
 Suites = Mapping[str, Sequence[Row]]  # rows that are asked, by suite
 
@@ -136,11 +140,11 @@ def measured(
     recipe: Recipe, models: Mapping[str, Path], folder: Path, seed: int, tell: Progress, *, most_rows: int = 0,
     run: Run = pieces.here,
 ) -> dict[str, Any]:  # fmt: skip
-    """The report: ``suites`` (name -> who answers -> measure), ``languages`` (the same of each language, where there are
-    several), ``depths`` (of each model and exit; of "auto" which it chose), ``costs`` (bytes, tokens a second), ``samples``,
-    ``weak``, sentences about what is weak, and ``notes``, about what was not asked. The last of `models` is the one that is
-    served. `most_rows`: of a suite, whole conversations; 0: all. `run` asks, a model a piece. Raises DataError for suites that
-    changed."""
+    """The report: ``suites`` (name -> who answers -> measure), ``earned`` (name -> each of `EARNED` -> measure), ``languages``
+    (of each language, where there are several), ``depths`` (of each model and exit; of "auto" which it chose), ``costs``
+    (bytes, tokens a second), ``samples``, ``weak``, sentences about what is weak, and ``notes``, about what was not asked. The
+    last of `models` is the one that is served. `most_rows`: of a suite, whole conversations; 0: all. `run` asks, a model a
+    piece. Raises DataError for suites that changed."""
     asked, notes = _asked(folder, most_rows)
     served, by = [*models][-1], dict[str, dict[str, list[Came]]]()
     places = {label: wherever(path) for label, path in reversed([*models.items()])}  # the slowest first
@@ -165,7 +169,7 @@ def measured(
         | _told(one.figures)
         for name, some in every.items()
         for label, one in some
-        if one.depth not in ("", UNGUIDED)
+        if one.depth not in ("", UNGUIDED, *EARNED)
     ]
     notes += [
         f"{name}: {one.too_long} prompts do not fit {one.who}'s context, and have no answer."
@@ -181,6 +185,9 @@ def measured(
         "rows": {name: [len(rows), len({row["group"] for row in rows})] for name, rows in asked.items()},
         "weak": weak(recipe, found, [one.who for one in columns[next(iter(asked))] if not one.depth], at), "notes": notes,
         "suites": {name: {who: _told(figures) for who, figures in some.items()} for name, some in found.items()},
+        "earned": {
+            name: {one.who: _told(one.figures) for one in some if one.depth in EARNED} for name, some in by[served].items()
+        },
         "languages": [row for some in columns.values() for one in some for row in one.languages], "depths": depths,
         "workloads": workloads, "costs": _costs(models), "samples": [row for one in last.values() for row in one.samples],
         "examples": examples,
@@ -205,11 +212,25 @@ def of_model(
         # a depth is picked by what is known: a safety suite asks one kind of thing alone
         for depth in depths if served and not name.startswith(SAFETY) else ():
             picks.saw(rows, came[depth][1], depth, came[depth][2])
-        if served and guide_of(rows[0]["messages"][:-1], tools, model.tokenizer) is not None:
-            free = ByEngine(model, FULL, recipe, tools, guided=False, engine=engine)
-            one, *_ = _came(recipe, name, f"{label} {UNGUIDED}", rows, free, seed)
-            found[name].append(dataclasses.replace(one, depth=UNGUIDED, languages=[]))
+        if served:
+            asked_of, alone = [row["messages"][:-1] for row in rows], came[FULL][1]
+            free = partial(ByEngine, model, FULL, recipe, tools, guided=False, engine=engine)
+            if guide_of(asked_of[0], tools, model.tokenizer) is not None:
+                one, alone, _ = _came(recipe, name, f"{label} {UNGUIDED}", rows, free(), seed)
+                found[name].append(dataclasses.replace(one, depth=UNGUIDED, languages=[]))
+            elif any(map(recipe.guide, asked_of)):
+                alone = free()(asked_of)
+            found[name] += _earned(recipe, rows, alone, came[FULL][0])
     return found, picks.all() if served else [], _examples(recipe, model, engine, asked) if served else []
+
+
+def _earned(recipe: Recipe, rows: Sequence[Row], alone: Sequence[str], both: Came) -> list[Came]:
+    """Whose the figures are: a Came of each of `EARNED`. `alone`: what the model answers where nothing guides it."""
+    figures = {ALONE: recipe.score_alone(rows, alone), RULE_ALONE: recipe.score(rows, [""] * len(rows))}
+    return [
+        dataclasses.replace(both, who=who, depth=who, figures=figures.get(who, both.figures), languages=[], samples=[])
+        for who in EARNED
+    ]
 
 
 def of_rivals(models: Models, recipe: Recipe, folder: str, asked: Suites, seed: int) -> tuple[dict[str, list[Came]]]:

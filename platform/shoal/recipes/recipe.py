@@ -64,6 +64,10 @@ class Recipe(ABC):
     def score(self, rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
         """The measures of answers to rows."""
 
+    def score_alone(self, rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
+        """The same of answers as the model gave them, where `score` measures what a rule of the service made of them."""
+        return self.score(rows, answers)
+
     @abstractmethod
     def rights(self, rows: Sequence[Row], answers: Sequence[str]) -> list[bool]:
         """Of each answer whether it is right: what the model's own probability of it is held against."""

@@ -20,14 +20,16 @@ from shoal.inputs.tokenizer import END_ID, Tokenizer
 from shoal.inputs.tools import call
 from shoal.loop.suites import freeze
 from shoal.model.model import Model
-from shoal.recipes import customer_service, law, measure
+from shoal.recipes import code, customer_service, law, measure, medicine, report
 from shoal.recipes.baselines import language_of, majority, nearest, reference
+from shoal.recipes.code.exercises import EXPLAIN, WRITE, exercises
 from shoal.recipes.customer_service import baselines, score
 from shoal.recipes.customer_service.conversations import CALL, PLAIN, TOLD, conversations, seed_of
 from shoal.recipes.customer_service.service import serving
 from shoal.recipes.customer_service.shop import TOOLS, Shop
 from shoal.recipes.law.questions import questions
 from shoal.recipes.measure import some_of, weak
+from shoal.recipes.medicine.cases import cases
 from shoal.recipes.recipe import SUITES, Answerer, Messages, conversation, write_rows
 from shoal.recipes.splits import LANGUAGES, SUITE, TRAIN
 
@@ -354,6 +356,31 @@ def test_beside_the_model_stands_what_it_does_where_nothing_guides_its_calls(
         assert bool(workloads) == bool(examples) == served
         for one in found["one"]:
             assert (one.layers, one.chosen, one.too_long) == (0.5, {"middle": 1.0}, 0), "and nothing of what is played"
+
+
+def test_each_recipe_s_report_says_whose_a_figure_is_the_model_s_the_rule_s_or_of_both(
+    known: Rows, silent: list[tuple[str, bool]]
+) -> None:
+    """Of a model that says nothing to the purpose all that medicine's rule raises is the rule's; of an apt one little is."""
+    model = Model.from_preset("test")
+    of = {
+        customer_service.RECIPE: known[:6], law.RECIPE: list(questions(SUITE, SUITE, 4)),
+        code.RECIPE: list(exercises(SUITE, SUITE, 4, 0, (WRITE, EXPLAIN))),
+        medicine.RECIPE: list(cases(SUITE, SUITE, 20, flags=1)),
+    }  # fmt: skip
+    for recipe, rows in of.items():
+        models = cast(Models, lambda _: [model])
+        found, *_ = measure.of_model(models, recipe, "int8", "", {"one": rows}, 0, True)
+        earned = {one.who: one.figures for one in found["one"] if one.depth in measure.EARNED}
+        assert [*earned] == ["model alone", "rule alone", "both"], recipe.name
+        told = {who: measure._told(figures) for who, figures in earned.items()}
+        page = report.markdown(recipe, {
+            "suites": {"one": {"int8": told["both"]}}, "earned": {"one": told}, "rows": {"one": [4, 4]}, "depths": [],
+            "workloads": [], "costs": {}, "weak": [], "notes": [], "examples": [], "samples": [],
+        })  # fmt: skip
+        assert "| measure | model alone | rule alone | both |" in page
+    flags = [earned[who]["red flags"].value for who in earned]
+    assert flags == [0.0, 1.0, 1.0] and earned["model alone"]["urgency"].value == 0.0 < earned["both"]["urgency"].value
 
 
 def test_a_prompt_is_answered_once_and_counted_as_often_as_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,9 @@ class Medicine(Recipe):
     def score(self, rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
         return score.scored(rows, answers)
 
+    def score_alone(self, rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
+        return score.scored(rows, answers, alone=True)
+
     def guide(self, messages: Messages) -> Guide | None:
         """The schema, where JSON is asked for."""
         if _form(messages) != JSON:

@@ -69,11 +69,12 @@ def read(answer: str, language: str, form: str) -> Assessment:
     return Assessment(spelt.get(level, nothing), causes, examinations)
 
 
-def scored(rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
-    """The measures of answers to rows, by name; of those that no row is for there is none."""
+def scored(rows: Sequence[Row], answers: Sequence[str], *, alone: bool = False) -> dict[str, Figure]:
+    """The measures of answers to rows, by name; of those that no row is for there is none. `alone`: as the model gave them,
+    without the policy."""
     hits: dict[str, list[tuple[bool, str]]] = {}
     for row, answer in zip(rows, answers, strict=True):
-        for name, value in _one(row, answer).items():
+        for name, value in _one(row, answer, alone).items():
             hits.setdefault(name, []).append((value, row["group"]))
     found = {}
     for name, some in hits.items():
@@ -92,10 +93,10 @@ def right(row: Row, answer: str) -> bool:
     return mine.urgency == wanted.urgency and all(set(getattr(mine, p)) == set(getattr(wanted, p)) for p in parts)
 
 
-def _one(row: Row, answer: str) -> dict[str, bool]:
-    whole = served(row, answer)
+def _one(row: Row, answer: str, alone: bool) -> dict[str, bool]:
+    whole = answer if alone else served(row, answer)
     mine, wanted = read(answer, row["language"], row["form"]), _wanted(row)
-    level = _raised(row, whole, mine.urgency)
+    level = mine.urgency if alone else _raised(row, whole, mine.urgency)
     found = {"notice": POLICY.notice[row["language"]] in whole}
     if wanted.urgency == rules.CANNOT_TELL:
         found["abstained"] = level == rules.CANNOT_TELL
