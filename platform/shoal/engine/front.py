@@ -266,10 +266,11 @@ class AsyncEngine:
         adapter: str = "",
     ) -> list[list[float]]:
         """`Model.embed` of each prompt, with the `adapter` of that identity, in the engine thread, between two steps one, or a
-        piece of one with as many tokens as a step may have. So answers go on meanwhile; they take at most half of the time. Payers, and of one payer clients, take turns prompt by
-        prompt. Those of a `priority` from `LATER` on come after all others, and have `LATER_SHARE` of the time beside answers
-        that may not wait. Raises RequestError, QueueFullError when as many calls wait as the engine's queue may hold and no
-        other payer, nor of this one another client, has more prompts there, EngineDeadError."""
+        piece of one with as many tokens as a step may have. So answers go on meanwhile; they take at most half of the time.
+        Payers, and of one payer clients, take turns prompt by prompt. Those of a `priority` from `LATER` on come after all
+        others, and have `LATER_SHARE` of the time beside answers that may not wait. Raises RequestError, QueueFullError when
+        as many calls wait as the engine's queue may hold and no other payer, nor of this one another client, has more prompts
+        there, EngineDeadError."""
         held = self._engine.find_adapter(adapter)
         later = priority >= LATER
         pooling = self._pooling_later if later else self._pooling

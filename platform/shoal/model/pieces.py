@@ -14,8 +14,8 @@ from shoal.model.net import Net
 
 
 def in_pieces(net: Net, x: Tensor, layers: int, rows: int, adapter: Adapter | None = None) -> Iterator[Tensor]:
-    """Hidden states [n, D] after `layers` layers of one text with the inputs `x` [T, D]: at most `rows` at a time, computed when
-    they are asked for."""
+    """Hidden states [n, D] after `layers` layers of one text with the inputs `x` [T, D]: at most `rows` at a time, each made
+    when it is asked for."""
     c = net.config
     groups, pages = c.groups(layers), -(-len(x) // c.page)
     cache = GroupCache.zeros(c, 1 + groups * pages, net.dtype, net.device)  # the null unit included

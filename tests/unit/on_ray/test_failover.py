@@ -18,6 +18,7 @@ from shoal import Engine, Request, Sampling
 from shoal.engine import naive
 from shoal.engine.events import LATER, Completion, Event, Finished, Token
 from shoal.engine.front import AsyncEngine
+from shoal.engine.plan import Outcome, Plan
 from shoal.errors import DeadlineError, EngineDeadError, EnginesLostError, GenerationError, QueueFullError
 from shoal.on_ray import failover
 from shoal.on_ray.calls import Begun, OtherModelError, Wanted
@@ -151,6 +152,42 @@ def test_a_request_that_kills_what_it_touches_is_given_up() -> None:
     with pytest.raises(EngineDeadError, match="lost"):
         run(replica, LONG)
     assert len(replica.got) == LOSSES
+
+
+@pytest.mark.parametrize("said", [0, 2], ids=["in its prompt", "in its answer"])
+def test_a_request_that_ends_two_engines_is_sent_to_no_third(said: int) -> None:
+    """Their threads end as it runs: in its prompt before it has given any event."""
+    sent = list[Request]()
+
+    async def stream(request: Request, wanted: Wanted) -> AsyncGenerator[list[Event | Begun], None]:
+        sent.append(request)
+        engine = AsyncEngine(own := Engine(MODEL, units=400))
+        run, begun = own.runner.run, False
+
+        def fatal(plan: Plan) -> Outcome:
+            if plan.works[0].running.answered >= said:
+                raise SystemExit
+            return run(plan)
+
+        own.runner.run = fatal  # type: ignore[method-assign]
+        try:
+            async for events in engine.batches(request):  # as `EngineReplica.generate` gives them
+                yield [*events] if begun else [Begun("a", "w"), *events]
+                begun = True
+        finally:
+            await engine.close()
+
+    with pytest.raises(EnginesLostError, match="the engine thread ended") as caught:
+        asyncio.run(read(unbroken(stream, dataclasses.replace(LONG, deadline=30.0))))
+    assert len(sent) == LOSSES == 2 and caught.value.status == 500
+    assert sent[1].id != sent[0].id and len(sent[1].answer) == said
+
+
+def test_a_request_that_another_version_s_engine_was_lost_with_is_sent_on_no_more() -> None:
+    replicas = Told([[[TOKEN], [DEAD]], [[END]]])
+    with pytest.raises(EnginesLostError):
+        asyncio.run(read(unbroken(replicas.stream, dataclasses.replace(LONG, losses=1))))
+    assert len(replicas.got) == 1
 
 
 def test_an_error_of_the_request_itself_is_no_loss() -> None:
