@@ -119,6 +119,14 @@ class GenerationError(RequestError):
 class EngineDeadError(RequestError):
     status = 503
     code = "engine_dead"
+    taken = True  # False: the engine was dead already, and refused the request
+
+
+class EnginesLostError(EngineDeadError):
+    """A request was in two engines when they were lost. It may be what ends them, so nobody sends it to a third."""
+
+    status = 500
+    code = "engines_lost"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:

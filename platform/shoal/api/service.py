@@ -42,7 +42,7 @@ from shoal.api.storing import Storing
 from shoal.api.wire import MediaTypeError, ModelNotFoundError, RateLimitError, W, Wire, envelope, parse, unused
 from shoal.engine.events import Finished, Token
 from shoal.engine.metrics import Samples
-from shoal.errors import ConfigError, DeadlineError, RequestError, ShoalError, frames
+from shoal.errors import ConfigError, DeadlineError, EnginesLostError, RequestError, ShoalError, frames
 from shoal.loop.votes import Vote
 
 T = TypeVar("T")
@@ -282,6 +282,8 @@ class Service:
             return Response(status_code=499)  # for the log; nobody is there to read it
         status, body = self._describe(error, access)
         headers = {"Retry-After": _retry_after(error)} if status in (429, 503) else {}
+        if isinstance(error, EnginesLostError):
+            headers["x-should-retry"] = "false"  # which clients of OpenAI and Anthropic heed
         if status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return Response(dumps(body), status, headers, "application/json")

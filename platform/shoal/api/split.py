@@ -28,7 +28,7 @@ from shoal.api.trial import NOWHERE, REMEMBERED, Part, Trial, Weighed
 from shoal.config import FULL
 from shoal.engine.events import LATER, Event, Finished, Request
 from shoal.engine.metrics import Samples, sample
-from shoal.errors import DeadlineError, EngineDeadError, QueueFullError, RequestError
+from shoal.errors import DeadlineError, EngineDeadError, EnginesLostError, QueueFullError, RequestError
 from shoal.inputs.chat import Encoded
 from shoal.loop.canary import Pace
 
@@ -187,9 +187,13 @@ class Split:
                 raise
             if not isinstance(error, QueueFullError):  # that it has fewer replicas is no fault of its weights
                 trial.count(meter, part, stable=False, failed=True)
+            losses = int(isinstance(error, EngineDeadError))
+            if isinstance(error, EnginesLostError):
+                self._counts[trial.label, "failed"] += 1
+                raise
         self._counts[trial.label, "failed"] += 1
         note.resumed = "canary->stable"
-        async with aclosing(self._of_stable(meter.rest(request), note)) as rest:
+        async with aclosing(self._of_stable(replace(meter.rest(request), losses=losses), note)) as rest:
             async for events in rest:
                 yield [meter.ours(event, request) for event in events]
 

@@ -188,6 +188,7 @@ class Request:
     adapter: str = ""  # identity of a loaded adapter that it is answered with; "": none
     signals: bool = False  # its `Finished` tells them
     gaps: bool = False  # and the gap of each early exit along its answer, where full depth gives it without drafts
+    losses: int = 0  # engines that were lost while they had it
     beside: str = ""  # the same in all requests of one answer, which several replicas then run with the same weights
 
     def __post_init__(self) -> None:

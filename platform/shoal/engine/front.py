@@ -20,7 +20,7 @@ import queue
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from functools import partial
@@ -48,21 +48,47 @@ class _Asked:
     """Something to be done in the engine thread, and its answer."""
 
     def __init__(self, ask: Callable[[], Any]) -> None:
+        """`ask` gives the answer, or a generator that returns it and yields between the pieces of its work."""
         self._ask = ask
+        self._pieces: Generator[None, None, Any] | None = None
         self.answer: Future[Any] = Future()
 
-    def __call__(self) -> None:
-        if not self.answer.set_running_or_notify_cancel():
-            return
+    def __call__(self) -> bool:
+        """Do it, or the next piece of it. Returns whether nothing is left to do; nothing is for a caller that has left."""
+        if self.answer.cancelled():
+            return True
         try:
-            self.answer.set_result(self._ask())
+            found = self._ask() if self._pieces is None else self._pieces
+            if isinstance(found, Generator):
+                self._pieces = found
+                next(found)
+                return False
+        except StopIteration as last:
+            found = last.value
         except Exception as error:
-            self.answer.set_exception(error)
+            self.fail(error)
+            return True
+        if self.answer.set_running_or_notify_cancel():
+            self.answer.set_result(found)
+        return True
 
     def fail(self, error: Exception) -> None:
         """Tell whoever waits that it was not done, because of `error`."""
         if self.answer.set_running_or_notify_cancel():
             self.answer.set_exception(error)
+
+
+class _Pooling(Turns[_Asked]):
+    """Embeddings that wait. The one that has begun goes on to its end before the next: each holds keys and values."""
+
+    begun: _Asked | None = None
+
+    def __len__(self) -> int:
+        return super().__len__() + (self.begun is not None)
+
+    def take(self) -> _Asked:
+        begun, self.begun = self.begun, None
+        return super().take() if begun is None else begun
 
 
 class _Reader:
@@ -117,9 +143,16 @@ def _there(give: Callable[[], _Asked | None]) -> _Asked | None:
     return asked
 
 
-def _embedded(model: Model, prompt: list[int], depth: str | int, adapter: Adapter | None) -> list[float]:
-    vector: list[float] = model.embed(prompt, depth, adapter).tolist()
-    return vector
+def _embedded(
+    model: Model, prompt: list[int], depth: str | int, adapter: Adapter | None, rows: int
+) -> Generator[None, None, list[float]]:
+    """The vector of `prompt`, at most `rows` tokens at a time."""
+    if len(prompt) <= rows:
+        vector = model.embed(prompt, depth, adapter)
+    else:
+        vector = yield from model.embed_in_pieces(rows, prompt, depth, adapter)
+    found: list[float] = vector.tolist()
+    return found
 
 
 def settle() -> None:
@@ -148,8 +181,8 @@ class AsyncEngine:
         self._engine, self._backlog, self._stall, self._gap = engine, backlog, stall_seconds, gap
         self._read_adapter = read_adapter
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
-        self._pooling: Turns[_Asked] = Turns()  # of `embed`; one is run between two steps
-        self._pooling_later: Turns[_Asked] = Turns()  # those that may wait for all others
+        self._pooling = _Pooling()  # of `embed`; a piece of one is run between two steps
+        self._pooling_later = _Pooling()  # those that may wait for all others
         self._most_embeddings = 1 + engine.scheduler.max_queue  # one runs
         self._pooling_again = self._later_again = 0.0  # when the next may be run, while answers are in the engine
         self._readers: dict[str, _Reader] = {}
@@ -232,11 +265,12 @@ class AsyncEngine:
         priority: int = 0,
         adapter: str = "",
     ) -> list[list[float]]:
-        """`Model.embed` of each prompt, with the `adapter` of that identity, in the engine thread, one between two steps, so
-        that answers go on meanwhile; they take at most half of the time. Payers, and of one payer clients, take turns prompt by
-        prompt. Those of a `priority` from `LATER` on come after all others, and have `LATER_SHARE` of the time beside answers
-        that may not wait. Raises RequestError, QueueFullError when as many calls wait as the engine's queue may hold and no
-        other payer, nor of this one another client, has more prompts there, EngineDeadError."""
+        """`Model.embed` of each prompt, with the `adapter` of that identity, in the engine thread, between two steps one, or a
+        piece of one with as many tokens as a step may have. So answers go on meanwhile; they take at most half of the time.
+        Payers, and of one payer clients, take turns prompt by prompt. Those of a `priority` from `LATER` on come after all
+        others, and have `LATER_SHARE` of the time beside answers that may not wait. Raises RequestError, QueueFullError when
+        as many calls wait as the engine's queue may hold and no other payer, nor of this one another client, has more prompts
+        there, EngineDeadError."""
         held = self._engine.find_adapter(adapter)
         later = priority >= LATER
         pooling = self._pooling_later if later else self._pooling
@@ -251,7 +285,8 @@ class AsyncEngine:
                 last.fail(error)
             self._embeddings += 1
         model = self._engine.model
-        asked = [_Asked(partial(_embedded, model, prompt, depth, held)) for prompt in prompts]
+        rows = self._engine.scheduler.max_batch_tokens
+        asked = [_Asked(partial(_embedded, model, prompt, depth, held, rows)) for prompt in prompts]
         try:
             with self._lock:
                 for each in asked:
@@ -305,9 +340,13 @@ class AsyncEngine:
 
     def _check_open(self) -> None:
         if self._dead is not None:
-            raise again(self._dead)
-        if self._closing:
-            raise EngineDeadError("the engine is shutting down", do="send the request to another replica")
+            error = again(self._dead)
+        elif self._closing:
+            error = EngineDeadError("the engine is shutting down", do="send the request to another replica")
+        else:
+            return
+        error.taken = False
+        raise error
 
     async def _call(self, ask: Callable[[], Any]) -> Any:
         """The result of `ask` in the engine thread. Raises as `_answers`."""
@@ -317,7 +356,7 @@ class AsyncEngine:
 
     async def _answers(self, asked: Sequence[_Asked]) -> list[Any]:
         """What `asked` gives, which the engine thread has or will have. Raises the first error, and that of a stuck or dead
-        engine, which would keep its caller. A caller that leaves takes back what has not begun."""
+        engine, which would keep its caller. A caller that leaves takes back what has not been done."""
         waiting = [asyncio.wrap_future(each.answer) for each in asked]
         try:
             left = {*waiting}
@@ -344,6 +383,7 @@ class AsyncEngine:
                 self._step_began = time.monotonic()
                 if self._may_pool(self._step_began):
                     self._pool()
+                    self._step_began = time.monotonic()
                 events = self._engine.step()  # of an idle engine: the ends of requests that a command cancelled
                 self._step_began = None
                 if (dead := self._engine.dead) is not None:
@@ -385,15 +425,18 @@ class AsyncEngine:
         )
 
     def _pool(self) -> None:
-        """Run the next embedding that somebody still waits for. Answers then have as long for themselves; what may wait gives
-        most of the time to answers that may not."""
+        """Run the next embedding that somebody still waits for, or its next piece. Answers then have as long for themselves;
+        what may wait gives most of the time to answers that may not."""
         began = time.monotonic()
         asked: _Asked | None = None
+        pooling = self._pooling
         with self._lock:
             while self._embedding and (asked is None or asked.answer.cancelled()):
-                asked = (self._pooling or self._pooling_later).take()
-        if asked is not None:
-            asked()
+                pooling = self._pooling or self._pooling_later
+                asked = pooling.take()
+        if asked is not None and not asked():
+            with self._lock:
+                pooling.begun = asked
         ended = time.monotonic()
         share = LATER_SHARE if self._engine.urgent else 0.5
         self._pooling_again = ended + (ended - began)

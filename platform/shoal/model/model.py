@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from shoal.inputs.tokenizer import IMG_END_ID, IMG_ID, PATCH_ID, ROW_ID, Tokeniz
 from shoal.model import checkpoint, int8
 from shoal.model.adapters import Adapter
 from shoal.model.net import Net, dequantized
+from shoal.model.pieces import in_pieces
 from shoal.model.router import Router
 
 IMAGE_IDS = frozenset((IMG_ID, PATCH_ID, ROW_ID, IMG_END_ID))
@@ -241,15 +242,36 @@ class Model:
     def embed(self, prompt: str | Sequence[int], depth: str | int = FULL, adapter: Adapter | None = None) -> Tensor:
         """`prompt` as one vector [D] of length 1: the mean over its tokens of the normed hidden states at `depth`. Raises as
         `logits`."""
+        layers, ids, placed = self._pooled_at(prompt, depth)
+        hidden = self.net(ids[None], *placed, exits=(layers,), adapter=adapter)[layers][0]
+        pooled: Tensor = self.net.exit(hidden, layers).float().mean(0)
+        return torch.nn.functional.normalize(pooled, dim=0)
+
+    @torch.inference_mode()
+    def embed_in_pieces(
+        self, rows: int, prompt: str | Sequence[int], depth: str | int = FULL, adapter: Adapter | None = None
+    ) -> Generator[None, None, Tensor]:
+        """As `embed`, at most `rows` tokens at a time: yields after each piece but the last."""
+        layers, ids, placed = self._pooled_at(prompt, depth)
+        total = torch.zeros(self.config.width, device=self.device)
+        pieces = in_pieces(self.net, self.net.embed_inputs(ids, *placed), layers, rows, adapter)
+        for piece, hidden in enumerate(pieces):
+            if piece:
+                yield
+            total += self.net.exit(hidden, layers).float().sum(0)
+        return torch.nn.functional.normalize(total, dim=0)
+
+    def _pooled_at(
+        self, prompt: str | Sequence[int], depth: str | int
+    ) -> tuple[int, Tensor, tuple[Tensor, Tensor] | tuple[None, None]]:
+        """The layers of `depth`, and ids [T] and images of `prompt`, as `Net` takes them."""
         given = self.encode(prompt)
         if len(given.ids) > self.config.context:
             raise ContextLengthError(
                 "input", param="input", got=len(given.ids), allowed=f"at most {self.config.context} tokens"
             )
-        layers, rows = self.config.depth(depth), self._tokens(given.ids)[None]
-        hidden = self.net(rows, *self._placed(given.images, rows), exits=(layers,), adapter=adapter)[layers][0]
-        pooled: Tensor = self.net.exit(hidden, layers).float().mean(0)
-        return torch.nn.functional.normalize(pooled, dim=0)
+        layers, ids = self.config.depth(depth), self._tokens(given.ids)
+        return layers, ids, self._placed(given.images, ids[None])
 
     def generate_naive(
         self,

@@ -44,6 +44,7 @@ NLL = -3  # place of the mean exit-1 NLL among the features
 # router keep to a bound at 95 % in 86 to 100 % of calibrations (decision 0132)
 SURE = 1.959964
 AT_ONCE = 2**20  # gaps that are looked at together, as a router is calibrated
+HEAD_ROWS = 64  # places of a prompt whose logits exist at once
 EXTRA = 3  # columns of a page's sums beside the hidden state: NLL sum, NLL count, patch count
 
 
@@ -58,10 +59,15 @@ def page_sums(net: Net, hidden: Tensor, tokens: Tensor, nll: bool = True) -> Ten
     kind = torch.promote_types(hidden.dtype, torch.float32)  # a sum of a page in bf16 would lose what is small
     sums = hidden.new_zeros(-(-len(tokens) // page), hidden.shape[1] + EXTRA, dtype=kind)
     sums[:, :-EXTRA].index_add_(0, at // page, hidden.to(kind))
-    sampled = _sampled(tokens, page) if nll else at[:0]
+    sampled, first = _sampled(tokens, page) if nll else at[:0], net.config.exits[0]
     if len(sampled):
-        logits = net.head(hidden[sampled], net.config.exits[0])
-        losses = F.cross_entropy(logits.to(kind), tokens[sampled + 1], reduction="none")
+        # a few rows at a time: the logits of a long prompt never exist at once
+        losses = torch.cat(
+            [
+                F.cross_entropy(net.head(hidden[some], first).to(kind), tokens[some + 1], reduction="none")
+                for some in sampled.split(HEAD_ROWS)
+            ]
+        )
         sums[:, -3].index_add_(0, sampled // page, losses)
         sums[:, -2].index_add_(0, sampled // page, torch.ones_like(losses))
     sums[:, -1].index_add_(0, at // page, (tokens == PATCH_ID).to(sums.dtype))

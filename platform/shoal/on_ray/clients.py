@@ -28,7 +28,7 @@ from shoal.engine.events import Event, Request
 from shoal.engine.metrics import Samples, sample, together
 from shoal.errors import CheckpointError, EngineDeadError, QueueFullError, ShoalError
 from shoal.on_ray.calls import Begun, OtherModelError, Wanted
-from shoal.on_ray.failover import LOSSES, PAUSES, Pin, unbroken
+from shoal.on_ray.failover import LOSSES, PAUSES, Pin, lost_twice, unbroken
 from shoal.on_ray.pulse import pulse_of
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class ReplicaClient:
         self, request: Request, on_begun: Callable[[str], None] | None = None
     ) -> AsyncGenerator[list[Event], None]:
         """`on_begun` is told the weights that answer, before the first events. Raises QueueFullError when all replicas and the
-        queue are full. A request whose replica is lost goes on at another (`failover`); EngineDeadError says that several were
+        queue are full. A request whose replica is lost goes on at another (`failover`); EnginesLostError says that two were
         lost, OtherModelError that no other has its weights."""
 
         def count() -> None:
@@ -100,7 +100,7 @@ class ReplicaClient:
     ) -> list[list[float]]:
         """By one replica, since others may have other weights: the next begins anew. `on_begun` is told those that answered.
         Raises as `batches`."""
-        tries, call, refused = 0, uuid.uuid4().hex, frozenset[str]()
+        tries, losses, call, refused = 0, 0, uuid.uuid4().hex, frozenset[str]()
         while True:
             number = f"{call}.{tries}.{len(refused)}"
             wanted = Wanted(number, self._reads, avoid=refused, adapter=self._place(adapter))
@@ -111,9 +111,11 @@ class ReplicaClient:
                     raise
                 refused |= {error.replica}
                 continue
-            except EngineDeadError:
-                tries += 1
-                if tries == LOSSES:
+            except EngineDeadError as error:
+                tries, losses = tries + 1, losses + error.taken
+                if losses == LOSSES:
+                    raise lost_twice(error) from error
+                if tries == len(PAUSES):
                     raise
             else:
                 if on_begun is not None:

@@ -263,7 +263,9 @@ class EngineReplica:
     @property
     def _serving(self) -> AsyncEngine | VllmEngine:
         if self._engine is None:
-            raise EngineDeadError("the replica has no weights yet", do="try again")
+            error = EngineDeadError("the replica has no weights yet", do="try again")
+            error.taken = False
+            raise error
         return self._engine
 
     async def generate(self, request: Request, wanted: Wanted) -> AsyncGenerator[list[Event | Begun], None]:

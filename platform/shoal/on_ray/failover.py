@@ -22,12 +22,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from shoal.engine.events import Event, Finished, Request, Token
-from shoal.errors import DeadlineError, EngineDeadError, QueueFullError
+from shoal.errors import DeadlineError, EngineDeadError, EnginesLostError, QueueFullError
 from shoal.on_ray.calls import Begun, OtherModelError, Wanted
 
 log = logging.getLogger(__name__)
 
-LOSSES = 3  # replicas that one request may lose: it may be what kills them
+LOSSES = 2  # replicas that one request may lose: it may be what kills them
 PATIENCE_SECONDS = 60.0  # for a replica that takes it, where the request has no deadline
 PAUSES = (0.1, 0.25, 0.5, 1.0, 2.0)  # seconds before each try in a row that brought nothing; the last repeats
 
@@ -37,7 +37,7 @@ Told = AsyncGenerator[list[Event | Begun], None]  # of one replica, `Begun` firs
 
 @dataclass
 class _Refused(Exception):
-    """A replica that cannot serve any more gave the request back before it did anything for it."""
+    """A replica that cannot serve any more did not take the request."""
 
     error: EngineDeadError
 
@@ -138,14 +138,14 @@ async def unbroken(
     present one's.
 
     `open_` sends a request to some replica and gives its events in lists. An EngineDeadError, raised or in the last event,
-    says that the replica was lost; `on_resume` is called when another is asked. Raises it after `LOSSES` of them, and when
-    nobody takes the request in its time (DeadlineError if it has one); QueueFullError only for a request that no replica has
-    lost; OtherModelError when no replica is left that reads what `reads` says and has the weights of `pin`, which the requests
-    of one answer share; other errors as they come.
+    says that the replica was lost; `on_resume` is called when another is asked. Raises EnginesLostError after `LOSSES` of
+    them, EngineDeadError when nobody takes the request in its time (DeadlineError if it has one); QueueFullError only for a
+    request that no replica has lost; OtherModelError when no replica is left that reads what `reads` says and has the weights
+    of `pin`, which the requests of one answer share; other errors as they come.
     """
     if request.sampling.seed is None:
         request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(63)))
-    progress = Progress(request, pin or Pin(), reads, began := time.monotonic(), last=began)
+    progress = Progress(request, pin or Pin(), reads, began := time.monotonic(), last=began, losses=request.losses)
     while True:
         lost = False
         try:
@@ -169,7 +169,7 @@ async def unbroken(
         except EngineDeadError as error:
             progress.losses += 1
             if progress.losses >= LOSSES:
-                raise
+                raise lost_twice(error) from error
             lost, reason, pause = True, error, PAUSES[min(progress.tries, len(PAUSES) - 1)]
         if request.deadline is None and time.monotonic() - progress.last > PATIENCE_SECONDS:
             raise reason
@@ -183,13 +183,13 @@ async def unbroken(
 
 async def _checked(stream: Told, begin: Callable[[Begun], None]) -> Batches:
     """The events of `stream`; `begin` gets what is said before them. Raises EngineDeadError for an end that only a lost replica
-    gives, `_Refused` if it is the first event."""
+    gives, `_Refused` where no replica has said that it takes the request."""
     begun: Begun | None = None
     fresh = True
     async for told in stream:
         begun = next((item for item in told if isinstance(item, Begun)), begun)
         *before, last = [item for item in told if not isinstance(item, Begun)]
-        loss = _loss(last, fresh and not before)
+        loss = _loss(last, first=fresh and not before, taken=begun is not None)
         if begun is not None and (loss is None or before):
             begin(begun)
         if loss is None:
@@ -208,13 +208,19 @@ def other_weights(replica: str) -> OtherModelError:
     return error
 
 
-def _loss(event: Event, first: bool) -> Exception | None:
-    """That a replica was lost, if the `event` tells it; `first`: it did nothing before."""
+def lost_twice(error: EngineDeadError) -> EnginesLostError:
+    """What a request is answered that was in `LOSSES` engines when they were lost, the last of them by `error`."""
+    what = f"{LOSSES} engine replicas were lost while they had this request"
+    return EnginesLostError(what, got=error.message, do="do not send it again as it is")
+
+
+def _loss(event: Event, *, first: bool, taken: bool) -> Exception | None:
+    """That a replica was lost, if the `event` tells it; `first`: it gave no event before; `taken`: it said that it begins."""
     if not isinstance(event, Finished):
         return None
     if first and isinstance(event.error, QueueFullError):
         return event.error  # as where no replica takes it at all
     if isinstance(event.error, EngineDeadError):
-        return _Refused(event.error) if first else event.error
+        return _Refused(event.error) if first and not taken else event.error
     # cancelled, and not by us: who cancels leaves, and sees no event
     return EngineDeadError("the engine replica was stopped") if event.reason == "cancelled" else None

@@ -21,6 +21,7 @@ from shoal.errors import (
     ContextLengthError,
     DeadlineError,
     EngineDeadError,
+    EnginesLostError,
     GenerationError,
     QueueFullError,
     RequestError,
@@ -99,6 +100,7 @@ def test_what_fails_at_the_canary_goes_on_at_the_stable_version(error: Exception
         (rest,) = made.stable.asked  # type: ignore[attr-defined]
         assert (rest.answer, rest.prompt) == (tuple(range(at)), [5, 6])
         assert rest.depth == (2 if at else "auto") and rest.id != "r" and rest.ran == 2 * at
+        assert rest.losses == isinstance(error, EngineDeadError), "one more engine may be lost, not two"
         assert rest.sampling.seed == canary.asked[0].sampling.seed is not None, "the same draws"
         trial = made.trial
         assert trial is not None and trial.running == canary.open == 0
@@ -107,6 +109,18 @@ def test_what_fails_at_the_canary_goes_on_at_the_stable_version(error: Exception
         assert stats[sample("release_share", version="2.canary")] == SHARES[3]
         full = isinstance(error, QueueFullError)
         assert seen(trial.evidence, "canary") == (0 if full else 1,) * 2
+
+    asyncio.run(work())
+
+
+def test_a_request_that_two_engines_of_the_canary_were_lost_with_goes_to_no_stable_one() -> None:
+    async def work() -> None:
+        made = split(Engine(0, EnginesLostError("lost"), 1))
+        with pytest.raises(EnginesLostError):
+            await read(made, Request([5, 6], id="r"), Note())
+        assert not made.stable.asked  # type: ignore[attr-defined]
+        stats = await made.stats()
+        assert stats[sample("version_requests", version="2.canary", outcome="failed")] == 1
 
     asyncio.run(work())
 

@@ -166,13 +166,16 @@ def embedded(handle: Embedder) -> list[list[float]]:
 
 
 def test_an_embedding_whose_replica_is_lost_is_asked_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.on_ray.clients.PAUSES", (0.0,) * LOSSES)
+    monkeypatch.setattr("shoal.on_ray.clients.PAUSES", (0.0,) * 5)
     for lost in (ActorDiedError(), asyncio.CancelledError()):
         handle = Embedder(lost, [0.5])
         assert embedded(handle) == [[0.5], [0.5]]
         assert handle.calls == 2, "one replica gives all vectors of a call"
-    for error, calls in ((ActorDiedError(), LOSSES), (RequestError("depth"), 1)):
-        handle = Embedder(*[error] * LOSSES)
+    refused = EngineDeadError("dead")
+    refused.taken = False
+    assert embedded(Embedder(ActorDiedError(), refused, refused, [0.5])) == [[0.5], [0.5]], "two had nothing of it"
+    for error, calls in ((ActorDiedError(), LOSSES), (refused, 5), (RequestError("depth"), 1)):
+        handle = Embedder(*[error] * 5)
         with pytest.raises(RequestError):
             embedded(handle)
         assert handle.calls == calls

@@ -18,7 +18,8 @@ from shoal import Engine, Request, Sampling
 from shoal.engine import naive
 from shoal.engine.events import LATER, Completion, Event, Finished, Token
 from shoal.engine.front import AsyncEngine
-from shoal.errors import DeadlineError, EngineDeadError, GenerationError, QueueFullError
+from shoal.engine.plan import Outcome, Plan
+from shoal.errors import DeadlineError, EngineDeadError, EnginesLostError, GenerationError, QueueFullError
 from shoal.on_ray import failover
 from shoal.on_ray.calls import Begun, OtherModelError, Wanted
 from shoal.on_ray.failover import LOSSES, Pin, Progress, other_weights, unbroken
@@ -151,6 +152,42 @@ def test_a_request_that_kills_what_it_touches_is_given_up() -> None:
     with pytest.raises(EngineDeadError, match="lost"):
         run(replica, LONG)
     assert len(replica.got) == LOSSES
+
+
+@pytest.mark.parametrize("said", [0, 2], ids=["in its prompt", "in its answer"])
+def test_a_request_that_ends_two_engines_is_sent_to_no_third(said: int) -> None:
+    """Their threads end as it runs: in its prompt before it has given any event."""
+    sent = list[Request]()
+
+    async def stream(request: Request, wanted: Wanted) -> AsyncGenerator[list[Event | Begun], None]:
+        sent.append(request)
+        engine = AsyncEngine(own := Engine(MODEL, units=400))
+        run, begun = own.runner.run, False
+
+        def fatal(plan: Plan) -> Outcome:
+            if plan.works[0].running.answered >= said:
+                raise SystemExit
+            return run(plan)
+
+        own.runner.run = fatal  # type: ignore[method-assign]
+        try:
+            async for events in engine.batches(request):  # as `EngineReplica.generate` gives them
+                yield [*events] if begun else [Begun("a", "w"), *events]
+                begun = True
+        finally:
+            await engine.close()
+
+    with pytest.raises(EnginesLostError, match="the engine thread ended") as caught:
+        asyncio.run(read(unbroken(stream, dataclasses.replace(LONG, deadline=30.0))))
+    assert len(sent) == LOSSES == 2 and caught.value.status == 500
+    assert sent[1].id != sent[0].id and len(sent[1].answer) == said
+
+
+def test_a_request_that_another_version_s_engine_was_lost_with_is_sent_on_no_more() -> None:
+    replicas = Told([[[TOKEN], [DEAD]], [[END]]])
+    with pytest.raises(EnginesLostError):
+        asyncio.run(read(unbroken(replicas.stream, dataclasses.replace(LONG, losses=1))))
+    assert len(replicas.got) == 1
 
 
 def test_an_error_of_the_request_itself_is_no_loss() -> None:
@@ -515,6 +552,7 @@ def test_the_pauses_of_tries_in_a_row_grow_and_begin_anew_after_an_event(monkeyp
         slept.append(seconds)
 
     monkeypatch.setattr(failover, "PAUSES", PAUSES)
+    monkeypatch.setattr(failover, "LOSSES", 3)
     monkeypatch.setattr(failover, "asyncio", SimpleNamespace(sleep=sleep))
     patient = QueueFullError("full")
     patient.retry_after = 7.0
@@ -563,10 +601,10 @@ def test_a_loss_after_many_refusals_waits_as_long_as_any_try(monkeypatch: pytest
 
 @pytest.mark.parametrize("apart", [True, False], ids=["apart", "together"])
 @pytest.mark.parametrize("end", ["dead", "cancelled"])
-def test_a_request_that_ends_three_replicas_in_the_middle_of_its_answer_is_given_up(
+def test_a_request_that_ends_two_replicas_in_the_middle_of_its_answer_is_given_up(
     end: str, apart: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whether the end comes with a token or alone: that is no refusal, and none is asked a fourth time."""
+    """Whether the end comes with a token or alone: that is no refusal, and none is asked a third time."""
 
     async def sleep(seconds: float) -> None: ...
 
@@ -574,18 +612,21 @@ def test_a_request_that_ends_three_replicas_in_the_middle_of_its_answer_is_given
     last = DEAD if end == "dead" else Finished("x", "cancelled")
     replicas, resumed = Told([[[TOKEN], [last]] if apart else [[TOKEN, last]]] * 4), list[int]()
     caplog.set_level(logging.WARNING)
-    with pytest.raises(EngineDeadError):
+    with pytest.raises(EnginesLostError, match="2 engine replicas were lost while they had this request") as caught:
         asyncio.run(read(unbroken(replicas.stream, LONG, on_resume=lambda: resumed.append(len(replicas.got)))))
-    assert [len(request.answer) for request, _ in replicas.got] == [0, 1, 2] and resumed == [1, 2]
+    assert caught.value.status == 500, "nobody is asked to come back with it"
+    assert [len(request.answer) for request, _ in replicas.got] == [0, 1] and resumed == [1]
     told = [record.getMessage() for record in caplog.records]
-    assert [line.partition(" tokens: ")[0].rpartition(" ")[2] for line in told] == ["1", "2"]
+    assert [line.partition(" tokens: ")[0].rpartition(" ")[2] for line in told] == ["1"]
 
 
-def test_a_replica_that_gives_a_request_back_at_once_has_not_begun_it() -> None:
+def test_a_replica_that_gives_a_request_back_at_once_has_not_begun_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it says of its weights binds nobody: others may answer. Beside a token it does, in the same list or before."""
     of = {name: Begun(name, name) for name in ("old", "new")}
     lost = EngineDeadError("lost")
+    monkeypatch.setattr(failover, "LOSSES", 3)
     for first, after in (
+        ([[DEAD]], "new"),
         ([[of["old"], DEAD]], "new"),
         ([[of["old"], FULL]], "new"),
         ([[of["old"], TOKEN, DEAD]], "old"),
@@ -614,7 +655,7 @@ def test_a_stream_that_ends_without_an_end_is_a_loss() -> None:
     replicas = Told([[[TOKEN]], [[TOKEN]], [[TOKEN]]])
     with pytest.raises(EngineDeadError, match="ended the stream without finishing"):
         asyncio.run(read(unbroken(replicas.stream, LONG)))
-    assert [len(request.answer) for request, _ in replicas.got] == [0, 1, 2]
+    assert [len(request.answer) for request, _ in replicas.got] == [0, 1]
 
 
 def test_a_replica_that_refuses_a_request_again_ends_it_for_there_is_no_other() -> None:
