@@ -73,11 +73,8 @@ def _tables(recipe: Recipe, report: Mapping[str, Any]) -> Iterator[tuple[str, li
         )
         if earned := report.get("earned", {}).get(suite):
             names = [name for name in recipe.measures if any(name in figures for figures in earned.values())]
-            yield (
-                f"{suite}: who earned it, of the served model at full depth",
-                ["measure", *earned],
-                [[name, *(_shown(figures.get(name)) for figures in earned.values())] for name in names],
-            )
+            shown = [[name, *(_shown(figures.get(name)) for figures in earned.values())] for name in names]
+            yield f"{suite}: who earned it, of the served model at full depth", ["measure", *earned], shown
     if spoken := report.get("languages"):
         kept = [name for name in recipe.measures if any(name in row for row in spoken)]
         yield (
