@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -64,17 +64,9 @@ def _tables(recipe: Recipe, report: Mapping[str, Any]) -> Iterator[tuple[str, li
     """Title, head and rows of each table."""
     for suite, by in report["suites"].items():
         rows, groups = report["rows"][suite]
-        title = f"{suite}: {rows} answers of {groups} groups"
-        kept = [name for name in _measures(recipe) if any(name in figures for figures in by.values())]
-        yield (
-            title,
-            ["measure", *by],
-            [[name, *(_shown(figures.get(name)) for figures in by.values())] for name in kept],
-        )
+        yield _by_measure(f"{suite}: {rows} answers of {groups} groups", _measures(recipe), by)
         if earned := report.get("earned", {}).get(suite):
-            names = [name for name in recipe.measures if any(name in figures for figures in earned.values())]
-            shown = [[name, *(_shown(figures.get(name)) for figures in earned.values())] for name in names]
-            yield f"{suite}: who earned it, of the served model at full depth", ["measure", *earned], shown
+            yield _by_measure(f"{suite}: who earned it, of the served model at full depth", recipe.measures, earned)
     if spoken := report.get("languages"):
         kept = [name for name in recipe.measures if any(name in row for row in spoken)]
         yield (
@@ -118,6 +110,14 @@ def _tables(recipe: Recipe, report: Mapping[str, Any]) -> Iterator[tuple[str, li
             ],
         )
     yield "what it takes", _TAKEN, [_taken(label, one) for label, one in report["costs"].items()]
+
+
+def _by_measure(
+    title: str, measures: Sequence[str], by: Mapping[str, Mapping[str, Any]]
+) -> tuple[str, list[str], list[list[str]]]:
+    """A row for each measure that there is, a column for each of `by`."""
+    kept = [name for name in measures if any(name in figures for figures in by.values())]
+    return title, ["measure", *by], [[name, *(_shown(of.get(name)) for of in by.values())] for name in kept]
 
 
 def _taken(label: str, cost: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from shoal import cli
-from shoal.bench.recipes import HEAD, NOT_RUN
+from shoal.bench.recipes import HEAD, NOT_KNOWN, NOT_RUN, WHOSE
 from shoal.recipes.named import named, names
 
 
@@ -59,7 +59,8 @@ def test_the_table_is_of_what_is_served_in_new_wordings(tmp_path: Path, capsys: 
         ),
     ]
     assert cli.main(["bench", "recipes", "--run", runs[0], "--run", runs[1]]) == 0
-    *table, last = capsys.readouterr().out.splitlines()
+    *lines, last = capsys.readouterr().out.splitlines()
+    table = [line for line in lines if line]
     assert [cells(line) for line in table] == [
         [*HEAD],
         ["---"] * len(HEAD),
@@ -67,8 +68,12 @@ def test_the_table_is_of_what_is_served_in_new_wordings(tmp_path: Path, capsys: 
         ["customer-service: MB; tokens a second at batch 1; 8", "", "1.1; 1,850; 8,400", "164.0; 1,850; 8,400", "a"],
         ["medicine, new-wordings: urgency; abstained", "15 %; 100 %", "26 %; 73 %", NOT_RUN, "b"],
         ["medicine: MB; tokens a second at batch 1; 8", "", "1.0; 1,850; 8,400", NOT_RUN, "b"],
+        [*WHOSE],
+        ["---"] * len(WHOSE),
+        ["customer-service, new-wordings: exact call; invented", *[NOT_KNOWN] * 3, "a"],
+        ["medicine, new-wordings: urgency; abstained", *[NOT_KNOWN] * 3, "b"],
     ]
-    assert [list(row.values()) for row in json.loads(last)] == [cells(line) for line in table[2:]]
+    assert [list(row.values()) for row in json.loads(last)] == [cells(line) for line in table[2:6] + table[8:]]
 
 
 def test_a_suite_that_the_folder_s_version_did_not_have_is_left_out(
@@ -82,8 +87,9 @@ def test_a_suite_that_the_folder_s_version_did_not_have_is_left_out(
     assert len(told["headline"]) == 2
     (tmp_path / "b" / "report.json").write_text(json.dumps(told))
     assert cli.main(["bench", "recipes", "--run", folder]) == 0
-    of = [cells(line)[0] for line in capsys.readouterr().out.splitlines()[2:-1]]
-    assert of == ["medicine, new-wordings: urgency; abstained", "medicine: MB; tokens a second at batch 1; 8"]
+    of = [cells(line)[0] for line in capsys.readouterr().out.splitlines()[:-1] if line]
+    suite = "medicine, new-wordings: urgency; abstained"
+    assert of == [HEAD[0], "---", suite, "medicine: MB; tokens a second at batch 1; 8", WHOSE[0], "---", suite]
 
 
 def test_a_folder_without_a_whole_report_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

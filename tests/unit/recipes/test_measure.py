@@ -80,6 +80,8 @@ def test_a_recipe_of_one_s_own_stands_in_the_table_of_recipes(run: Path, capsys:
     assert table[2].startswith("| mine, asked: exact; overlap | 0 %; ") and table[3].startswith(
         "| mine: MB; tokens a second"
     )
+    assert table[5].endswith(" | model alone | rule alone | both | run |")
+    assert table[7].startswith("| mine, asked: exact; overlap | 0 %; ") and "not known" not in table[7]
 
 
 def test_depths_that_share_what_was_read_say_what_each_says_alone(run: Path) -> None:
