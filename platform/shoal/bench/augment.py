@@ -7,7 +7,7 @@ A model that a recipe made goes on learning, for as many updates each and from a
     taught      and from questions in wordings that are in no row and no suite, answered by a teacher over HTTP
 
 Each arm with each seed is a job in a process of its own, two at once. What is compared are the same answers of the suites, in
-pairs; an interval is of a bootstrap over seeds and groups of answers, as a recipe's report has it over groups. Of suites in
+pairs; an interval is over seeds and groups of answers (`evaluate.intervals.crossed`). Of suites in
 wordings that were learned from, all but those of the recipe's `headline`, the figures are told and nothing is claimed.
 """
 
@@ -30,7 +30,7 @@ from rich.table import Table
 from shoal.bench.turns import show
 from shoal.clients.teacher import Ask, NoTarget, answered
 from shoal.errors import DataError, UsageError
-from shoal.evaluate.intervals import LEVELS, RESAMPLES
+from shoal.evaluate.intervals import Figure, between, crossed
 from shoal.machine import write_aside
 from shoal.recipes.named import named
 from shoal.recipes.recipe import SUITES, Messages, Recipe

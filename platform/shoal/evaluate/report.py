@@ -141,7 +141,7 @@ def frontier_chart(found: Mapping[str, Any]) -> Chart | None:
         inner = drawn[1:-1] if name != "random" else []  # the line between the fixed exits needs no name
         if inner:  # the labels of curves that lie close together stand at different places
             names[inner[(place + 1) * len(inner) // (len(found["curves"]) + 1)]] = name
-    for row in found["at"]["router"]:
+    for row in found["at"]["router"] if found["at"]["router"][0]["low"] is not None else []:
         curves[f"95 % at {row['flops_share']}"] = ("faint", [(row["flops_share"], row[end]) for end in ("low", "high")])
     return chart(
         "gap, nats a token above full depth \N{DOWNWARDS ARROW}", "share of the FLOPs at full depth", curves, names

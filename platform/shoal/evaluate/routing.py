@@ -70,10 +70,11 @@ def finish(
         f"conversations in {heldout}, on which it was not fitted"
     )
     if "later_regret" in report:
+        paid = [report[f"later_paid_{end}"] for end in ("low", "high") if f"later_paid_{end}" in report] or None
         say(
             f"it looks again after {second_look.AFTER} tokens of an answer: beside one look at the same cost it loses "
-            f"{report['later_paid_gap']:+.4f} nats a token (95 %: {report['later_paid_low']:+.4f} to "
-            f"{report['later_paid_high']:+.4f}); within {report['later_tolerance']:g} it runs "
+            f"{report['later_paid_gap']:+.4f} nats a token "
+            f"({between(paid, '+.4f', round(report['later_groups']))}); within {report['later_tolerance']:g} it runs "
             f"{report['later_depth_share']:.0%} of the layers and loses {report['later_regret']:.3f}"
         )
     return report
