@@ -490,11 +490,11 @@ def augment(
             help="Model directory that answers more questions, one for each --run. [the run's own fp32 model]"
         ),
     ] = [],  # noqa: B006
-    seeds: Annotated[int, typer.Option(help="Seeds, one model of each arm with each.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Seeds, one model of each arm with each.")] = 5,
     steps: Annotated[int, typer.Option(help="Updates of each model.")] = 150,
 ) -> None:
-    """What `shoal augment` and a teacher add to a recipe in wordings that nobody saw, beside going on without. Of a run some
-    twenty minutes on two cores; --steps sets it."""
+    """What `shoal augment` and a teacher add to a recipe in wordings that nobody saw, beside going on without; of fewer than
+    five seeds without an interval. Of a run some thirty-five minutes on two cores; --steps sets it."""
     from shoal.bench.augment import augment_bench
 
     augment_bench(out, runs=run, teachers=teacher, seeds=seeds, steps=steps)

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from shoal.bench import peers
-from shoal.bench.quant import between
+from shoal.bench.quant import behind
 from shoal.bench.turns import show
 from shoal.config import FULL
 from shoal.data.shards import token_bytes
@@ -196,8 +196,8 @@ def table_of(
         )
         low, high = (end - 1 for end in rise.interval)
         table.add_row(
-            who, depth, f"{bits.value:.4f}{between(bits.ends, '.3f')}",
-            f"{rise.value - 1:+.2%}{between([low, high] if math.isfinite(low + high) else None, '+.2%')}",
+            who, depth, f"{bits.value:.4f}{behind(bits.ends, '.3f')}",
+            f"{rise.value - 1:+.2%}{behind([low, high] if math.isfinite(low + high) else None, '+.2%')}",
             "" if kl is None else f"{kl:.4f}", f"{same.value:.1%}",
         )  # fmt: skip
         told.append(

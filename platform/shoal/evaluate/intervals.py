@@ -167,10 +167,10 @@ def jackknifed(value: float, without: np.ndarray, sizes: np.ndarray) -> Interval
 
 
 def crossed(values: np.ndarray, groups: Groups) -> Interval:
-    """Of the mean of values [S, n] of S runs on the same rows: over runs and the rows' groups, both (Cameron, Gelbach and Miller
+    """Of the mean of differences [S, n] of S runs on the same rows: over runs and the rows' groups, both (Cameron, Gelbach and Miller
     2011), with Student's t of the fewer."""
     kinds, of = np.unique(np.asarray(groups), return_inverse=True)
-    if min(len(values), len(kinds)) < LEAST:
+    if min(len(values), len(kinds), int((np.bincount(of, (values != 0).any(0)) > 0).sum())) < LEAST:
         return UNKNOWN
     middle = float(values.mean())
     cells = np.stack([np.bincount(of, row - middle) for row in values])
@@ -193,9 +193,7 @@ def student(below: float, freedom: float) -> float:
     return float(special.stdtrit(freedom, below))
 
 
-def _of_rows(
-    values: Sequence[float], groups: Groups, interval: Callable[[np.ndarray, np.ndarray], Interval]
-) -> Figure:
+def _of_rows(values: Sequence[float], groups: Groups, interval: Callable[[np.ndarray, np.ndarray], Interval]) -> Figure:
     """The mean of rows, with the `interval` of the sums and sizes of their groups."""
     kinds, of = np.unique(np.asarray(groups), return_inverse=True)
     sums, sizes = np.bincount(of, np.asarray(values, dtype=float)), np.bincount(of).astype(float)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.machine import write_aside
+from shoal.evaluate.intervals import few
 from shoal.page import Chart, Point, chart, number, write
 from shoal.progress import duration
 
@@ -41,6 +42,7 @@ def render(report: Mapping[str, Any], out_html: Path) -> None:
         depth_charts=depth_charts(depth.get("rows", ())),
         frontier_chart=frontier_chart(report.get("frontier") or {}),
         sources=source_rows(report.get("corpus") or {}),
+        few=few,
     )
 
 

@@ -16,6 +16,7 @@ from shoal.data.models import changed, here, need_replaceable
 from shoal.data.sources.s3 import is_remote
 from shoal.errors import DataError
 from shoal.evaluate import pieces, second_look
+from shoal.evaluate.intervals import between
 from shoal.evaluate.pieces import Models, Piece, Run, wherever
 from shoal.evaluate.prompts import (
     ByTask,

@@ -144,7 +144,10 @@ def paid(config: ModelConfig, router: Router, later: Router, test: Prompts) -> d
     bounds = [bound for _, bound in later.calibration.thresholds]
     less, at = _beside(looks, bounds, later.calibration.offset, test.groups)
     told = zip(later.calibration.thresholds, at, strict=True)
-    return {**figure(less, test.groups.unique(return_counts=True)[1]), "at": [{"tolerance": tolerance, **row} for (tolerance, _), row in told]}
+    return {
+        **figure(less, test.groups.unique(return_counts=True)[1]),
+        "at": [{"tolerance": tolerance, **row} for (tolerance, _), row in told],
+    }
 
 
 def prices(config: ModelConfig, prompts: Prompts, reads: tuple[bool, bool]) -> tuple[Tensor, Tensor]:

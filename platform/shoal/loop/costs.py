@@ -121,9 +121,7 @@ def _layers(mine: _Routed, its: _Routed, exits: Sequence[int], limit: float, pro
 def _shallowest(its: _Routed, exits: Sequence[int], promised: float) -> tuple[int, int]:
     """The shallowest fixed depth that is not shown to lose more than what is `promised`, and the shallowest that is shown not
     to: 95 %, on the same questions. Full depth loses nothing."""
-    found = [
-        of_loss([row[place] for row in its.gaps], its.groups, its.worst).interval for place in range(len(exits))
-    ]
+    found = [of_loss([row[place] for row in its.gaps], its.groups, its.worst).interval for place in range(len(exits))]
     may = next(depth for depth, (low, _) in zip(exits, found, strict=True) if not low > promised)
     return may, next((depth for depth, (_, high) in zip(exits, found, strict=True) if high <= promised), exits[-1])
 

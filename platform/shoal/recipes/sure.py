@@ -23,7 +23,5 @@ def calibration(recipe: Recipe, rows: Sequence[Row], answers: Sequence[str], sur
         sums[at, BINS] += 1
     totals = sums.sum(0)
     value = float(np.abs(totals[:BINS]).sum() / max(1.0, totals[BINS]))
-    interval = of_sums(
-        sums, lambda some: np.abs(some[:, :BINS]).sum(1) / np.maximum(1.0, some[:, BINS]), sums[:, BINS]
-    )
+    interval = of_sums(sums, lambda some: np.abs(some[:, :BINS]).sum(1) / np.maximum(1.0, some[:, BINS]), sums[:, BINS])
     return Figure(value, interval, len(rows), len(places))
