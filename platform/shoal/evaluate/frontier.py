@@ -68,7 +68,7 @@ def frontier(
     }
     sizes = test.groups.unique(return_counts=True)[1]
     curves: dict[str, list[dict[str, float]]] = {}
-    at: dict[str, list[dict[str, float]]] = {}
+    at: dict[str, list[dict[str, float | None]]] = {}
     means: dict[str, Tensor] = {}  # of the budgets, [1 + G]
     for name in (*POLICIES, *((TWICE,) if looks else ())):
         picks = list(looks) if name == TWICE else _picks(beliefs[name], layers(config))

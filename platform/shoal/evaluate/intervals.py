@@ -21,8 +21,8 @@ from scipy import special
 LEAST = 5  # groups
 TAIL = 0.025  # on either side
 RESAMPLES = 1000
-# tail of the bootstrap on either side: of five groups 95 % of its resamples are too few
-BOOTSTRAP_TAIL = 0.01
+# what the tail of the bootstrap is less than that of few groups, up to so many: of skewed values it covers too little
+CAUTION, FEW = 0.015, 25
 AT_ONCE = 2_000_000  # numbers of a bootstrap in memory
 
 Interval = tuple[float, float]
@@ -75,14 +75,17 @@ def of_mean(values: Sequence[float], groups: Groups) -> Figure:
     return _of_rows(values, groups, quotient)
 
 
-def of_loss(values: Sequence[float], groups: Groups, worst: float) -> Figure:
-    """The mean of losses, at most `worst` each. Where too few groups lose anything for the interval of a mean, that of a share of
-    the `worst`."""
+def of_bounded(values: Sequence[float], groups: Groups, most: float) -> Figure:
+    """The mean of values of 0 to `most` each. Where too few groups differ for the interval of a mean: the commonest value, for
+    as many rows as may be others at most."""
     found = of_mean(values, groups)
-    if found.ends is not None or not np.isfinite(found.value) or not 0 < worst < np.inf:
+    if found.ends is not None or found.groups < LEAST or not np.isfinite([*values, most]).all():
         return found
-    low, high = of_share([min(max(value / worst, 0.0), 1.0) for value in values], groups).interval
-    return Figure(found.value, (min(worst * low, found.value), worst * high), found.rows, found.groups)
+    kinds, counts = np.unique(np.asarray(values, dtype=float), return_counts=True)
+    usual = float(kinds[counts.argmax()])
+    others = of_share([value != usual for value in values], groups).interval[1]
+    low, high = usual - others * max(usual, 0.0), usual + others * max(most - usual, 0.0)
+    return Figure(found.value, (min(low, found.value), max(high, found.value)), found.rows, found.groups)
 
 
 def of_quotient(above: Sequence[float] | np.ndarray, below: Sequence[float] | np.ndarray, rows: int) -> Figure:
@@ -105,12 +108,12 @@ def exact(hits: float, count: float) -> Interval:
 
 
 def part(hits: Sequence[float] | np.ndarray, counts: Sequence[float] | np.ndarray) -> Interval:
-    """Of a share, by the hits and rows of each group: the exact one at as many independent rows as would scatter as these groups
-    do, fewer as their scatter is itself uncertain (Korn and Graubard 1998). Where fewer than `LEAST` groups have a hit, or a
-    miss, at least as wide as if each group were one row."""
+    """Of a share, by the hits and rows of each group: the exact one at as many independent rows as would scatter as these
+    groups do, and fewer, since their scatter is itself uncertain (Korn and Graubard 1998). Where fewer than `LEAST` groups have
+    a hit, or a miss, at least as wide as if each group were one row."""
     found, rows = np.asarray(hits, dtype=float), np.asarray(counts, dtype=float)
     groups, count = len(rows), float(rows.sum())
-    if groups < LEAST or count <= 0:
+    if groups < LEAST or count <= 0 or not np.isfinite(found).all():
         return UNKNOWN
     share = min(max(float(found.sum()) / count, 0.0), 1.0)
     if groups == count:
@@ -140,11 +143,13 @@ def quotient(above: Sequence[float] | np.ndarray, below: Sequence[float] | np.nd
 
 
 def of_sums(sums: np.ndarray, figure: Callable[[np.ndarray], np.ndarray], sizes: np.ndarray) -> Interval:
-    """Of a figure of sums over groups. `sums` [G, k] of each group; `figure` gives [R] from sums over groups [R, k]; `sizes` [G]
-    of the groups."""
+    """Of a figure of sums over groups. `sums` [G, k] of each group; `figure` gives [R] from sums over groups [R, k]; `sizes`
+    [G] of the groups."""
     if len(sums) < LEAST:
         return UNKNOWN
     total = sums.sum(0)
+    if not np.isfinite(total).all():
+        return UNKNOWN
     return jackknifed(float(figure(total[None])[0]), figure(total - sums), sizes)
 
 
@@ -162,13 +167,14 @@ def jackknifed(value: float, without: np.ndarray, sizes: np.ndarray) -> Interval
         return UNKNOWN
     error = float(pseudo.std(ddof=1)) / count**0.5
     half = student(1 - TAIL, max(1.0, float(sizes.sum()) ** 2 / float(sizes @ sizes) - 1))
-    high, low = np.quantile(_students(pseudo, error), (BOOTSTRAP_TAIL, 1 - BOOTSTRAP_TAIL), method="nearest")
+    tail = TAIL - CAUTION * min(1.0, (FEW / count) ** 0.5)
+    high, low = np.quantile(_students(pseudo, error), (tail, 1 - tail), method="nearest")
     return value - error * max(half, float(low)), value + error * max(half, -float(high))
 
 
 def crossed(values: np.ndarray, groups: Groups) -> Interval:
-    """Of the mean of differences [S, n] of S runs on the same rows: over runs and the rows' groups, both (Cameron, Gelbach and Miller
-    2011), with Student's t of the fewer."""
+    """Of the mean of differences [S, n] of S runs on the same rows: over runs and the rows' groups, both (Cameron, Gelbach and
+    Miller 2011), with Student's t of the fewer."""
     kinds, of = np.unique(np.asarray(groups), return_inverse=True)
     if min(len(values), len(kinds), int((np.bincount(of, (values != 0).any(0)) > 0).sum())) < LEAST:
         return UNKNOWN

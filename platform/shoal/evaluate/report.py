@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shoal.machine import write_aside
 from shoal.evaluate.intervals import few
+from shoal.machine import write_aside
 from shoal.page import Chart, Point, chart, number, write
 from shoal.progress import duration
 

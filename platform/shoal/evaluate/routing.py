@@ -75,7 +75,7 @@ def finish(
         say(
             f"it looks again after {second_look.AFTER} tokens of an answer: beside one look at the same cost it loses "
             f"{report['later_paid_gap']:+.4f} nats a token "
-            f"({between(paid, '+.4f', round(report['later_groups']))}); within {report['later_tolerance']:g} it runs "
+            f"({between(paid, '+.4f')}); within {report['later_tolerance']:g} it runs "
             f"{report['later_depth_share']:.0%} of the layers and loses {report['later_regret']:.3f}"
         )
     return report

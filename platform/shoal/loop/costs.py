@@ -11,6 +11,7 @@ does, on the same questions (decision 0066).
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from shoal.data.chats.heldout import Question
 from shoal.engine.engine import Engine
 from shoal.engine.events import Request, Sampling
 from shoal.errors import EngineDeadError
-from shoal.evaluate.intervals import Figure, median, of_loss, of_mean
+from shoal.evaluate.intervals import Figure, median, of_bounded, of_mean
 from shoal.evaluate.prompts import Heldout, measured
 from shoal.evaluate.second_look import routed
 from shoal.inputs.chat import Encoded
@@ -84,7 +85,7 @@ def _layers(mine: _Routed, its: _Routed, exits: Sequence[int], limit: float, pro
     """Whether a candidate runs at most a tenth more layers than the stable version; or, beside one that is shown to lose more
     than it `promised`, whether it keeps the promise of `limit` and runs at most a tenth more than the shallowest of the `exits`
     at which the stable version would have kept its own. Also that exit, or "auto" where the router is what it was held to."""
-    share, count = of_loss(mine.share, mine.groups, 1.0), len(mine.share)
+    share, count = of_bounded(mine.share, mine.groups, 1.0), len(mine.share)
     its_share = sum(its.share) / count
     ratio, before = share.value / its_share, its.loss()
     told = f"{share.value:.0%} of the layers, {ratio:.2f} times the stable version's, at most {MOST_MORE:.2f}"
@@ -100,7 +101,9 @@ def _layers(mine: _Routed, its: _Routed, exits: Sequence[int], limit: float, pro
         return as_now, AUTO
     may, sure = _shallowest(its, exits, promised)
     most = [min(MOST_MORE * max(depth / exits[-1], its_share), 1.0) for depth in (may, sure)]
-    beside, lost = [kept(share.value, share.interval[1], each) for each in most], mine.loss()
+    # shown to run less than all layers, where all are allowed
+    limits = [min(each, math.nextafter(1.0, 0.0)) for each in most]
+    beside, lost = [kept(share.value, share.interval[1], each) for each in limits], mine.loss()
     status = PASS if beside[0] == PASS else FAIL if beside[1] == FAIL else INCONCLUSIVE
     keeps = kept(lost.value, lost.interval[1], limit)
     status = min(status, keeps, key=(FAIL, INCONCLUSIVE, PASS).index)
@@ -121,7 +124,9 @@ def _layers(mine: _Routed, its: _Routed, exits: Sequence[int], limit: float, pro
 def _shallowest(its: _Routed, exits: Sequence[int], promised: float) -> tuple[int, int]:
     """The shallowest fixed depth that is not shown to lose more than what is `promised`, and the shallowest that is shown not
     to: 95 %, on the same questions. Full depth loses nothing."""
-    found = [of_loss([row[place] for row in its.gaps], its.groups, its.worst).interval for place in range(len(exits))]
+    found = [
+        of_bounded([row[place] for row in its.gaps], its.groups, its.worst).interval for place in range(len(exits))
+    ]
     may = next(depth for depth, (low, _) in zip(exits, found, strict=True) if not low > promised)
     return may, next((depth for depth, (_, high) in zip(exits, found, strict=True) if high <= promised), exits[-1])
 
@@ -186,8 +191,10 @@ class _Routed:
         return max((gap for row in self.gaps for gap in row), default=0.0)
 
     def loss(self) -> Figure:
-        """What is lost in the mean."""
-        return of_loss(self.lost, self.groups, self.worst)
+        """What is lost in the mean; at full depth for all nothing, whatever is asked."""
+        if min(self.share, default=0.0) == 1.0:
+            return Figure(0.0, (0.0, 0.0), len(self.lost), len(set(self.groups)))
+        return of_bounded(self.lost, self.groups, self.worst)
 
     def first(self, count: int) -> _Routed:
         return _Routed(self.share[:count], self.lost[:count], self.groups[:count], self.gaps[:count])

@@ -46,7 +46,7 @@ class Window:
     first: float = 0.0  # the first of them
     lost: int = LEAST  # re-runs that lost something; in a file that does not say, enough
 
-    def take(self, mean: float, variance: float, lost: int) -> None:
+    def take(self, mean: float, variance: float, lost: int = 0) -> None:
         """One more batch."""
         self.lost += lost
         self.first = self.first or variance
