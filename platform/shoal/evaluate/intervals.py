@@ -22,7 +22,7 @@ LEAST = 5  # groups
 TAIL = 0.025  # on either side
 RESAMPLES = 1000
 # what the tail of the bootstrap is less than that of few groups, up to so many: of skewed values it covers too little
-CAUTION, FEW = 0.015, 25
+CAUTION, FEW = 0.019, 25
 AT_ONCE = 2_000_000  # numbers of a bootstrap in memory
 
 Interval = tuple[float, float]
@@ -168,7 +168,7 @@ def jackknifed(value: float, without: np.ndarray, sizes: np.ndarray) -> Interval
     error = float(pseudo.std(ddof=1)) / count**0.5
     half = student(1 - TAIL, max(1.0, float(sizes.sum()) ** 2 / float(sizes @ sizes) - 1))
     tail = TAIL - CAUTION * min(1.0, (FEW / count) ** 0.5)
-    high, low = np.quantile(_students(pseudo, error), (tail, 1 - tail), method="nearest")
+    high, low = np.quantile(_students(pseudo - pseudo.mean(), sizes, error), (tail, 1 - tail), method="nearest")
     return value - error * max(half, float(low)), value + error * max(half, -float(high))
 
 
@@ -206,13 +206,18 @@ def _of_rows(values: Sequence[float], groups: Groups, interval: Callable[[np.nda
     return Figure(sum(values) / max(1, len(values)), interval(sums, sizes), len(values), len(kinds))
 
 
-def _students(values: np.ndarray, error: float) -> np.ndarray:
-    """Student's t of resamples of `values` [G] about their mean; infinite where a resample does not scatter."""
-    count, draws = len(values), np.random.default_rng(0)
-    found = []
+def _students(off: np.ndarray, sizes: np.ndarray, error: float) -> np.ndarray:
+    """Student's t of resamples of groups that are `off` the value [G], where a sum of `sizes` [G] is divided by; infinite where
+    a resample does not scatter."""
+    count, draws, found = len(off), np.random.default_rng(0), []
+    part = sizes / sizes.mean()
     for begin in range(0, RESAMPLES, some := max(1, AT_ONCE // count)):
-        drawn = values[draws.integers(0, count, (min(some, RESAMPLES - begin), count))]
-        off, scatter = drawn.mean(1) - values.mean(), drawn.std(1, ddof=1) / count**0.5
-        far = np.where(off == 0, 0.0, np.copysign(np.inf, off))
-        found.append(np.divide(off, scatter, out=far, where=scatter > 1e-9 * error))
+        drawn = draws.integers(0, count, (min(some, RESAMPLES - begin), count))
+        mine, size = off[drawn], part[drawn]
+        total = size.mean(1)
+        middle = mine.mean(1) / total
+        rest = mine - middle[:, None] * size
+        scatter = np.sqrt(np.square(rest).sum(1) / (count * (count - 1))) / total
+        far = np.where(middle == 0, 0.0, np.copysign(np.inf, middle))
+        found.append(np.divide(middle, scatter, out=far, where=scatter > 1e-9 * error))
     return np.concatenate(found)

@@ -103,7 +103,12 @@ class Regret:
                 continue
             if not np.isnan(promised[place]):
                 self.tolerance = float(promised[place])
-            self.pending.append([float(regrets[place]), float(bounds[place])])
+            self.add([[float(regrets[place]), float(bounds[place])]])
+
+    def add(self, reruns: list[list[float]]) -> None:
+        """Take in re-runs: regret and bound of each."""
+        for one in reruns:
+            self.pending.append(one)
             self.reruns += 1
             if len(self.pending) == BATCH:
                 self._batch()
