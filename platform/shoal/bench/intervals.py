@@ -69,8 +69,7 @@ def difference(rng: Draws, units: int, lost: float, won: float, end: str) -> tup
     """Two models' scores of the same questions: one of the gate's one-sided 95 % bounds."""
     drawn = rng.random(units)
     found = paired((drawn > 1 - won).astype(float), (drawn < lost).astype(float), range(units))
-    low, high = (-math.inf, found.high) if end == "high" else (found.low, math.inf)
-    return (low, high) if units >= SIZES[0] else UNKNOWN, won - lost
+    return ((-math.inf, found.high) if end == "high" else (found.low, math.inf)), won - lost
 
 
 def losses(rng: Draws, units: int, rare: float) -> tuple[Interval, float]:

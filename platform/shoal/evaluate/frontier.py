@@ -199,7 +199,7 @@ def sentence(found: Mapping[str, Any]) -> list[str]:
             continue
         figures = (
             f"{mean[name]:.3f} and {mean['router']:.3f} nats a token, mean over the compared budgets; the difference is "
-            f"{row['gap']:.3f} (95 %: {between(ends, '.3f', found['groups'])})."
+            f"{row['gap']:.3f} (95 %: {between(ends, '.3f', found.get('groups'))})."
         )
         less = ends is not None and ends[1] < 0
         said.append(

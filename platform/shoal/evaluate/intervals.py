@@ -139,7 +139,8 @@ def quotient(above: Sequence[float] | np.ndarray, below: Sequence[float] | np.nd
     """Of a quotient of two sums over groups, such as bits over bytes. A group that holds nothing below is left out."""
     pairs = np.stack([np.asarray(above, dtype=float), np.asarray(below, dtype=float)], axis=1)
     pairs = pairs[pairs[:, 1] > 0]
-    return of_sums(pairs, lambda totals: totals[:, 0] / totals[:, 1], pairs[:, 1])
+    low, high = of_sums(pairs, lambda totals: totals[:, 0] / totals[:, 1], pairs[:, 1])
+    return max(low, 0.0) if np.isfinite(low) and pairs.min() >= 0 else low, high
 
 
 def of_sums(sums: np.ndarray, figure: Callable[[np.ndarray], np.ndarray], sizes: np.ndarray) -> Interval:
