@@ -79,7 +79,7 @@ def equivalent() -> dict[str, dict[str, str]]:
 def report(groups: dict[str, list[str]], most: int) -> None:
     """By module and together: how many changes of a sample are held, which is noticed or argued equivalent, and how many
     survived when they were tried at first, before the tests that they asked for."""
-    from shoal.evaluate.intervals import wilson  # what is tried is imported in processes of their own, not here
+    from shoal.evaluate.intervals import exact  # what is tried is imported in processes of their own, not here
 
     results, argued = Results(), equivalent()
     print(
@@ -109,7 +109,7 @@ def report(groups: dict[str, list[str]], most: int) -> None:
     tried = sums["tried"]
     if tried:
         for when, held in (("at first", tried - sums["first"]), ("now", sums["held"])):
-            low, high = wilson(held, tried)
+            low, high = exact(held, tried)
             print(f"{when}: {held} of {tried} held, {100 * held / tried:.1f} % ({100 * low:.1f} to {100 * high:.1f})")
         share, low, high = weighed(strata)
         of = f"{sum(count for count, _, _ in strata)} changes of modules that were tried, of {sums['changes']}"
@@ -120,11 +120,11 @@ def report(groups: dict[str, list[str]], most: int) -> None:
 
 def weighed(strata: Sequence[tuple[int, int, int]]) -> tuple[float, float, float]:
     """The share that is held of all changes, and its interval. `strata`: of each module its changes, how many were tried, and
-    held. Wilson's interval for as many tries as would be as sure in a plain sample (Kish): few, where of a large module few
+    held. The exact interval for as many tries as would be as sure in a plain sample (Kish): few, where of a large module few
     were tried."""
-    from shoal.evaluate.intervals import wilson
+    from shoal.evaluate.intervals import exact
 
     every = sum(count for count, _, _ in strata)
     share = sum(count * held / tried for count, tried, held in strata) / every
     tries = 1 / sum((count / every) ** 2 / tried for count, tried, _ in strata)
-    return share, *wilson(share * tries, tries)
+    return share, *exact(share * tries, tries)

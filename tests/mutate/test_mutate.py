@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from shoal.evaluate.intervals import exact
 from tests.mutate import processes, reached
 from tests.mutate.__main__ import UNSURE, named, noticing
 from tests.mutate.changes import changes
@@ -257,20 +258,20 @@ def test_what_fails_or_hangs_is_noticed_only_if_it_is_no_accident() -> None:
 def test_a_share_of_all_changes_is_weighed_by_modules_and_as_sure_as_its_least_sampled_large_one() -> None:
     share, low, high = weighed([(900, 10, 9), (100, 10, 5)])
     assert share == pytest.approx(0.86)
-    # Wilson, of 1 / (0.9 ** 2 / 10 + 0.1 ** 2 / 10) = 12.2 tries
-    n, z = 10 / 0.82, 1.959964
-    middle, half = 0.86 + z**2 / (2 * n), z * (0.86 * 0.14 / n + z**2 / (4 * n**2)) ** 0.5
-    assert (low, high) == pytest.approx(((middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)))
+    # exact, of 1 / (0.9 ** 2 / 10 + 0.1 ** 2 / 10) = 12.2 tries
+    assert (low, high) == pytest.approx(exact(0.86 * 10 / 0.82, 10 / 0.82))
 
 
 HELD = """
-from shoal.evaluate.intervals import wilson
+from shoal.evaluate.intervals import few
 def test_of_none(tmp_path):
     (tmp_path / "there").mkdir()
-    assert wilson(0, 0) == (0.0, 1.0)
+    assert few(3) == "too few: 3 groups, at least 5"
 """
 
-OTHER = "exact: tail = (1 - 0.95) / 2 -> tail = (1 + 0.95) / 2"
+OTHER = "student: return float(special.stdtrit(freedom, below)) -> return None"
+SEEN = ("few: return f'too few: {", "few: if groups < LEAST: -> if F", "few: if groups < LEAST: -> if groups >=")
+SEEN += ("few: if groups is None: -> if T", OTHER)
 
 
 @pytest.mark.drill
@@ -287,9 +288,7 @@ def test_a_change_is_put_in_place_after_its_tests_were_played_and_without_one_th
             some, there = list(items.values()), processes.functions([module])[module]
             found["here"] = processes.play(some)
             for name, change in [("none", None), *((each.name, each) for each in changes(tree))]:
-                if change is None or name.startswith(
-                    ("wilson: return (0.0, 1.0)", "wilson: if count <= 0: -> if F", OTHER)
-                ):
+                if change is None or name.startswith(SEEN):
                     changed = change and (module, tree, change)
                     found[name] = apart(lambda c=changed: processes.in_place(some, c, there), 60)["by"]
 

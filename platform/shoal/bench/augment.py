@@ -7,7 +7,7 @@ A model that a recipe made goes on learning, for as many updates each and from a
     taught      and from questions in wordings that are in no row and no suite, answered by a teacher over HTTP
 
 Each arm with each seed is a job in a process of its own, two at once. What is compared are the same answers of the suites, in
-pairs; an interval is of a bootstrap over seeds and groups of answers, as a recipe's report has it over groups. Of suites in
+pairs; an interval is over seeds and groups of answers (`evaluate.intervals.crossed`). Of suites in
 wordings that were learned from, all but those of the recipe's `headline`, the figures are told and nothing is claimed.
 """
 
@@ -30,7 +30,7 @@ from rich.table import Table
 from shoal.bench.turns import show
 from shoal.clients.teacher import Ask, NoTarget, answered
 from shoal.errors import DataError, UsageError
-from shoal.evaluate.intervals import LEVELS, RESAMPLES
+from shoal.evaluate.intervals import LEAST, UNKNOWN, Figure, between, crossed
 from shoal.machine import write_aside
 from shoal.recipes.named import named
 from shoal.recipes.recipe import SUITES, Messages, Recipe
@@ -57,7 +57,7 @@ class Job:
 
 
 def augment_bench(
-    console: Console, *, runs: Sequence[Path], teachers: Sequence[Path] = (), seeds: int = 3, steps: int = 150
+    console: Console, *, runs: Sequence[Path], teachers: Sequence[Path] = (), seeds: int = LEAST, steps: int = 150
 ) -> None:
     """Measure and print. `runs`: folders of recipes from nothing; `teachers`: model directories, of each run one [its own
     model in fp32]. Raises UsageError, and DataError for a folder that is no run of a recipe which can be augmented."""
@@ -195,32 +195,20 @@ def compared(
         found[suite] = {**counts, PLAIN: {"right": float(arms[PLAIN].mean())}}
         for arm in ARMS[1:]:
             added = arms[arm] - arms[PLAIN]
+            figure = Figure(
+                float(added.mean()), crossed(added, groups[suite]), added.size, min(len(seeds), counts["groups"])
+            )
             found[suite][arm] = {
-                "right": float(arms[arm].mean()), "added": float(added.mean()), "interval": bootstrapped(added, groups[suite]),
+                "right": float(arms[arm].mean()), "added": figure.value, "interval": figure.ends,
                 "each": [float(value) for value in added.mean(1)],
             }  # fmt: skip
             found[suite][arm]["shown"] = verdict(found[suite][arm]) if suite in claimed else NO_CLAIM
     return found
 
 
-def bootstrapped(added: np.ndarray, groups: Sequence[str]) -> tuple[float, float]:
-    """The 95 % interval of the mean of differences [seeds, answers], over seeds and the groups that the answers are of."""
-    places = {group: at for at, group in enumerate(dict.fromkeys(groups))}
-    sums, sizes = np.zeros((len(places), len(added))), np.zeros(len(places))
-    for group, differences in zip(groups, added.T, strict=True):
-        sums[places[group]] += differences
-        sizes[places[group]] += 1
-    draws, means = np.random.default_rng(0), []
-    for _ in range(RESAMPLES):
-        seeds, some = draws.integers(0, len(added), len(added)), draws.integers(0, len(places), len(places))
-        means.append(sums[some][:, seeds].sum() / (sizes[some].sum() * len(seeds)))
-    low, high = np.percentile(means, LEVELS)
-    return float(low), float(high)
-
-
 def verdict(told: dict[str, Any]) -> str:
     """What may be claimed of an arm."""
-    low, high = told["interval"]
+    low, high = told["interval"] or UNKNOWN
     return "adds" if low > 0 else "takes away" if high < 0 else "not shown"
 
 
@@ -230,13 +218,13 @@ def _table(recipe: Recipe, told: dict[str, dict[str, Any]]) -> Table:
         table.add_row(suite, PLAIN, f"{arms[PLAIN]['right']:.1%}", "", "", "")
         for arm in ARMS[1:]:
             one = arms[arm]
-            low, high = (100 * end for end in one["interval"])
+            ends = one["interval"] and [100 * end for end in one["interval"]]
             each = ", ".join(f"{100 * value:+.1f}" for value in one["each"])
             table.add_row(
                 "",
                 arm,
                 f"{one['right']:.1%}",
-                f"{100 * one['added']:+.1f} ({low:+.1f} to {high:+.1f})",
+                f"{100 * one['added']:+.1f} ({between(ends, '+.1f')})",
                 each,
                 one["shown"],
             )

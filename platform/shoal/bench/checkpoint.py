@@ -28,7 +28,7 @@ from rich.table import Table
 from shoal import presets
 from shoal.bench.train import corpus, one_update, prepared
 from shoal.bench.turns import show
-from shoal.evaluate.intervals import LEVELS, RESAMPLES
+from shoal.evaluate import intervals
 from shoal.machine import cores
 from shoal.train.checkpoint import CheckpointStore, Saved
 from shoal.train.parallel import Ranks
@@ -69,13 +69,12 @@ def checkpoint(
         title=f"{preset}, {plan.train.batch_tokens} tokens an update, {torch.get_num_threads()} threads, a checkpoint every "
         f"{every:g} s",
     )  # fmt: skip
-    low, high = found["slowed_interval"]
     table.add_row(
         f"{found['bytes'] / 2**20:.1f}",
         f"{found['updates']}",
         *(f"{found[name]:.2f}" for name in ("without_s", "with_s", "stalled_s", "took_s", "busy_s")),
         f"{found['slowed']:.2%}",
-        f"{low:.2%} to {high:.2%}",
+        intervals.between(found["slowed_interval"], ".2%", found["rounds"]),
     )
     table.caption = (
         f"{found['rounds']} pairs, of {found['wanted']} that the spread asks for; the loop lets checkpoints lie "
@@ -134,7 +133,7 @@ class _Turns:
             "took_s": median(one.took for one in saved),
             "busy_s": median(one.busy for one in saved),
             "slowed": median(slowed),
-            "slowed_interval": _interval(slowed),
+            "slowed_interval": intervals.Figure(0.0, intervals.median(slowed), len(slowed), len(slowed)).ends,
             "apart_s": max(self._every, cost / SHARE),
         }
 
@@ -162,12 +161,3 @@ class _Turns:
         if saved is None:
             saved = self._store.publish(self._ranks)
         return time.perf_counter() - start, saved
-
-
-def _interval(values: list[float]) -> list[float]:
-    """95 % of the median, by resampling."""
-    draw = torch.Generator().manual_seed(0)
-    picked = torch.tensor(values)[torch.randint(len(values), (RESAMPLES, len(values)), generator=draw)]
-    levels = torch.tensor([level / 100 for level in LEVELS])
-    ends: list[float] = torch.quantile(picked.quantile(0.5, dim=1), levels).tolist()
-    return ends

@@ -255,7 +255,7 @@ class Trial:
             share = of_mean([depth / model.config.layers for depth in depths], list(range(half)))
             fixed = [e for e, gap in zip(model.config.exits, full.mean(0).tolist(), strict=True) if gap <= GAP]
             found[name] = {
-                "depth": share.value, "depth, low": share.interval[0], "depth, high": share.interval[1],
+                "depth": share.value, "depth interval": share.ends,
                 "nats lost": float(full[torch.arange(half), places].mean()),
                 "best fixed exit": fixed[0] / model.config.layers,
             }  # fmt: skip

@@ -19,14 +19,14 @@ from rich.table import Table
 from torch import Tensor
 
 from shoal.bench import peers
-from shoal.bench.quant import between
+from shoal.bench.quant import behind
 from shoal.bench.turns import show
 from shoal.config import FULL
 from shoal.data.shards import token_bytes
 from shoal.engine.engine import Engine
 from shoal.engine.events import Request, Sampling
 from shoal.errors import UsageError
-from shoal.evaluate.intervals import of_mean, of_quotient
+from shoal.evaluate.intervals import of_part, of_quotient
 from shoal.evaluate.texts import TextRows
 from shoal.inputs.chat import encode_chat
 from shoal.model.model import Model
@@ -188,7 +188,7 @@ def table_of(
             first, their = nats, likeliest
         bits = of_quotient(sums(nats / math.log(2)), sums(n_bytes), len(nats))
         rise = of_quotient(sums(nats), sums(first), len(nats))
-        same = of_mean((likeliest == their).astype(float).tolist(), groups.tolist())
+        same = of_part(sums((likeliest == their).astype(float)), sums(np.ones(len(their))))
         kl = (
             float(np.mean(np.concatenate([said.kl for said in each if said.kl is not None])))
             if each[0].kl is not None
@@ -196,8 +196,8 @@ def table_of(
         )
         low, high = (end - 1 for end in rise.interval)
         table.add_row(
-            who, depth, f"{bits.value:.4f}{between(bits.ends, '.3f')}",
-            f"{rise.value - 1:+.2%}{between([low, high] if math.isfinite(low + high) else None, '+.2%')}",
+            who, depth, f"{bits.value:.4f}{behind(bits.ends, '.3f')}",
+            f"{rise.value - 1:+.2%}{behind([low, high] if math.isfinite(low + high) else None, '+.2%')}",
             "" if kl is None else f"{kl:.4f}", f"{same.value:.1%}",
         )  # fmt: skip
         told.append(

@@ -21,6 +21,7 @@ from shoal.errors import ShoalError, UsageError
 from shoal.evaluate.answering import decode_speed, generate
 from shoal.evaluate.evaluation import TASKS, Sizes, heldout_questions, leave_a_core
 from shoal.evaluate.int8_cost import AGREEMENT, int8_cost
+from shoal.evaluate.intervals import between
 from shoal.evaluate.measures import bleu
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model import files
@@ -64,16 +65,16 @@ def quant(console: Console, *, preset: str, tokens: int, rounds: int, pairs: lis
     for row in found:
         name, scores = row["models"][1], [bleu["score"] for bleu in row["bleu"]]
         lost = f"{scores[1] / scores[0]:.1%}" if scores[0] else "-"
-        cells = (f"{bleu['score']:.2f}{between(bleu['interval'], '.2f')}" for bleu in row["bleu"])
+        cells = (f"{bleu['score']:.2f}{behind(bleu['interval'], '.2f')}" for bleu in row["bleu"])
         asked = f"{row['bleu'][0]['questions']} functions"
         table.add_row(f"BLEU (0-100), {asked}, {name}", ARTICLE["bleu"], *cells, lost, "99 %")
         for cost in row["bpb"]:
-            low, rise = f"{cost['int8']:.4f}", f"{cost['int8_rise']:+.2%}{between(cost['int8_rise_interval'], '+.2%')}"
+            low, rise = f"{cost['int8']:.4f}", f"{cost['int8_rise']:+.2%}{behind(cost['int8_rise_interval'], '+.2%')}"
             rise += f" (rounding alone {cost['rounded_rise']:+.2%})"
             table.add_row(
                 f"bpb {cost['modality']}, {name}", "", f"{cost['fp32']:.4f}", low, rise, "+0.5 %, at most that"
             )
-            said = f"{cost['int8_agreement']:.1%}{between(cost['int8_agreement_interval'], '.1%')}"
+            said = f"{cost['int8_agreement']:.1%}{behind(cost['int8_agreement_interval'], '.1%')}"
             alone = f"rounding alone {cost['rounded_agreement']:.1%}"
             table.add_row(f"same token as FP32, {cost['places']:,} places", "", "", said, alone, f"{AGREEMENT:.0%}")
     for row, goal in zip(speed, ("3x", "4x"), strict=True):
@@ -86,9 +87,9 @@ def quant(console: Console, *, preset: str, tokens: int, rounds: int, pairs: lis
     show(console, [table], {**told, "quality": found, "speed": speed, "size": size})
 
 
-def between(interval: list[float] | None, form: str) -> str:
+def behind(interval: list[float] | None, form: str) -> str:
     """A 95 % interval as it stands behind its value."""
-    return f" [{interval[0]:{form}} to {interval[1]:{form}}]" if interval else ""
+    return f" [{between(interval, form)}]"
 
 
 def parse_pair(text: str) -> Pair:

@@ -28,8 +28,8 @@ from torch import Tensor
 from shoal.bench.route_tasks import FAMILIES, LEVELS, prompts
 from shoal.bench.route_train import ROWS, Length, trained
 from shoal.bench.turns import show
-from shoal.evaluate.frontier import BUDGETS, POLICIES, TWICE, frontier, looked_twice
-from shoal.evaluate.intervals import of_share
+from shoal.evaluate.frontier import BUDGETS, POLICIES, TWICE, ends_of, frontier, looked_twice
+from shoal.evaluate.intervals import between, of_share
 from shoal.evaluate.prompts import Prompts
 from shoal.evaluate.tolerance import lost
 from shoal.model.net import Net
@@ -176,7 +176,7 @@ def _chosen(some: Measured, of: Tensor) -> Measured:
 
 def _share(hits: Tensor) -> dict[str, Any]:
     figure = of_share(hits.tolist(), list(range(len(hits))))
-    return {"share": figure.value, "interval": list(figure.interval), "prompts": figure.rows}
+    return {"share": figure.value, "interval": figure.ends, "prompts": figure.rows}
 
 
 def _matches(runs: Sequence[Mapping[str, Any]], title: str) -> Table:
@@ -203,7 +203,7 @@ def _beside(runs: Sequence[Mapping[str, Any]]) -> Table:
                 apart = [some["behind"][name] for some in of if name in some["behind"]]  # the router has none
                 cells += [
                     f"{mean(some['mean'][name] for some in of):.3f}",
-                    "\n".join(f"{row['gap']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for row in apart),
+                    "\n".join(f"{row['gap']:.3f} ({between(ends_of(row), '.3f')})" for row in apart),
                 ]
             table.add_row(family, name, *cells)
         table.add_section()
@@ -216,12 +216,11 @@ def _calibration(runs: Sequence[Mapping[str, Any]]) -> Table:
     table = Table("seed", "prompts", "share of the layers", "loss (95 %)", "above (95 %)", title=title, box=SIMPLE_HEAD)
     for run in runs:
         row = run["calibration"]["all together"]
-        (low, high), (least, most) = row["loss_interval"], row["above_interval"]
         table.add_row(
             str(run["seed"]),
             str(row["prompts"]),
             f"{row['depth_share']:.2f}",
-            f"{row['loss']:.3f} ({low:.3f} to {high:.3f})",
-            f"{row['above']:.1%} ({least:.1%} to {most:.1%})",
+            f"{row['loss']:.3f} ({between(row['loss_interval'], '.3f', row['groups'])})",
+            f"{row['above']:.1%} ({between(row['above_interval'], '.1%', row['groups'])})",
         )
     return table

@@ -32,6 +32,8 @@ from rich.table import Table
 from shoal.bench.route_tasks import NAMES, WORDS, Asked, assigned
 from shoal.bench.route_train import ROWS, Length, trained
 from shoal.bench.turns import show
+from shoal.evaluate.frontier import ends_of
+from shoal.evaluate.intervals import between
 from shoal.evaluate.prompts import Heldout, Prompts, measured
 from shoal.evaluate.second_look import fitted, paid
 from shoal.inputs.chat import Encoded
@@ -117,7 +119,7 @@ def measure(net: Net, seed: int, fit: int, test: int, control: bool) -> dict[str
     if later is None:  # one look does as well at every tolerance
         return found
     table = later.calibration
-    found |= {"used": table.report["paid_high"] < 0, "offset": table.offset, "fit": table.report}
+    found |= {"used": table.report.get("paid_high", 0.0) < 0, "offset": table.offset, "fit": table.report}
     return found | {"paid": paid(net.config, router, later, new)}
 
 
@@ -150,7 +152,7 @@ def _paid(runs: Sequence[Mapping[str, Any]]) -> Table:
                 str(run["seed"]),
                 name,
                 "used" if run[name]["used"] else "not used",
-                "-" if found is None else f"{found['gap']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})",
+                "-" if found is None else f"{found['gap']:+.4f} ({between(ends_of(found), '+.4f')})",
                 *(
                     f"{at[t]['flops_share']:.2f}: {at[t]['twice']:.3f}, {at[t]['once']:.3f}" if t in at else "-"
                     for t in TOLERANCES[::3]

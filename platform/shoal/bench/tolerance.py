@@ -22,6 +22,7 @@ from shoal.engine.events import Completion, Request, Sampling
 from shoal.engine.front import settle
 from shoal.errors import UsageError
 from shoal.evaluate.evaluation import MOST_TOKENS, TASKS, Quality, Sizes, heldout_questions, leave_a_core, score
+from shoal.evaluate.intervals import between
 from shoal.evaluate.measures import Answer
 from shoal.model.model import Model
 
@@ -205,4 +206,4 @@ def _spread(row: dict[str, Any], full: dict[str, Any], tasks: list[str]) -> tupl
 
 def _score(row: dict[str, Any], task: str) -> str:
     value, ends = row["scores"][task], row["intervals"][task]
-    return f"{value:.3g}" if ends is None else f"{value:.3g} ({ends[0]:.3g} to {ends[1]:.3g})"
+    return f"{value:.3g} ({between(ends, '.3g')})"

@@ -6,30 +6,31 @@ prompts as long, `domain` that of prompts of the same task, `random` that of all
 the truth, which nobody has. What is billed is what the engine runs of a prompt with its answer: the head for the answer's
 tokens alone, and the router's look once. At a budget a policy mixes the two prices on either side of it. So what it costs is
 looked at, and never what it loses: a policy of many points of which the luckiest counted would seem better than one of few that
-knows as much. Each prompt counts once. Intervals are of a bootstrap over the documents and conversations that the prompts are
-of; of two policies that are compared, the interval is of their difference on the same resamples.
+knows as much. Each prompt counts once. Intervals are over the documents and conversations that the prompts are of
+(`evaluate.intervals`), by what a policy loses without each; of two policies that are compared, of their difference.
 
-Letters: M prompts, A early exits, E = A + 1 exits, n points of a curve, R resamples.
+Letters: M prompts, A early exits, E = A + 1 exits, n points of a curve, G groups.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from shoal.config import ModelConfig
+from shoal.evaluate.intervals import between, jackknifed
 from shoal.evaluate.prompts import Prompts
 from shoal.model import cost
 from shoal.model.router import Router
 
 BINS = 6  # of prompt lengths, equally full
 BUDGETS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the FLOPs of full depth at which policies are compared
-RESAMPLES = 500
-INTERVAL = (0.025, 0.975)
 PRICES = (0.0, *(1e-3 * 1.35**power for power in range(36)))  # nats for all layers
 POLICIES = ("router", "length", "domain", "random", "oracle")
 TWICE = "second look"
@@ -43,7 +44,6 @@ def frontier(
     *,
     lost: Tensor | None = None,
     looks: Sequence[Tensor] = (),
-    seed: int = 0,
 ) -> dict[str, Any]:
     """For the report. ``fixed``: each exit by name with its `flops_share` and `gap`. ``curves``: policy -> points of a curve.
     ``at``: policy -> for each of `BUDGETS` its gap and the 95 % interval of it, nats a token. ``behind``: of each policy but
@@ -66,25 +66,25 @@ def frontier(
         "random": fit.gaps.mean(0).expand(len(test.gaps), -1),
         "oracle": test.gaps,
     }
-    weights = resampled(test.groups, torch.Generator().manual_seed(seed))
-    weights = torch.cat([torch.full((1, len(truth)), 1 / len(truth)), weights])  # the prompts as they are come first
+    sizes = test.groups.unique(return_counts=True)[1]
     curves: dict[str, list[dict[str, float]]] = {}
-    at: dict[str, list[dict[str, float]]] = {}
-    means: dict[str, Tensor] = {}  # of the budgets, [1 + R]
+    at: dict[str, list[dict[str, float | None]]] = {}
+    means: dict[str, Tensor] = {}  # of the budgets, [1 + G]
     for name in (*POLICIES, *((TWICE,) if looks else ())):
         picks = list(looks) if name == TWICE else _picks(beliefs[name], layers(config))
         # what each prompt costs and loses at each point of the curve, [M, n], dearest first
         costs = torch.stack([(pick * shares).sum(-1) for pick in picks], dim=1)
         costs += look[:, None] * {"router": 1.0, TWICE: 2.0}.get(name, 0.0)
         gaps = torch.stack([(pick * truth).sum(-1) for pick in picks], dim=1)
-        points = zip((weights[0] @ costs).tolist(), (weights[0] @ gaps).tolist(), strict=True)
+        costs, gaps = (left_out(each, test.groups) for each in (costs, gaps))
+        points = zip(costs[0].tolist(), gaps[0].tolist(), strict=True)
         curves[name] = [{"flops_share": c, "gap": g} for c, g in sorted(set(points))]
-        found = [at_cost(budget, weights @ costs, weights @ gaps) for budget in BUDGETS]
-        at[name] = [{"flops_share": budget, **figure(some)} for budget, some in zip(BUDGETS, found, strict=True)]
+        found = [at_cost(budget, costs, gaps) for budget in BUDGETS]
+        at[name] = [{"flops_share": budget, **figure(some, sizes)} for budget, some in zip(BUDGETS, found, strict=True)]
         means[name] = torch.stack(found).mean(0)
     rows = zip(config.exit_names, shares.mean(0).tolist(), truth.mean(0).tolist(), strict=True)
     fixed = [{"exit": exit_name, "flops_share": share, "gap": gap} for exit_name, share, gap in rows]
-    behind = {name: figure(some - means["router"]) for name, some in means.items() if name != "router"}
+    behind = {name: figure(some - means["router"], sizes) for name, some in means.items() if name != "router"}
     return {
         "prompts": len(truth),
         "groups": len(test.groups.unique()),
@@ -113,18 +113,28 @@ def layers(config: ModelConfig) -> Tensor:
     return torch.tensor(config.exits) / config.layers
 
 
-def figure(found: Tensor) -> dict[str, float]:
-    """Of the prompts as they are, and of their resamples, [1 + R]: the gap, and the interval of it."""
-    low, high = torch.quantile(found[1:], torch.tensor(INTERVAL)).tolist()
-    return {"gap": float(found[0]), "low": low, "high": high}
+def figure(found: Tensor, sizes: Tensor) -> dict[str, float | None]:
+    """Of all prompts, and without each group, [1 + G]: the gap, and the interval of it, None where there is none; groups of
+    `sizes` [G]."""
+    value, *without = found.double().tolist()
+    low, high = jackknifed(value, np.array(without), sizes.double().numpy())
+    known = math.isfinite(low) and math.isfinite(high)
+    return {"gap": value, "low": low if known else None, "high": high if known else None}
 
 
-def resampled(groups: Tensor, draws: torch.Generator) -> Tensor:
-    """Weights [R, M] of the prompts in resamples of their groups [M]; those of a resample sum to 1."""
-    kinds, of = groups.unique(return_inverse=True)
-    drawn = torch.randint(len(kinds), (RESAMPLES, len(kinds)), generator=draws)
-    weights = torch.zeros(RESAMPLES, len(kinds)).scatter_add_(1, drawn, torch.ones(drawn.shape))[:, of]
-    return weights / weights.sum(1, keepdim=True)
+def ends_of(row: Mapping[str, float | None]) -> tuple[float, float] | None:
+    """The interval of a `figure`."""
+    low, high = row["low"], row["high"]
+    return None if low is None or high is None else (low, high)
+
+
+def left_out(values: Tensor, groups: Tensor) -> Tensor:
+    """The mean of values [M, ...], of all of them and without each of their groups [M]: [1 + G, ...] in fp64."""
+    kinds, of, sizes = groups.unique(return_inverse=True, return_counts=True)
+    exact = values.double()
+    sums = exact.new_zeros(len(kinds), *values.shape[1:]).index_add_(0, of, exact)
+    rest = (len(values) - sizes).clamp(min=1).reshape(-1, *[1] * (values.dim() - 1))
+    return torch.cat([exact.mean(0, keepdim=True), (exact.sum(0) - sums) / rest])
 
 
 def _picks(belief: Tensor, shares: Tensor) -> list[Tensor]:
@@ -184,13 +194,14 @@ def sentence(found: Mapping[str, Any]) -> list[str]:
     said = []
     for name in ("length", "domain"):
         row = found["behind"][name]
-        if row["low"] > 0:
+        ends = ends_of(row)
+        if ends and ends[0] > 0:
             continue
         figures = (
             f"{mean[name]:.3f} and {mean['router']:.3f} nats a token, mean over the compared budgets; the difference is "
-            f"{row['gap']:.3f} (95 %: {row['low']:.3f} to {row['high']:.3f})."
+            f"{row['gap']:.3f} (95 %: {between(ends, '.3f', found.get('groups'))})."
         )
-        less = row["high"] < 0
+        less = ends is not None and ends[1] < 0
         said.append(
             f"Routing by {name} alone loses less than the router does: {figures}"
             if less

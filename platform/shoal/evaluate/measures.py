@@ -24,7 +24,7 @@ from sacrebleu.metrics.bleu import BLEU
 
 from shoal.data.batches import Batch, heldout_batches, heldout_groups
 from shoal.data.chats.heldout import Question
-from shoal.evaluate.intervals import Figure, of_quotient, of_share, resampled
+from shoal.evaluate.intervals import UNKNOWN, Figure, of_part, of_quotient, of_share, of_sums
 from shoal.model.net import Net, unit_pixels
 from shoal.train.loss import patch_targets
 
@@ -153,7 +153,7 @@ def beside(nets: Sequence[Net], rows: Iterable[tuple[Batch, np.ndarray]], length
         rise = of_quotient(bits, each[0], sums.places)
         low, high = rise.interval
         rise = replace(rise, value=rise.value - 1, interval=(low - 1, high - 1))
-        found.append(Beside(of_quotient(bits, n_bytes, sums.places), rise, of_quotient(agreed, places, sums.places)))
+        found.append(Beside(of_quotient(bits, n_bytes, sums.places), rise, of_part(agreed, places)))
     return found
 
 
@@ -221,7 +221,8 @@ def bleu(texts: Sequence[str], asked: Sequence[Question]) -> tuple[Figure, str]:
             [BLEU.compute_bleu(c, t, int(sys), int(ref), smooth_method="exp").score for c, t, sys, ref in rows]
         )
 
-    interval = resampled(np.stack(list(sums.values())), scores) if sums else (-math.inf, math.inf)
+    each_group = np.stack(list(sums.values())) if sums else np.zeros((0, 1))
+    interval = of_sums(each_group, scores, each_group[:, -1]) if sums else UNKNOWN
     return Figure(score, interval, len(asked), len(sums)), str(metric.get_signature())
 
 

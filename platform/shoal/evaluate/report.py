@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shoal.evaluate.intervals import few
 from shoal.machine import write_aside
 from shoal.page import Chart, Point, chart, number, write
 from shoal.progress import duration
@@ -41,6 +42,7 @@ def render(report: Mapping[str, Any], out_html: Path) -> None:
         depth_charts=depth_charts(depth.get("rows", ())),
         frontier_chart=frontier_chart(report.get("frontier") or {}),
         sources=source_rows(report.get("corpus") or {}),
+        few=few,
     )
 
 
@@ -141,7 +143,7 @@ def frontier_chart(found: Mapping[str, Any]) -> Chart | None:
         inner = drawn[1:-1] if name != "random" else []  # the line between the fixed exits needs no name
         if inner:  # the labels of curves that lie close together stand at different places
             names[inner[(place + 1) * len(inner) // (len(found["curves"]) + 1)]] = name
-    for row in found["at"]["router"]:
+    for row in found["at"]["router"] if found["at"]["router"][0]["low"] is not None else []:
         curves[f"95 % at {row['flops_share']}"] = ("faint", [(row["flops_share"], row[end]) for end in ("low", "high")])
     return chart(
         "gap, nats a token above full depth \N{DOWNWARDS ARROW}", "share of the FLOPs at full depth", curves, names

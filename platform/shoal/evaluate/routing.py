@@ -16,6 +16,7 @@ from shoal.data.models import changed, here, need_replaceable
 from shoal.data.sources.s3 import is_remote
 from shoal.errors import DataError
 from shoal.evaluate import pieces, second_look
+from shoal.evaluate.intervals import between
 from shoal.evaluate.pieces import Models, Piece, Run, wherever
 from shoal.evaluate.prompts import (
     ByTask,
@@ -70,10 +71,11 @@ def finish(
         f"conversations in {heldout}, on which it was not fitted"
     )
     if "later_regret" in report:
+        paid = [report[f"later_paid_{end}"] for end in ("low", "high") if f"later_paid_{end}" in report] or None
         say(
             f"it looks again after {second_look.AFTER} tokens of an answer: beside one look at the same cost it loses "
-            f"{report['later_paid_gap']:+.4f} nats a token (95 %: {report['later_paid_low']:+.4f} to "
-            f"{report['later_paid_high']:+.4f}); within {report['later_tolerance']:g} it runs "
+            f"{report['later_paid_gap']:+.4f} nats a token "
+            f"({between(paid, '+.4f')}); within {report['later_tolerance']:g} it runs "
             f"{report['later_depth_share']:.0%} of the layers and loses {report['later_regret']:.3f}"
         )
     return report

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from shoal.config import ModelConfig
-from shoal.evaluate.frontier import at_cost, figure, flops, resampled, routing
+from shoal.evaluate.frontier import at_cost, figure, flops, left_out, routing
 from shoal.evaluate.prompts import Prompts
 from shoal.model import cost
 from shoal.model.router import (
@@ -51,7 +51,7 @@ def fit(
     if later is None:
         return None, {}
     report = later.calibration.report
-    return (later if report["paid_high"] < 0 else None), report
+    return (later if report.get("paid_high", 0.0) < 0 else None), report
 
 
 def fitted(config: ModelConfig, router: Router, prompts: Prompts, *, seed: int = 0) -> Router | None:
@@ -77,8 +77,7 @@ def fitted(config: ModelConfig, router: Router, prompts: Prompts, *, seed: int =
         return promised(torch.stack(lost).clamp(min=0), worst, groups)
 
     found = thresholds({*(looks.first.flatten() - table.offset).tolist(), *looks.second.flatten().tolist()}, regrets)
-    even = torch.full((1, len(looks.first)), 1 / len(looks.first))
-    _, at = _beside(looks, [bound for _, bound in found], table.offset, even)
+    _, at = _beside(looks, [bound for _, bound in found], table.offset)
     table.thresholds = [kept for kept, row in zip(found, at, strict=True) if row["twice"] < row["once"]]
     if not table.thresholds:
         return None
@@ -92,7 +91,7 @@ def fitted(config: ModelConfig, router: Router, prompts: Prompts, *, seed: int =
         "depth_share": float(share.mean()),
         "regret": float(lost.mean()),
         "violations": float((lost > table.default_tolerance).float().mean()),
-        **{f"paid_{name}": worth[name] for name in ("gap", "low", "high")},
+        **{f"paid_{name}": worth[name] for name in ("gap", "low", "high") if worth[name] is not None},
     }
     for tolerance in TOLERANCES:
         share, lost = routed(config, router, test, tolerance, later=later)
@@ -135,18 +134,20 @@ def routed(
     return share, losses(prompts)[torch.arange(len(share)), picked[0], picked[1]]
 
 
-def paid(config: ModelConfig, router: Router, later: Router, test: Prompts, *, seed: int = 0) -> dict[str, Any]:
+def paid(config: ModelConfig, router: Router, later: Router, test: Prompts) -> dict[str, Any]:
     """What looking twice loses less one look at the same mean cost, all prices paid, at each tolerance that `later` has a bound
-    for: nats a token, mean over them (``gap``), its 95 % interval over groups (``low``, ``high``), and by tolerance (``at``)
+    for: nats a token, mean over them (``gap``), its 95 % interval over groups (``low``, ``high``; None where
+    there is none), and by tolerance (``at``)
     the share of the FLOPs of full depth and the loss of both. Below 0 where it pays. One look mixes the two bounds on either
     side of that cost."""
     looks = _Looks.of(config, router, later, test)
-    weights = resampled(test.groups, torch.Generator().manual_seed(seed))
-    weights = torch.cat([torch.full((1, len(test.groups)), 1 / len(test.groups)), weights])
     bounds = [bound for _, bound in later.calibration.thresholds]
-    less, at = _beside(looks, bounds, later.calibration.offset, weights)
+    less, at = _beside(looks, bounds, later.calibration.offset, test.groups)
     told = zip(later.calibration.thresholds, at, strict=True)
-    return {**figure(less), "at": [{"tolerance": tolerance, **row} for (tolerance, _), row in told]}
+    return {
+        **figure(less, test.groups.unique(return_counts=True)[1]),
+        "at": [{"tolerance": tolerance, **row} for (tolerance, _), row in told],
+    }
 
 
 def prices(config: ModelConfig, prompts: Prompts, reads: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
@@ -231,19 +232,23 @@ def _within(quantiles: Tensor, bound: float) -> Tensor:
 
 
 def _beside(
-    looks: _Looks, bounds: list[float], offset: float, weights: Tensor
+    looks: _Looks, bounds: list[float], offset: float, groups: Tensor | None = None
 ) -> tuple[Tensor, list[dict[str, float]]]:
-    """Loss of two looks at `bounds` less that of one look at the same cost, mean over them, [1 + R] by `weights` of the
-    prompts, those as they are first; and of these by bound cost and both losses."""
+    """Loss of two looks at `bounds` less that of one look at the same cost, mean over them, of all prompts, and with
+    their `groups` also without each, [1 + G]; and of all by bound cost and both losses."""
+
+    def means(values: Tensor) -> Tensor:
+        return values.double().mean(0, keepdim=True) if groups is None else left_out(values, groups)
+
     curve = torch.quantile(looks.first.flatten(), torch.linspace(0, 1, POINTS)).tolist()
     picks = [_within(looks.first, bound) for bound in (-torch.inf, *curve)]  # dearest first
     at = torch.arange(len(looks.first))
-    costs = weights @ torch.stack([looks.once[at, pick] for pick in picks], dim=1)
-    gaps = weights @ torch.stack([looks.losses[at, pick, pick] for pick in picks], dim=1)
-    total, told = torch.zeros(len(weights)), []
+    costs = means(torch.stack([looks.once[at, pick] for pick in picks], dim=1))
+    gaps = means(torch.stack([looks.losses[at, pick, pick] for pick in picks], dim=1))
+    total, told = torch.zeros(len(costs), dtype=torch.float64), []
     for bound in bounds:
         first, second = looks.twice(bound, offset)
-        spent, lost = weights @ looks.cost(first, second), weights @ looks.lost(first, second)
+        spent, lost = means(looks.cost(first, second)), means(looks.lost(first, second))
         one = at_cost(spent, costs, gaps)
         total += (lost - one) / len(bounds)
         told.append({"flops_share": float(spent[0]), "twice": float(lost[0]), "once": float(one[0])})
@@ -253,5 +258,4 @@ def _beside(
 def _offset(looks: _Looks) -> float:
     """That of `OFFSETS` with which two looks lose least beside one, over bounds as they come."""
     bounds = torch.quantile(looks.second.flatten(), torch.linspace(0, 1, 12)).tolist()
-    weights = torch.full((1, len(looks.first)), 1 / len(looks.first))
-    return min(OFFSETS, key=lambda offset: float(_beside(looks, bounds, offset, weights)[0][0]))
+    return min(OFFSETS, key=lambda offset: float(_beside(looks, bounds, offset)[0][0]))

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shoal.evaluate import int8_cost
+from shoal.evaluate.intervals import few
 
 
 def print_tables(report: dict[str, Any], console: Console) -> None:
@@ -49,8 +50,12 @@ def print_tables(report: dict[str, Any], console: Console) -> None:
 
 
 def _with_interval(row: dict[str, Any], label: str) -> str:
-    value, ends = _number(row["values"][label], row["unit"]), row.get("intervals", {}).get(label)
-    return f"{value} [{_number(ends[0], row['unit'])} to {_number(ends[1], row['unit'])}]" if ends else value
+    value, intervals = _number(row["values"][label], row["unit"]), row.get("intervals", {})
+    if label not in intervals:
+        return value
+    ends = intervals[label]
+    said = " to ".join(_number(end, row["unit"]) for end in ends) if ends else few(row["groups"])
+    return f"{value} [{said}]"
 
 
 def _number(value: float, unit: str) -> str:

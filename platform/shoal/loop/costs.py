@@ -11,6 +11,7 @@ does, on the same questions (decision 0066).
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,12 +26,12 @@ from shoal.data.chats.heldout import Question
 from shoal.engine.engine import Engine
 from shoal.engine.events import Request, Sampling
 from shoal.errors import EngineDeadError
-from shoal.evaluate.intervals import Figure, Z, of_mean
+from shoal.evaluate.intervals import Figure, median, of_bounded, of_mean
 from shoal.evaluate.prompts import Heldout, measured
 from shoal.evaluate.second_look import routed
 from shoal.inputs.chat import Encoded
 from shoal.loop.margins import of_ratio
-from shoal.loop.paired import FAIL, INCONCLUSIVE, PASS, SKIPPED, Check, student
+from shoal.loop.paired import FAIL, INCONCLUSIVE, PASS, SKIPPED, Check
 from shoal.model.model import Model
 from shoal.model.router import Calibration
 
@@ -84,9 +85,9 @@ def _layers(mine: _Routed, its: _Routed, exits: Sequence[int], limit: float, pro
     """Whether a candidate runs at most a tenth more layers than the stable version; or, beside one that is shown to lose more
     than it `promised`, whether it keeps the promise of `limit` and runs at most a tenth more than the shallowest of the `exits`
     at which the stable version would have kept its own. Also that exit, or "auto" where the router is what it was held to."""
-    share, count = _mean(mine.share, mine.groups), len(mine.share)
+    share, count = of_bounded(mine.share, mine.groups, 1.0), len(mine.share)
     its_share = sum(its.share) / count
-    ratio, before = share.value / its_share, _mean(its.lost, its.groups)
+    ratio, before = share.value / its_share, its.loss()
     told = f"{share.value:.0%} of the layers, {ratio:.2f} times the stable version's, at most {MOST_MORE:.2f}"
     as_now = Check(LAYERS, PASS if ratio <= MOST_MORE else FAIL, told, ratio, limit=MOST_MORE, items=count)
     as_now = replace(as_now, used=of_ratio(ratio, MOST_MORE))
@@ -100,7 +101,9 @@ def _layers(mine: _Routed, its: _Routed, exits: Sequence[int], limit: float, pro
         return as_now, AUTO
     may, sure = _shallowest(its, exits, promised)
     most = [min(MOST_MORE * max(depth / exits[-1], its_share), 1.0) for depth in (may, sure)]
-    beside, lost = [kept(share.value, share.interval[1], each) for each in most], _mean(mine.lost, mine.groups)
+    # shown to run less than all layers, where all are allowed
+    limits = [min(each, math.nextafter(1.0, 0.0)) for each in most]
+    beside, lost = [kept(share.value, share.interval[1], each) for each in limits], mine.loss()
     status = PASS if beside[0] == PASS else FAIL if beside[1] == FAIL else INCONCLUSIVE
     keeps = kept(lost.value, lost.interval[1], limit)
     status = min(status, keeps, key=(FAIL, INCONCLUSIVE, PASS).index)
@@ -121,7 +124,9 @@ def _layers(mine: _Routed, its: _Routed, exits: Sequence[int], limit: float, pro
 def _shallowest(its: _Routed, exits: Sequence[int], promised: float) -> tuple[int, int]:
     """The shallowest fixed depth that is not shown to lose more than what is `promised`, and the shallowest that is shown not
     to: 95 %, on the same questions. Full depth loses nothing."""
-    found = [_mean([row[place] for row in its.gaps], its.groups).interval for place in range(len(exits))]
+    found = [
+        of_bounded([row[place] for row in its.gaps], its.groups, its.worst).interval for place in range(len(exits))
+    ]
     may = next(depth for depth, (low, _) in zip(exits, found, strict=True) if not low > promised)
     return may, next((depth for depth, (_, high) in zip(exits, found, strict=True) if high <= promised), exits[-1])
 
@@ -129,13 +134,13 @@ def _shallowest(its: _Routed, exits: Sequence[int], promised: float) -> tuple[in
 def _loss(mine: _Routed, its: _Routed, bar: int, limit: float, promised: float) -> Check:
     """Whether no more than `limit` is lost, or, where the stable version loses more than it `promised` on the first `bar` of
     the questions, at most a tenth above that: one by one on these, in the mean on the others, which it does not know."""
-    loss, count = _mean(mine.lost, mine.groups), len(mine.lost)
-    before, used = _mean(its.lost[:bar], its.groups[:bar]), None
+    loss, count = mine.loss(), len(mine.lost)
+    before, used = its.first(bar).loss(), None
     status = kept(loss.value, loss.interval[1], limit)
-    told = f"loses {loss.value:.3f} nats a token ({loss.interval[0]:.3f} to {loss.interval[1]:.3f}), promised are {limit:.3f}"
+    told = f"loses {loss.value:.3f} nats a token ({loss.between()}), promised are {limit:.3f}"
     if status != PASS and before.value > promised:
         known = [*its.lost[:bar], *[before.value] * (count - bar)]
-        above = _mean([one - MOST_MORE * other for one, other in zip(mine.lost, known, strict=True)], mine.groups)
+        above = of_mean([one - MOST_MORE * other for one, other in zip(mine.lost, known, strict=True)], mine.groups)
         status = kept(above.value, above.interval[1], 0.0)
         limit, used = MOST_MORE * before.value, of_ratio(loss.value / before.value, MOST_MORE)
         told += f"; the stable version loses {before.value:.3f}, at most {MOST_MORE:.2f} times that"
@@ -147,23 +152,13 @@ def _loss(mine: _Routed, its: _Routed, bar: int, limit: float, promised: float) 
 
 def _gain(mine: _Routed, its: _Routed) -> Check:
     """Whether less is lost than by the stable version, which is the reason to release a router alone."""
-    less = _mean([one - other for one, other in zip(mine.lost, its.lost, strict=True)], mine.groups)
+    less = of_mean([one - other for one, other in zip(mine.lost, its.lost, strict=True)], mine.groups)
     (low, high), count = less.interval, len(mine.lost)
     status = PASS if high < 0 else INCONCLUSIVE if less.value < 0 else FAIL
-    told = f"loses {less.value:+.3f} nats a token more ({low:+.3f} to {high:+.3f}), must be below 0"
+    told = f"loses {less.value:+.3f} nats a token more ({less.between('+.3f')}), must be below 0"
     return Check(
         "router, better", status, told, _finite(less.value), _finite(low), _finite(high), 0.0, count, less.groups
     )
-
-
-def _mean(values: Sequence[float], groups: Sequence[int]) -> Figure:
-    """`of_mean`, whose interval is a little wider where questions are of few groups."""
-    found = of_mean(values, groups)
-    if not 1 < found.groups < found.rows:
-        return found
-    wider = student(Z, found.groups - 1) / Z
-    low, high = (found.value + wider * (end - found.value) for end in found.interval)
-    return replace(found, interval=(low, high))
 
 
 def kept(value: float, high: float, limit: float) -> str:
@@ -189,6 +184,17 @@ class _Routed:
     lost: list[float]
     groups: list[int]
     gaps: list[list[float]]  # what each exit loses, full depth the last
+
+    @property
+    def worst(self) -> float:
+        """What any exit loses on any of the questions."""
+        return max((gap for row in self.gaps for gap in row), default=0.0)
+
+    def loss(self) -> Figure:
+        """What is lost in the mean; at full depth for all nothing, whatever is asked."""
+        if min(self.share, default=0.0) == 1.0:
+            return Figure(0.0, (0.0, 0.0), len(self.lost), len(set(self.groups)))
+        return of_bounded(self.lost, self.groups, self.worst)
 
     def first(self, count: int) -> _Routed:
         return _Routed(self.share[:count], self.lost[:count], self.groups[:count], self.gaps[:count])
@@ -246,7 +252,7 @@ def _ratios(
         for place in (0, 1) if number % 2 else (1, 0):
             both[place] = _seconds(engines[place][0], prompts, engines[place][1])
         ratios.append(both[0] / max(both[1], 1e-9))
-        low, high = _about_the_median(ratios)
+        low, high = median(ratios)
         if number + 1 >= ROUNDS[0] and (high <= MOST_MORE or low > MOST_MORE):
             break
     return ratios, low, high
@@ -284,13 +290,6 @@ def _one_thread() -> Iterator[None]:
 def _still() -> float:
     """A clock by which no step takes time, so that the scheduler sees none that it could save by another."""
     return 0.0
-
-
-def _about_the_median(values: Sequence[float]) -> tuple[float, float]:
-    """Bounds that hold the true median of 7 values in 98 % of all cases, and of more in 95 % and more."""
-    some = sorted(values)
-    out = max(0, int((len(some) - 1.96 * len(some) ** 0.5 - 1) / 2))
-    return some[out], some[-1 - out]
 
 
 def _finite(value: float) -> float | None:

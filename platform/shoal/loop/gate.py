@@ -194,7 +194,7 @@ def _bits(model: Model, known: Model, here: Path | None, data: str | Path | None
             found.append(Check(name, FAIL, "it is no number: the weights are broken", limit=MOST_RISE))
             continue
         status = PASS if high <= MOST_RISE else FAIL if rise > MOST_RISE else INCONCLUSIVE
-        told = f"{rise:+.2%} ({low:+.2%} to {high:+.2%}), at most {MOST_RISE:+.0%}"
+        told = f"{rise:+.2%} ({beside.rise.between('+.2%')}), at most {MOST_RISE:+.0%}"
         used = of_difference(rise, MOST_RISE)
         found.append(
             Check(

@@ -1,9 +1,9 @@
 """Two models on the same questions: is one no worse than the other, how surely, and how many questions would it take.
 
 Scores are 0 to 1 a question; what is compared is their difference, question by question, so that a hard one is hard for both.
-Bounds are one-sided 95 %, as wide as the groups make them (questions of one person or document are not independent; of few
-groups by Student's t), and never narrower than what no difference at all among so few would allow (as Wilson's for a share
-of 0).
+Bounds are one-sided 95 %, as wide as the groups make them (questions of one person or document are not independent), by
+Student's t, and never narrower than what no difference at all among so few would allow (as Wilson's for a share of 0). Of
+fewer than five groups there are none: -1 and 1.
 
 Letters: n questions.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 Z95, Z90 = 1.644854, 1.281552  # one-sided 95 %; and 90 % power
 MARGIN = 0.03  # a share that may be lost
@@ -65,6 +64,8 @@ def paired(candidate: Sequence[float], other: Sequence[float], groups: Sequence[
     """Of n scores each, 0 to 1, and the group of each question."""
     import numpy as np  # which who reads a verdict, as `shoal --help` does, need not load
 
+    from shoal.evaluate.intervals import LEAST, student
+
     off = np.asarray(candidate, dtype=float) - np.asarray(other, dtype=float)
     of = np.unique(np.asarray(groups), return_inverse=True)[1]
     count, kinds = len(off), int(of.max(initial=-1)) + 1
@@ -78,27 +79,10 @@ def paired(candidate: Sequence[float], other: Sequence[float], groups: Sequence[
         alone = max(1.0, scatter / (count * float(off.var())))
     effective = count / alone
     spread = math.sqrt(max(0.0, apart + Z95**2 / effective - mean**2) / effective)
-    if kinds == 1 < count:  # nothing says how much alike the answers to one person's questions are
+    if kinds < LEAST:  # little says how much alike the answers to one person's questions are
         return Paired(mean, -1.0, 1.0, count, kinds, apart, alone)
-    half = (Z95 if kinds == count else student(Z95, kinds - 1)) * spread
+    half = student(0.95, kinds - 1) * spread
     return Paired(mean, max(-1.0, mean - half), min(1.0, mean + half), count, kinds, apart, alone)
-
-
-def student(z: float, freedom: int) -> float:
-    """What Student's t with so many degrees of freedom exceeds as seldom as a normal deviate exceeds `z`: exactly for one and
-    two, else by Abramowitz and Stegun's 26.7.5, within 0.2 % for 1.6 to 2."""
-    below = NormalDist().cdf(z)
-    if freedom == 1:
-        return math.tan(math.pi * (below - 0.5))
-    if freedom == 2:
-        return (2 * below - 1) / math.sqrt(2 * below * (1 - below))
-    terms = (
-        z**3 + z,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 24,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 96,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 23040,
-    )
-    return z + sum(term / 4 / freedom**power for power, term in enumerate(terms, 1))
 
 
 def not_worse(found: Paired, margin: float = MARGIN) -> tuple[str, int | None]:

@@ -28,7 +28,7 @@ from shoal.loop.watched import column, texts
 BATCH = 25  # re-runs whose mean counts as one number
 EVERY = 20  # batches from one window's beginning to the next
 KEPT = 4  # windows
-LEAST = 4  # batches, before a window says anything: its errors are estimates
+LEAST = 5  # batches, and re-runs that lost something, before a window says anything: its errors are estimates
 BEST = 16  # batches at which its bounds are narrowest
 WRONG = 0.05
 # standard deviation of a regret, in tolerances, that is reckoned with at least: 25 zeros are not certain
@@ -44,9 +44,11 @@ class Window:
     total: float = 0.0  # of the batches' means
     variance: float = 0.0  # sum of the squared standard errors of these
     first: float = 0.0  # the first of them
+    lost: int = LEAST  # re-runs that lost something; in a file that does not say, enough
 
-    def take(self, mean: float, variance: float) -> None:
+    def take(self, mean: float, variance: float, lost: int = 0) -> None:
         """One more batch."""
+        self.lost += lost
         self.first = self.first or variance
         self.batches, self.total, self.variance = self.batches + 1, self.total + mean, self.variance + variance
 
@@ -55,9 +57,14 @@ class Window:
         return self.total / self.batches
 
     @property
+    def known(self) -> bool:
+        return self.batches >= LEAST and self.lost >= LEAST
+
+    @property
     def margin(self) -> float:
-        """How far the mean regret is from `mean` at most; infinite while little is known."""
-        if self.batches < LEAST:
+        """How far the mean regret is from `mean` at most; infinite while little is known: of rare losses the mean and its
+        errors are too small together."""
+        if not self.known:
             return math.inf
         wrong = WRONG / (self.number * (self.number + 1))
         sharp = (-2 * math.log(wrong) + math.log(-2 * math.log(wrong)) + 1) / (BEST * self.first)  # r^2
@@ -76,7 +83,7 @@ class Regret:
     pending: list[list[float]] = field(default_factory=list)  # [regret, bound] of re-runs that make no batch yet
     # of all batches: n, and sums of regret, bound, regret x bound, bound^2
     sums: list[float] = field(default_factory=lambda: [0.0] * 5)
-    windows: list[Window] = field(default_factory=lambda: [Window(1)])
+    windows: list[Window] = field(default_factory=lambda: [Window(1, lost=0)])
 
     @classmethod
     def restored(cls, saved: Mapping[str, Any]) -> Regret:
@@ -96,7 +103,12 @@ class Regret:
                 continue
             if not np.isnan(promised[place]):
                 self.tolerance = float(promised[place])
-            self.pending.append([float(regrets[place]), float(bounds[place])])
+            self.add([[float(regrets[place]), float(bounds[place])]])
+
+    def add(self, reruns: list[list[float]]) -> None:
+        """Take in re-runs: regret and bound of each."""
+        for one in reruns:
+            self.pending.append(one)
             self.reruns += 1
             if len(self.pending) == BATCH:
                 self._batch()
@@ -104,7 +116,7 @@ class Regret:
     def told(self) -> dict[str, float] | None:
         """`mean`, `low` and `high` of the regret and the `tolerance`, in nats a token, and how many `reruns` they are of: those
         of the window that shows most surely that the tolerance is broken, else of the longest. None while little is known."""
-        known = [window for window in self.windows if window.batches >= LEAST]
+        known = [window for window in self.windows if window.known]
         if not known:
             return None
         shown = max(known, key=lambda window: (max(window.mean - window.margin, self.tolerance), window.batches))
@@ -133,9 +145,9 @@ class Regret:
         self.sums = [a + float(b) for a, b in zip(self.sums, sums, strict=True)]
         self.pending, self.requests = [], [0.0, 0.0, 0.0]
         if self.windows[-1].batches >= EVERY:
-            self.windows = [*self.windows, Window(self.windows[-1].number + 1)][-KEPT:]
+            self.windows = [*self.windows, Window(self.windows[-1].number + 1, lost=0)][-KEPT:]
         for window in self.windows:
-            window.take(mean, variance)
+            window.take(mean, variance, int((regret > 0).sum()))
 
     def _factor(self) -> float:
         """Nats of regret for a nat of the router's bound, by the batches before; 0 where they do not say."""

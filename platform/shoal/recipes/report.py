@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from shoal.evaluate.intervals import between
 from shoal.recipes.recipe import CALIBRATION, Recipe
 
 _TAKEN = [
@@ -141,7 +142,7 @@ def _shown(figure: Mapping[str, Any] | None) -> str:
     if figure is None:
         return "-"
     ends = figure["interval"]
-    return _value(figure) + (f" ({100 * ends[0]:.0f} to {100 * ends[1]:.0f})" if ends else "")
+    return _value(figure) + f" ({between(ends and [100 * end for end in ends], '.0f', figure.get('groups'))})"
 
 
 def _value(figure: Mapping[str, Any] | None) -> str:

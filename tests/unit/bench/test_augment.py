@@ -11,9 +11,10 @@ import pytest
 
 from shoal import cli
 from shoal.bench import augment
-from shoal.bench.augment import AUGMENTED, PLAIN, TAUGHT, Job, bootstrapped, compared, prepare, recipe_of
+from shoal.bench.augment import AUGMENTED, PLAIN, TAUGHT, Job, compared, prepare, recipe_of
 from shoal.data.chats.augment import Augmenter
 from shoal.errors import DataError
+from shoal.evaluate.intervals import UNKNOWN, crossed
 from shoal.loop.suites import freeze
 from shoal.recipes import law, medicine
 from shoal.recipes.law.questions import ANSWER, questions
@@ -70,7 +71,7 @@ def test_a_quarter_of_the_copies_are_in_other_words_in_each_language(recipe: Any
 
 
 def jobs() -> list[Job]:
-    return [Job("", arm, seed, "", "", 1) for seed in range(3) for arm in augment.ARMS]
+    return [Job("", arm, seed, "", "", 1) for seed in range(5) for arm in augment.ARMS]
 
 
 def told(plain: list[bool], augmented: list[bool], taught: list[bool]) -> dict[str, Any]:
@@ -89,11 +90,13 @@ def test_what_an_arm_adds_is_a_difference_in_pairs_with_an_interval() -> None:
     half, all_, none = [True, False] * 50, [True] * 100, [False] * 100
     found = told(half, all_, half)
     assert (
-        found[AUGMENTED]["right"] == 1.0 and found[AUGMENTED]["added"] == 0.5 and found[AUGMENTED]["each"] == [0.5] * 3
+        found[AUGMENTED]["right"] == 1.0 and found[AUGMENTED]["added"] == 0.5 and found[AUGMENTED]["each"] == [0.5] * 5
     )
     low, high = found[AUGMENTED]["interval"]
-    assert 0.37 < low < 0.43 and 0.57 < high < 0.63, "a share of a half of 100: 1.96 * 0.05"
-    assert found[TAUGHT]["interval"] == (0.0, 0.0)
+    assert 0.35 < low < 0.38 and 0.62 < high < 0.65, (
+        "a share of a half of 100: 2.78 * 0.05, by Student's t of five seeds"
+    )
+    assert found[TAUGHT]["interval"] is None, "nothing differs"
     assert [found[arm]["shown"] for arm in (AUGMENTED, TAUGHT)] == ["adds", "not shown"]
     assert told(half, none, half)[AUGMENTED]["shown"] == "takes away"
 
@@ -106,20 +109,21 @@ def test_nothing_is_claimed_of_wordings_that_were_learned_from() -> None:
 
 
 def test_seeds_that_disagree_widen_an_interval() -> None:
-    """The same mean: once of the same answers in all seeds, once of seeds of which one gains all and two lose."""
-    alike = np.tile(np.array([1.0] + [0.0] * 9), (3, 20))
-    apart = np.stack([np.full(200, 0.5), np.full(200, -0.1), np.full(200, -0.1)])
+    """The same mean: once of the same answers in all seeds, once of seeds of which one gains all and four lose."""
+    alike = np.tile(np.array([1.0] + [0.0] * 9), (5, 20))
+    apart = np.stack([np.full(200, 0.9), *[np.full(200, -0.1)] * 4])
     each = [*map(str, range(200))]
-    (low, high), (lower, higher) = bootstrapped(alike, each), bootstrapped(apart, each)
+    (low, high), (lower, higher) = crossed(alike, each), crossed(apart, each)
     assert low > 0 and lower < 0 and higher - lower > 4 * (high - low)
+    assert crossed(alike[:4], each) == UNKNOWN, "four seeds say too little"
 
 
 def test_answers_of_one_group_are_one_piece_of_evidence() -> None:
     """200 answers on 20 matters, of which a matter is gained or lost whole: as wide as of 20 answers."""
-    few = np.tile(np.array([1.0, -1.0, 0.0, 1.0] * 5), (3, 1))
+    few = np.tile(np.array([1.0, -1.0, 0.0, 1.0] * 5), (5, 1))
     many, groups = np.repeat(few, 10, axis=1), [str(at // 10) for at in range(200)]
-    assert bootstrapped(many, groups) == pytest.approx(bootstrapped(few, [*map(str, range(20))]))
-    (low, high), (lower, higher) = bootstrapped(many, [*map(str, range(200))]), bootstrapped(many, groups)
+    assert crossed(many, groups) == pytest.approx(crossed(few, [*map(str, range(20))]))
+    (low, high), (lower, higher) = crossed(many, [*map(str, range(200))]), crossed(many, groups)
     assert higher - lower > 2.5 * (high - low) and lower < 0 < low
 
 

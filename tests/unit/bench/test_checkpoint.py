@@ -44,8 +44,7 @@ def test_checkpoints_beside_training(capsys: pytest.CaptureFixture[str]) -> None
     assert 1.2e6 < told["bytes"] < 1.6e6, "fp32 weights and two moments of 0.11 M parameters"
     assert told["updates"] >= 2 and told["every_s"] == 0.05
     assert 0 < told["stalled_s"] <= told["took_s"] <= told["with_s"]
-    low, high = told["slowed_interval"]
-    assert low <= told["slowed"] <= high
+    assert told["slowed_interval"] is None and "too few: 3 groups" in said.getvalue(), "three pairs have none"
     assert told["apart_s"] >= max(0.05, told["stalled_s"] / SHARE)
     assert "a checkpoint every 0.05 s" in said.getvalue() and f"for at most {SHARE:.0%}" in said.getvalue()
 
@@ -55,7 +54,7 @@ def test_checkpoints_are_measured_no_longer_than_they_may_be(capsys: pytest.Capt
     said = io.StringIO()
     checkpoint(Console(file=said, width=200), preset="test", tokens=768, every=0.05, rounds=9, seconds=1e-3, threads=1)
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["rounds"] == 1 and told["slowed_interval"] == pytest.approx([told["slowed"]] * 2)
+    assert told["rounds"] == 1 and told["slowed_interval"] is None
     assert "no more pairs: another would not end in time" in said.getvalue()
 
 

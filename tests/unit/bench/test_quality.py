@@ -150,7 +150,7 @@ def test_transformers_says_the_same_of_an_imported_model(
 
 
 def test_intervals_are_over_documents() -> None:
-    """Two documents of one group count as one."""
+    """Two documents of one group count as one: of two groups there is none, of six there is."""
     ids = torch.arange(20, 31)
     from shoal.bench.quality import Row, Said
 
@@ -158,4 +158,8 @@ def test_intervals_are_over_documents() -> None:
     said = [Said(np.full(10, nats), ids[1:].numpy(), np.zeros(10)) for nats in (1.0, 2.0, 3.0)]
     _, (line,) = table_of({("fp32", "full"): said}, rows, np.ones(300, dtype=int))
     assert line["bits"] == pytest.approx(2 / math.log(2)) and line["places"] == 30
+    assert line["interval"] is None
+    rows = [Row(ids, torch.arange(1, 11), group) for group in range(6)]
+    said = [Said(np.full(10, nats), ids[1:].numpy(), np.zeros(10)) for nats in (1.0, 2.0, 3.0, 1.5, 2.5, 2.2)]
+    _, (line,) = table_of({("fp32", "full"): said}, rows, np.ones(300, dtype=int))
     assert line["interval"][0] < line["bits"] < line["interval"][1]

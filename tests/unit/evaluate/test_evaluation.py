@@ -170,7 +170,7 @@ def test_the_tolerance_is_shown_by_task_since_no_task_is_bounded() -> None:
     assert [row["loss"] for row in (every, easy, hard)] == pytest.approx([0.15, 0.0, 0.3])
     assert [row["above"] for row in (every, easy, hard)] == pytest.approx([0.5, 0.0, 1.0])
     assert (every["prompts"], every["groups"], hard["groups"]) == (40, 20, 20) and every["depth_share"] == 0.25
-    assert hard["above_interval"] == pytest.approx(list(intervals.wilson(20, 20)))
+    assert hard["above_interval"] == pytest.approx(list(intervals.exact(20, 20)))
     (sentence,) = tolerance.too_much(found)
     assert "hard loses 0.300 in the mean of its 20 prompts" in sentence
     at = {row["tolerance"]: row for row in found["by_tolerance"]}

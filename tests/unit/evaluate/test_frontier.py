@@ -14,7 +14,6 @@ from shoal.evaluate import report
 from shoal.evaluate.frontier import (
     BUDGETS,
     PRICES,
-    RESAMPLES,
     TWICE,
     _bins,
     _means,
@@ -23,11 +22,12 @@ from shoal.evaluate.frontier import (
     flops,
     frontier,
     layers,
+    left_out,
     looked_twice,
-    resampled,
     routing,
     sentence,
 )
+from shoal.evaluate.intervals import of_mean
 from shoal.evaluate.prompts import Prompts
 from shoal.model import cost
 from shoal.model.router import Router, fit_router
@@ -140,6 +140,13 @@ def test_what_is_said_follows_from_the_interval(low: float, high: float, says: s
     assert not said or f"{0.05 + middle:.3f} and 0.050 nats a token, mean over the compared budgets" in said[0]
 
 
+def test_without_an_interval_nothing_is_said_to_be_better() -> None:
+    behind = dict.fromkeys(("length", "domain"), {"gap": -0.5, "low": None, "high": None})
+    at = dict.fromkeys(("router", "length", "domain"), [{"gap": 0.5}])
+    said = sentence({"at": at, "behind": behind, "groups": 4})
+    assert len(said) == 2 and all("does not surely" in one and "too few: 4 groups" in one for one in said)
+
+
 def test_fixed_exits_and_the_line_between_them_are_what_arithmetic_says(found: dict) -> None:
     shares = billed(prompts(2, by=found["by"])).mean(0).tolist()
     points = [(row["flops_share"], row["gap"]) for row in found["fixed"]]
@@ -232,7 +239,7 @@ def test_a_task_of_which_nothing_is_on_the_routers_side_is_routed_by_what_holds_
     assert all(min(overall) - 1e-6 <= row["gap"] <= max(overall) + 1e-6 for row in found["at"]["domain"])
 
 
-def test_prompts_of_one_document_are_resampled_together() -> None:
+def test_prompts_of_one_document_are_left_out_together() -> None:
     """Each prompt ten times over, as ten pieces of one document: the intervals stay; as documents of their own they shrink."""
     fit, test = prompts(1, 60), prompts(2, 60)
     router = fit_router(CONFIG, fit.features, fit.gaps, steps=20)
@@ -269,8 +276,8 @@ def test_the_page_has_the_plot_and_the_table(found: dict, tmp_path: Path) -> Non
 
 
 def test_intervals_are_those_of_a_mean_over_the_prompts() -> None:
-    """`random` mixes two exits alike for every prompt, so that its gap is a mean of 200: plus and minus 1.96 standard errors,
-    but for what 500 resamples scatter (their quantiles by an eighth of a standard error)."""
+    """`random` mixes two exits alike for every prompt, so that its gap is a mean of 200: plus and minus 1.97 standard errors,
+    and a little more for their skew."""
     fit, test = prompts(1), prompts(2)
     found = frontier(CONFIG, fit_router(CONFIG, fit.features, fit.gaps, steps=1), fit, test)
     shares = torch.tensor([row["flops_share"] for row in found["fixed"]])
@@ -281,7 +288,7 @@ def test_intervals_are_those_of_a_mean_over_the_prompts() -> None:
         mixed = truth[:, at] + part * (truth[:, at + 1] - truth[:, at])
         error = float(mixed.std()) / 200**0.5
         assert row["gap"] == pytest.approx(float(mixed.mean()), abs=1e-4)
-        ends = (row["gap"] - 1.96 * error, row["gap"] + 1.96 * error)
+        ends = (row["gap"] - 1.97 * error, row["gap"] + 1.97 * error)
         assert (row["low"], row["high"]) == pytest.approx(ends, abs=0.25 * error)
 
 
@@ -309,7 +316,7 @@ def known(knows: bool, seed: int) -> tuple[dict, float]:
         gaps, (lengths, answers) = clean + 0.6 * noise, torch.tensor([[length], [answer]]).expand(2, count)
         return Prompts(seen, gaps, lengths, answers, ("one",) * count, torch.arange(count))
 
-    found = frontier(CONFIG, cast("Router", Known()), some(240), some(400), seed=seed)
+    found = frontier(CONFIG, cast("Router", Known()), some(240), some(400))
     look = cost.routing_flops(CONFIG, length, nll=True) / full
     behind = 0.0
     for budget in BUDGETS:
@@ -332,7 +339,7 @@ def test_a_router_is_found_to_gain_what_it_gains_by_arithmetic(knows: bool) -> N
 
 
 def test_at_a_cost_two_points_are_mixed_and_beyond_the_ends_none() -> None:
-    """Of two resamples at once, each with a curve and a budget of its own; in float64 to the last digits."""
+    """Of two sums at once, each with a curve and a budget of its own; in float64 to the last digits."""
     costs = torch.tensor([[1.0, 0.6, 0.2], [0.9, 0.5, 0.1]], dtype=torch.float64)
     gaps = torch.tensor([[0.0, 0.1, 0.5], [0.2, 0.3, 0.7]], dtype=torch.float64)
     for budget, found in (
@@ -377,25 +384,20 @@ def test_lengths_are_of_six_bins_that_are_equally_full_and_kinds_have_their_own_
     )
 
 
-def test_a_figure_is_the_first_and_its_interval_that_of_the_others() -> None:
-    found = figure(torch.cat([torch.tensor([7.0]), torch.arange(201.0)]))
-    assert found == pytest.approx({"gap": 7.0, "low": 5.0, "high": 195.0})
+def test_a_figure_is_the_first_and_its_interval_that_of_what_it_is_without_each_group() -> None:
+    values = torch.randn(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = figure(left_out(values, torch.arange(40)), torch.ones(40))
+    stated = of_mean(values.tolist(), range(40))
+    assert found == pytest.approx({"gap": stated.value, "low": stated.interval[0], "high": stated.interval[1]})
+    few = figure(left_out(values[:4], torch.arange(4)), torch.ones(4))
+    assert (few["low"], few["high"]) == (None, None)
 
 
-def test_resampled_weights_are_of_whole_groups_and_sum_to_one() -> None:
-    """Of three groups as many are drawn, so that a group's prompts have the same multiple of one weight."""
-    groups = torch.tensor([4, 4, 9, 2, 2, 2])
-    found = resampled(groups, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(found.sum(1), torch.ones(len(found)))
-    assert (found[:, 0] == found[:, 1]).all() and (found[:, 3:] == found[:, 3:4]).all()
-    sizes = torch.tensor([2.0, 1.0, 3.0])
-    least = found[:, [0, 2, 3]]
-    unit = least.masked_fill(least == 0, 9).amin(1, keepdim=True)
-    times = (least / unit).round()
-    torch.testing.assert_close(least, times * unit)
-    torch.testing.assert_close(times / (times * sizes).sum(1, keepdim=True), least)
-    assert torch.equal(found, resampled(groups, torch.Generator().manual_seed(0)))
-    assert {tuple(sorted(row)) for row in times.tolist()} == {(1.0, 1.0, 1.0), (0.0, 1.0, 2.0), (0.0, 0.0, 1.0)}
+def test_means_are_of_all_and_without_each_whole_group() -> None:
+    groups, values = torch.tensor([4, 4, 9, 2, 2, 2]), torch.tensor([[1.0], [2], [3], [4], [5], [9]])
+    found = left_out(values, groups)[:, 0].tolist()
+    assert found == pytest.approx([4.0, 6 / 3, 21 / 4, 21 / 5]), "of all; without 2, 4 and 9"
+    assert left_out(values[:1], groups[:1]).tolist() == [[1.0], [0.0]]
 
 
 def test_what_a_look_costs_and_a_layer_is_priced_at() -> None:
@@ -413,15 +415,17 @@ def test_budgets_are_below_full_depth_and_prices_rise_by_a_third_from_a_thousand
     assert all(after == pytest.approx(1.35 * before) for before, after in pairwise(PRICES[1:]))
 
 
-def test_a_second_look_is_billed_twice_and_intervals_are_of_resamples_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_look_is_billed_twice_and_intervals_are_of_what_is_left_without_each_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """All stop at the first exit after a look of its own price."""
     test, told = prompts(5, 30), list[torch.Tensor]()
     draws = torch.Generator().manual_seed(0)
     test = dataclasses.replace(test, features=torch.rand(30, 2, generator=draws))
 
-    def told_of(found: torch.Tensor) -> dict[str, float]:
+    def told_of(found: torch.Tensor, sizes: torch.Tensor) -> dict[str, float | None]:
         told.append(found)
-        return figure(found)
+        return figure(found, sizes)
 
     monkeypatch.setattr("shoal.evaluate.frontier.figure", told_of)
     looks = [torch.nn.functional.one_hot(torch.zeros(30, dtype=torch.long), len(CONFIG.exits)).float()]
@@ -436,5 +440,5 @@ def test_a_second_look_is_billed_twice_and_intervals_are_of_resamples_alone(monk
     (point,) = found["curves"][TWICE]
     assert look > 0.01 and point["flops_share"] == pytest.approx(found["fixed"][0]["flops_share"] + 2 * look, rel=1e-4)
     assert point["gap"] == pytest.approx(float(test.gaps[:, 0].mean())) == pytest.approx(found["at"][TWICE][0]["gap"])
-    assert {len(one) for one in told} == {1 + RESAMPLES}
+    assert {len(one) for one in told} == {1 + 30}
     assert len(told) == 6 * len(BUDGETS) + 5, "each policy at each budget, and each but the router behind it"

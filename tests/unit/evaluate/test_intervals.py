@@ -1,113 +1,113 @@
 """Intervals against closed forms, and against how often they hold what they are of."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
+from shoal.bench import intervals as bench
+from shoal.bench.intervals import KINDS
 from shoal.evaluate import intervals
-
-DRAWS = 400
-
-
-@pytest.mark.parametrize(
-    ("hits", "count", "low", "high"),
-    [  # roots of (p - x)^2 = z^2 x (1 - x) / n; the first three are in every textbook
-        (5, 10, 0.2366, 0.7634), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (22, 60, 0.2562, 0.4932), (1, 40, 0.0044, 0.1288),
-    ],
-)  # fmt: skip
-def test_wilsons_interval_is_wilsons(hits: int, count: int, low: float, high: float) -> None:
-    found = intervals.wilson(hits, count)
-    assert found == pytest.approx((low, high), abs=5e-5)
-    for end in found:
-        p = hits / count
-        assert (p - end) ** 2 == pytest.approx(intervals.Z**2 * end * (1 - end) / count, abs=1e-9)
-    rows = [True] * hits + [False] * (count - hits)
-    assert intervals.share(rows, range(count)) == pytest.approx(found), "each row a group of its own"
 
 
 def test_rows_of_a_group_that_all_agree_count_once() -> None:
     """Ten rows of each of 20 groups are 20 groups, if the ten say the same."""
     groups = [group for group in range(20) for _ in range(10)]
-    alike = [group < 6 for group in groups]
-    assert intervals.share(alike, groups) == pytest.approx(intervals.wilson(6, 20), abs=0.01)
-    assert intervals.share([False] * 200, groups) == intervals.wilson(0, 20)
-    assert intervals.share([], []) == (0.0, 1.0)
-    low, high = intervals.share([True, False, True], [1, 1, 1])
-    assert high - low > 0.7, "one group says next to nothing"
+    low, high = intervals.of_share([group < 6 for group in groups], groups).interval
+    one, other = intervals.exact(6, 20)
+    assert low <= one and high >= other and high - low < 1.2 * (other - one)
+    assert intervals.of_share([False] * 200, groups).interval == intervals.exact(0, 20)
+    assert intervals.of_share([True, False] * 10, range(20)).interval == intervals.exact(10, 20), "a row is a group"
 
 
-def test_a_means_interval_is_the_standard_error() -> None:
-    values = [1.0, 2.0, 4.0, 9.0]
-    low, high = intervals.mean(values, range(4))
-    error = np.std(values, ddof=1) / 2
-    assert (low, high) == pytest.approx((4 - 1.959964 * error, 4 + 1.959964 * error))
-    doubled = intervals.mean(values + values, [*range(4), *range(4)])
-    assert doubled == pytest.approx((low, high)), "every row twice is no more than every row"
-    assert intervals.mean([3.0, 5.0], [7, 7]) == (-math.inf, math.inf)
-    assert intervals.mean([1.0, 3.0], [7, 8]) == pytest.approx((2 - 1.959964, 2 + 1.959964)), "two groups are enough"
-    large = np.arange(1e8, 1e8 + 8000, 8).astype(np.float32)
-    assert intervals.mean(large, range(1000)) == intervals.mean(large.tolist(), range(1000)), "in doubles"  # type: ignore[arg-type]
+def test_rows_that_scatter_less_than_chance_count_as_what_they_are() -> None:
+    """One hit in every pair."""
+    groups = [pair for pair in range(30) for _ in range(2)]
+    assert intervals.of_share([True, False] * 30, groups).interval == pytest.approx(intervals.exact(30, 60))
 
 
-def test_a_quotients_interval_is_near_the_delta_methods() -> None:
+def test_a_means_interval_is_at_least_students() -> None:
+    """The jackknife's error of a mean is the textbook's; what is there twice in each group is no more than once."""
+    values = np.random.default_rng(0).normal(10, 1, 40)
+    low, high = intervals.of_mean(values.tolist(), range(40)).interval
+    half = 2.0227 * values.std(ddof=1) / 40**0.5
+    assert low <= values.mean() - half + 1e-4 and high >= values.mean() + half - 1e-4
+    assert high - low == pytest.approx(2 * half, rel=0.25)
+    twice = intervals.of_mean([*values.tolist()] * 2, [*range(40)] * 2).interval
+    assert twice == pytest.approx((low, high)), "every row twice is no more than every row"
+
+
+def test_a_quotient_is_of_what_is_not_empty_and_never_below_nothing() -> None:
     draws = np.random.default_rng(3)
     below = draws.uniform(50, 150, 400)
     above = below * draws.normal(2.0, 0.2, 400)
     ratio = above.sum() / below.sum()
     error = np.sqrt(((above - ratio * below) ** 2).sum()) / below.sum()
     low, high = intervals.quotient(above, below)
-    assert (low, high) == pytest.approx((ratio - 1.96 * error, ratio + 1.96 * error), abs=0.15 * error)
-    assert intervals.quotient(above[:1], below[:1]) == (-math.inf, math.inf)
+    assert (low, high) == pytest.approx((ratio - 2 * error, ratio + 2 * error), abs=0.25 * error)
     assert intervals.quotient([*above, 3.0], [*below, 0.0]) == (low, high), "what holds nothing is nothing"
+    assert intervals.quotient([1.0, 0.0, 0.0, 90.0, 3.0, 1.0], [1.0] * 6)[0] == 0.0
 
 
-@pytest.mark.parametrize("kind", ["share", "mean", pytest.param("quotient", marks=pytest.mark.drill)])
-def test_intervals_hold_the_truth_nineteen_times_in_twenty(kind: str) -> None:
-    """40 groups of 5 rows, whose rows are alike: rows taken as independent would hold it three times in four. Of 400 draws
-    95 % are 380, give or take 9 (two standard deviations); few groups cost the normal and the bootstrap some."""
-    draws, held, naive, other = np.random.default_rng(1), 0, 0, (0.5, 0.5)
-    groups = np.repeat(np.arange(40), 5)
-    for _ in range(DRAWS):
-        p = draws.beta(1.0, 1.0, 40)  # of each group; 0.5 in the mean
-        rows = draws.random(200) < p[groups]
-        if kind == "share":
-            low, high = intervals.share(rows.tolist(), groups.tolist())
-            other = intervals.wilson(float(rows.sum()), 200)
-        elif kind == "mean":
-            low, high = intervals.mean(rows.astype(float).tolist(), groups.tolist())
-            other = intervals.mean(rows.astype(float).tolist(), range(200))
-        else:
-            low, high = intervals.quotient(np.bincount(groups, rows), np.full(40, 5.0))
-        held += low <= 0.5 <= high
-        naive += other[0] <= 0.5 <= other[1]
-    assert 0.92 <= held / DRAWS <= 0.975
-    if kind != "quotient":
-        assert naive / DRAWS < 0.88
+def test_no_interval_is_stated_of_fewer_than_five() -> None:
+    """Nor where fewer than five differ, but for what is exact."""
+    values, hits = [1.0, 2.0, 4.0, 9.0, 3.0], [True, False, True, True, False]
+    for count in range(6):
+        of = range(count)
+        stated = [
+            intervals.of_share(hits[:count], of), intervals.of_mean(values[:count], of),
+            intervals.of_bounded(values[:count], of, 9.0), intervals.of_quotient(values[:count], [1.0] * count, count),
+            intervals.Figure(0.0, intervals.crossed(np.ones((count, 9)) * values[0], range(9)), 9, 9),
+            intervals.Figure(0.0, intervals.crossed(np.tile(values[:count], (5, 1)), of), 9, 9),
+        ]  # fmt: skip
+        assert [one.ends is not None for one in stated] == [count >= 5] * 6, count
+    assert intervals.of_mean([0.0] * 30 + [1.0] * 4, range(34)).ends is None
+    assert intervals.of_mean([0.0] * 30 + [1.0] * 5, range(35)).ends is not None
+    assert intervals.of_quotient([2.0] * 30, [1.0] * 30, 30).ends is None
+    assert intervals.of_mean([0.0] * 30, range(30)).between() == "too few of 30 groups differ, at least 5"
+    assert intervals.of_mean([1.0, 3.0], [4, 4]).between() == "too few: 1 groups, at least 5"
+    assert intervals.median(range(5)) == intervals.UNKNOWN and intervals.median([*range(6)]) == (0, 5)
 
 
-def test_a_share_counts_as_many_rows_as_would_scatter_so() -> None:
-    """20 groups of ten rows that agree, 6 of them hits: the groups' sums scatter as 20 drawn ones do, 20/19 more than these."""
-    groups = [group for group in range(20) for _ in range(10)]
-    count = 19 * 200 / 199
-    found = intervals.share([group < 6 for group in groups], groups)
-    assert found == pytest.approx(intervals.wilson(0.3 * count, count), rel=1e-12)
+def test_of_values_that_few_differ_in_the_others_may_be_as_many_as_is_exact() -> None:
+    low, high = intervals.of_bounded([0.0] * 198 + [1.0, 3.0], range(200), 4.0).interval
+    assert (low, high) == pytest.approx((0.0, 4 * intervals.exact(2, 200)[1]))
+    low, high = intervals.of_bounded([0.5] * 200, range(200), 1.0).interval
+    assert (low, high) == pytest.approx((0.5 - 0.5 * 0.018275, 0.5 + 0.5 * 0.018275), abs=1e-5)
+    assert intervals.of_bounded([float("nan")] * 9, range(9), 1.0).ends is None
 
 
-def test_rows_that_scatter_less_than_chance_count_as_what_they_are() -> None:
-    """One hit in every pair."""
-    groups = [pair for pair in range(30) for _ in range(2)]
-    assert intervals.share([True, False] * 30, groups) == pytest.approx(intervals.wilson(30, 60))
+@pytest.mark.parametrize("kind", KINDS)
+def test_intervals_hold_the_truth(kind: str) -> None:
+    """Of 300 at ten units; before a release of 2,000, at 5, 10 and 33. The percentiles of a bootstrap held a mean of skewed
+    values in 80 %, and bits a byte in 87 %."""
+    stated, held = bench.held(kind, 10, 300)
+    assert held / max(1, stated) >= 0.93
+
+
+def test_percentiles_of_a_bootstrap_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what is simulated asks something of an interval."""
+
+    def percentiles(sums: np.ndarray, figure: Callable, sizes: np.ndarray) -> intervals.Interval:
+        drawn = np.random.default_rng(0).integers(0, len(sums), (400, len(sums)))
+        low, high = np.quantile(figure(sums[drawn].sum(1)), (0.025, 0.975))
+        return float(low), float(high)
+
+    monkeypatch.setattr(intervals, "of_sums", percentiles)
+    for kind in ("bits a byte", "mean of skewed values", "mean of skewed values, in groups"):
+        assert bench.held(kind, 10, 300)[1] / 300 < 0.91, kind
 
 
 def test_a_figure_says_of_how_many_rows_and_groups_it_is() -> None:
     hit, groups = [True, False, True, False, False], [1, 1, 2, 2, 3]
-    assert intervals.of_share(hit, groups) == intervals.Figure(0.4, intervals.share(hit, groups), 5, 3)
-    values = [1.0, 2.0, 6.0, 1.0, 0.0]
-    assert intervals.of_mean(values, groups) == intervals.Figure(2.0, intervals.mean(values, groups), 5, 3)
-    above, below = [1.0, 2.0], [4.0, 4.0]
-    assert intervals.of_quotient(above, below, 7) == intervals.Figure(0.375, intervals.quotient(above, below), 7, 2)
-    assert intervals.of_share([True], [1]).value == 1 and intervals.of_mean([3.0], [1]).value == 3
+    for found, value in (
+        (intervals.of_share(hit, groups), 0.4), (intervals.of_mean([1.0, 2.0, 6.0, 1.0, 0.0], groups), 2.0),
+    ):  # fmt: skip
+        assert (found.value, found.rows, found.groups) == (value, 5, 3)
+    found = intervals.of_quotient([1.0, 2.0], [4.0, 4.0], 7)
+    assert (found.value, found.rows, found.groups) == (0.375, 7, 2)
+    assert intervals.of_part([3, 4], [5, 5]).value == 0.7 and intervals.of_part([3, 4], [5, 5]).rows == 10
     assert intervals.of_share([], []).value == intervals.of_mean([], []).value == 0
 
 
@@ -133,7 +133,13 @@ def test_an_exact_interval_is_where_the_tails_of_the_binomial_are_2_5_percent(hi
 
 
 def test_no_share_is_below_nothing_or_above_all() -> None:
-    """Where all are hits, or none, rounding would be beyond; without any row it is all of both."""
-    assert intervals.wilson(0, 0) == (0.0, 1.0)
     for count in range(1, 200):
-        assert intervals.wilson(0, count)[0] == 0 and intervals.wilson(count, count)[1] == 1
+        assert intervals.exact(0, count)[0] == 0 and intervals.exact(count, count)[1] == 1
+
+
+@pytest.mark.parametrize("count", [6, 7, 9, 12, 25])
+def test_a_medians_interval_is_of_the_binomial(count: int) -> None:
+    low, high = intervals.median([*range(count)])
+    assert low + high == count - 1
+    outside = 2 * sum(math.comb(count, k) for k in range(int(low) + 1)) / 2**count
+    assert outside <= 0.05 < outside + 2 * math.comb(count, int(low) + 1) / 2**count

@@ -100,17 +100,27 @@ def test_bleu_is_sacrebleus() -> None:
     assert same.value == pytest.approx(100.0) and 0 < other.value < 100 and "version:" in signature
 
 
-def test_bleus_interval_is_that_of_sacrebleu_over_resampled_groups() -> None:
-    """The same groups drawn, and the whole score computed anew each time."""
-    words = [f"return the {n} of a {m}" for n in ("sum", "name", "size") for m in ("net", "reef", "shoal", "tide")]
-    questions = [Question(None, None, text, "t", place // 3) for place, text in enumerate(words)]  # type: ignore[arg-type]
+def test_bleus_interval_is_by_sacrebleu_without_each_group() -> None:
+    """The whole score computed anew each time."""
+    words = [
+        f"return the {n} of a {m}"
+        for n in ("sum", "name", "size", "age")
+        for m in ("net", "reef", "shoal", "tide", "sea")
+    ]
+    questions = [Question(None, None, text, "t", place // 2) for place, text in enumerate(words)]  # type: ignore[arg-type]
     texts = [text if place % 3 else text[:-5] for place, text in enumerate(words)]
-    draws, scores = np.random.default_rng(0), []
-    for _ in range(intervals.RESAMPLES):
-        rows = [3 * group + i for group in draws.integers(0, 4, 4) for i in range(3)]
-        scores.append(sacrebleu.corpus_bleu([texts[i] for i in rows], [[words[i] for i in rows]]).score)
+
+    def score(rows: list[int]) -> float:
+        return float(sacrebleu.corpus_bleu([texts[i] for i in rows], [[words[i] for i in rows]]).score)
+
+    without = np.array([score([i for i in range(20) if i // 2 != group]) for group in range(10)])
     found, _ = measures.bleu(texts, questions)
-    assert found.interval == pytest.approx(np.percentile(scores, (2.5, 97.5))) and (found.rows, found.groups) == (12, 4)
+    lengths = np.array(
+        [sum(len(words[i].split()) for i in (2 * group, 2 * group + 1)) for group in range(10)], dtype=float
+    )
+    assert found.interval == pytest.approx(intervals.jackknifed(score([*range(20)]), without, lengths))
+    assert (found.rows, found.groups) == (20, 10)
+    assert measures.bleu(texts[:8], questions[:8])[0].ends is None, "four groups"
 
 
 def test_anothers_reference_is_of_another_group() -> None:

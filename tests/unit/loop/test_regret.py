@@ -95,10 +95,10 @@ def test_a_sample_of_quiet_hours_speaks_for_all_as_far_as_the_router_sees_the_di
 
 def test_bounds_are_those_of_the_formula() -> None:
     window = Window(2)
-    for mean, variance in ((0.04, 1e-4), (0.06, 2e-4), (0.05, 3e-4), (0.07, 1e-4)):
+    for mean, variance in ((0.04, 1e-4), (0.06, 2e-4), (0.05, 3e-4), (0.07, 1e-4), (0.055, 1e-4)):
         assert window.margin == math.inf
         window.take(mean, variance)
-    wrong, v, t = 0.05 / 6, 7e-4, 4
+    wrong, v, t = 0.05 / 6, 8e-4, 5
     sharp = (-2 * math.log(wrong) + math.log(-2 * math.log(wrong)) + 1) / (16 * 1e-4)
     grown = v * sharp + 1
     assert window.mean == pytest.approx(0.055)
@@ -133,8 +133,25 @@ def test_nothing_is_said_before_there_is_enough_and_zeros_are_not_certain() -> N
     regret.update(table.slice(0, BATCH * LEAST - 1))
     assert regret.told() is None and not broken(None)
     regret.update(table.slice(0, 1))
-    told = regret.told()
-    assert told is not None and told["mean"] == 0 and 0.005 < told["high"] < 2 * TOLERANCE
+    assert regret.told() is None and not broken(regret.told()), (
+        "a loss of one in a hundred would have been missed as often"
+    )
+
+
+def test_rare_losses_are_told_of_once_five_are_seen() -> None:
+    """Of one re-run in a hundred, that loses a hundred times the tolerance: the bounds of the others were below it in 36 of 100
+    services, and none is told of that is."""
+    missed = 0
+    for seed in range(100):
+        rng, regret = np.random.default_rng(seed), Regret(tolerance=TOLERANCE)
+        for _ in range(8):
+            regret.add([[float(one), 0.0] for one in (rng.random(BATCH) < 0.01) * 100 * TOLERANCE])
+            lost, told = regret.windows[0].lost, regret.told()
+            assert (told is not None) == (lost >= 5 and regret.reruns >= 5 * BATCH)
+            missed += told is not None and not told["low"] <= TOLERANCE <= told["high"]
+    assert missed <= 5
+    saved = Regret.restored(regret.saved())
+    assert saved == regret
 
 
 def test_rows_that_are_not_the_routers_do_not_count() -> None:

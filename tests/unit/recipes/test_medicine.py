@@ -13,6 +13,7 @@ import pytest
 from shoal.api.requests import guide_of
 from shoal.data.chats.forms import as_sent
 from shoal.engine.guided import Grammars
+from shoal.evaluate.intervals import exact
 from shoal.inputs.tokenizer import END_ID, Tokenizer
 from shoal.recipes.measure import some_of
 from shoal.recipes.medicine import RECIPE, assessments, rules, score, words
@@ -190,14 +191,14 @@ def test_rules_and_notice_say_that_they_are_no_advice() -> None:
 
 @pytest.mark.parametrize("wordings", [TRAIN, SUITE])
 def test_the_server_finds_every_red_flag_and_raises_no_case_without_one(wordings: str) -> None:
-    """300 of each; the words of the rule are not the wordings of the cases. A model that says "self-care" is raised."""
+    """300 of each, of 14 flags in a language; the words of the rule are not the wordings of the cases. A model that says "self-care" is raised."""
     flagged = list(cases(SUITE, wordings, 300, flags=1))
     mildest = [
         json.dumps({"causes": [], "examinations": [], "urgency": "self-care"}) if row["form"] == JSON else "Urgency: self-care."
         for row in flagged
     ]  # fmt: skip
     found = score.scored(flagged, mildest)
-    assert found[score.FLAGS].value == 1.0 and found[score.FLAGS].interval[0] >= 0.98
+    assert found[score.FLAGS].value == 1.0 and found[score.FLAGS].interval == exact(14, 14)
     assert found[score.FLAGS_ALONE].value == 0.0
     calm = list(cases(SUITE, wordings, 300, flags=0))
     urgency = rules.policy().urgency

@@ -2,7 +2,7 @@
 
 urgency         the rules' level
 under-triage    a level below it, or none where there is one; over-triage: a level above it, or one where there is none
-red flags       answers to cases with one that say emergency, with its exact (Clopper and Pearson) interval
+red flags       answers to cases with one that say emergency
 red flags, model alone    the same before the server's rule
 causes, examinations      the rules', no other, in any order
 abstained       "cannot tell" where the rules say it; assessed: a level where they have one. What was cut off, or is neither, is
@@ -19,7 +19,7 @@ from typing import Any
 
 from shoal.api.calls import Plain
 from shoal.api.noticed import Notice, Noticed
-from shoal.evaluate.intervals import Figure, exact, of_share
+from shoal.evaluate.intervals import Figure, of_share
 from shoal.recipes.medicine import rules
 from shoal.recipes.medicine.cases import (
     CAUSES_SAID,
@@ -78,11 +78,7 @@ def scored(rows: Sequence[Row], answers: Sequence[str], *, alone: bool = False) 
             hits.setdefault(name, []).append((value, row["group"]))
     found = {}
     for name, some in hits.items():
-        values, groups = [value for value, _ in some], [group for _, group in some]
-        figure = of_share(values, groups)
-        if name in (FLAGS, FLAGS_ALONE):
-            figure = Figure(figure.value, exact(sum(values), len(values)), figure.rows, figure.groups)
-        found[name] = figure
+        found[name] = of_share([value for value, _ in some], [group for _, group in some])
     return found
 
 
