@@ -108,10 +108,10 @@ GROUPS = {
         warm=True,
     ),
     "model": Group(
-        _in("model", "model paged"),
+        _in("model", "model paged pieces"),
         [
             *_tests("model", "attention cache reference net paged properties whole cost router"),
-            *_tests("engine", "naive runner adapters"),
+            *_tests("engine", "naive runner adapters front pieces"),
         ],
         warm=True,
     ),

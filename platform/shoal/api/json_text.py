@@ -222,7 +222,8 @@ def value_of(made: Any) -> Any:
 
 
 async def paced(made: Iterator[bytes]) -> AsyncGenerator[bytes, None]:
-    """What is `made`, joined; others on the loop have their turn after `PIECE_SECONDS`."""
+    """What is `made`, joined; others on the loop have their turn after `PIECE_SECONDS`, and after a last part that took long
+    enough for many such ends in a row to keep the loop."""
     part, size, until = list[bytes](), 0, time.perf_counter() + PIECE_SECONDS
     for each in made:
         part.append(each)
@@ -233,6 +234,8 @@ async def paced(made: Iterator[bytes]) -> AsyncGenerator[bytes, None]:
             part, size, until = [], 0, time.perf_counter() + PIECE_SECONDS
     if part:
         yield b"".join(part)
+    if until - time.perf_counter() < 0.9 * PIECE_SECONDS:
+        await asyncio.sleep(0)
 
 
 async def spread(parts: Sequence[bytes]) -> AsyncGenerator[bytes, None]:

@@ -483,7 +483,7 @@ def canary(
 
 @bench.command("intervals")
 def intervals(
-    runs: Annotated[int, typer.Option(help="Intervals of each kind and number of units.")] = 2000,
+    runs: Annotated[int, typer.Option(help="Simulated runs of each kind and number of units.")] = 2000,
     seed: Annotated[int, typer.Option(help="Seed of the data.")] = 0,
 ) -> None:
     """How often the 95 % intervals that Shoal states hold the truth, with 5, 10 and 33 documents or people: of bits a byte,

@@ -68,7 +68,7 @@ def skewed(rng: Draws, units: int, together: bool) -> tuple[Interval, float]:
 def difference(rng: Draws, units: int, lost: float, won: float, end: str) -> tuple[Interval, float]:
     """Two models' scores of the same questions: one of the gate's one-sided 95 % bounds."""
     drawn = rng.random(units)
-    found = paired((drawn > 1 - won).astype(float), (drawn < lost).astype(float), range(units))
+    found = paired((drawn > 1 - won).astype(float).tolist(), (drawn < lost).astype(float).tolist(), range(units))
     return ((-math.inf, found.high) if end == "high" else (found.low, math.inf)), won - lost
 
 

@@ -129,7 +129,7 @@ async def test_of_a_file_by_another_version_what_is_known_is_told(connect: Conne
 async def test_a_scrape_tells_what_the_command_writes(connect: Connect, service: Service, tmp_path: Path) -> None:
     service.serve(800)
     service.serve(200, up=1.5)
-    reran(service, 0.02, 100)
+    reran(service, 0.02, 150)
     write_metrics(watch(service).look(service.now), tmp_path / "drift.prom")
     async with connect(capture=given(service)) as http:
         scraped = (await http.get("/metrics")).text

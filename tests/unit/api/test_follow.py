@@ -446,8 +446,9 @@ def test_after_all_have_looked_each_gateway_knows_what_all_of_them_counted(did: 
             if what in ("ok", "failed", "stable"):
                 part = trial.part(str(place).encode(), "", canary=what != "stable")
                 trial.count(Meter(), part, stable=what == "stable", failed=what == "failed")
-                kind = "failures" if what == "failed" else "invalid"
-                add(alone, "stable" if what == "stable" else "canary", 1, 1, **{"invalid": 0, "slow": (0, 0), kind: 1})
+                kind, cut = ("failures", {}) if what == "failed" else ("invalid", {"cut": 0})
+                side = "stable" if what == "stable" else "canary"
+                add(alone, side, 1, 1, **{"invalid": 0, "slow": (0, 0), **cut, kind: 1})
                 if what == "failed":
                     alone.counts[1, 1, 1, 0] -= 1  # what failed is no answer
             elif what == "down":

@@ -141,8 +141,8 @@ def test_what_is_said_follows_from_the_interval(low: float, high: float, says: s
 
 
 def test_without_an_interval_nothing_is_said_to_be_better() -> None:
-    behind = dict.fromkeys(("length", "domain"), {"gap": -0.5, "low": None, "high": None})
-    at = dict.fromkeys(("router", "length", "domain"), [{"gap": 0.5}])
+    behind = {key: {"gap": -0.5, "low": None, "high": None} for key in ("length", "domain")}
+    at = {key: [{"gap": 0.5}] for key in ("router", "length", "domain")}
     said = sentence({"at": at, "behind": behind, "groups": 4})
     assert len(said) == 2 and all("does not surely" in one and "too few: 4 groups" in one for one in said)
 
@@ -225,7 +225,7 @@ def test_a_second_look_that_knows_more_loses_less_than_the_first_alone() -> None
     looks = looked_twice(CONFIG, router(test.features)[0], twice[1].gaps)
     found = frontier(CONFIG, router, *twice, looks=looks)
     once, again = (found["at"][name] for name in ("router", TWICE))
-    assert again[2]["gap"] < once[2]["low"] and found["behind"][TWICE]["gap"] < 0, "at 60 % of the FLOPs"
+    assert again[2]["gap"] < once[2]["gap"] - 0.03 and found["behind"][TWICE]["high"] < 0, "at 60 % of the FLOPs"
     assert again[-1]["gap"] < 0.01 and len(again) == len(BUDGETS)
     assert TWICE not in frontier(CONFIG, router, *twice)["at"]
 

@@ -191,7 +191,8 @@ def test_rules_and_notice_say_that_they_are_no_advice() -> None:
 
 @pytest.mark.parametrize("wordings", [TRAIN, SUITE])
 def test_the_server_finds_every_red_flag_and_raises_no_case_without_one(wordings: str) -> None:
-    """300 of each, of 14 flags in a language; the words of the rule are not the wordings of the cases. A model that says "self-care" is raised."""
+    """300 of each, of 14 flags in a language; the words of the rule are not the wordings of the cases. A model that
+    says "self-care" is raised."""
     flagged = list(cases(SUITE, wordings, 300, flags=1))
     mildest = [
         json.dumps({"causes": [], "examinations": [], "urgency": "self-care"}) if row["form"] == JSON else "Urgency: self-care."
