@@ -4,6 +4,9 @@
 
 Text, stop strings and deadlines are handled here by what our own engine uses for them, so an answer reads the same whichever
 engine gave its tokens. vLLM runs in a process of its own; its death is told to whoever waits, and the replica is replaced.
+
+An answer of a lost replica goes on here in one of two ways. Its tokens become a part of the prompt; or, where vLLM must know
+them as an answer (`needs_replay`), the whole answer is generated again and what was already sent is checked and left out.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -75,12 +78,14 @@ class VllmEngine:
             raise
         except Exception as error:
             raise ConfigError(f"vLLM does not start with {args.model}", got=_why(error)) from error
+        self._context = config.model_config.max_model_len
         self._per_request = getattr(config.model_config.hf_config, "depth", None) == PER_REQUEST
 
     async def batches(
         self, request: Request, gap: Callable[[], float] = lambda: 0.0
     ) -> AsyncGenerator[list[Event], None]:
-        """As `AsyncEngine.batches`; tokens of a sampled answer that goes on after a lost replica are other draws."""
+        """As `AsyncEngine.batches`. A sampled answer that goes on after a lost replica has other draws than it would have had.
+        Raises GenerationError where an answer that is generated again differs from what was sent."""
         began = time.monotonic()
         if len(self._live) >= self._most:
             self._counts.metrics.refused += 1
@@ -109,12 +114,13 @@ class VllmEngine:
     ) -> AsyncGenerator[list[Event], None]:
         prompt = self._encoded(request.prompt)
         layers = await self._layers(prompt, request)
+        given = () if needs_replay(request.sampling) else request.answer
         try:
-            params = sampling_params(request.sampling, len(request.answer), layers if self._per_request else None)
+            params = sampling_params(request.sampling, len(given), layers if self._per_request else None)
         except ValueError as error:
             raise _refusal(error) from error
         ids = collapsed(prompt.ids) if prompt.images else prompt.ids
-        inputs: TokensPrompt = {"prompt_token_ids": [*ids, *request.answer]}
+        inputs: TokensPrompt = {"prompt_token_ids": [*ids, *given]}
         if prompt.images:
             inputs["multi_modal_data"] = {"image": [as_image(image, self._served.config) for image in prompt.images]}
         if salt := cache_salt(request, layers if self._per_request else None):
@@ -128,9 +134,9 @@ class VllmEngine:
             began,
         )
         writing.prompt_tokens = len(prompt.ids)
-        for token in request.answer:
-            writing.text.push(token, writing.may_stop())
-            writing.tokens += 1
+        if reason := writing.resume(given, self._context):
+            yield [writing.end(reason)]
+            return
         limit = None if request.deadline is None else asyncio.get_running_loop().time() + request.deadline
         outputs = self._llm.generate(inputs, params, request.id, priority=request.priority)
         try:
@@ -149,6 +155,8 @@ class VllmEngine:
             yield [writing.end("cancelled")]
         except VllmDeadError as error:
             raise EngineDeadError("the vLLM process ended", do="try again") from error
+        except GenerationError:
+            raise
         except (VLLMClientError, ValueError) as error:
             raise _refusal(error) from error
         except Exception as error:
@@ -217,6 +225,14 @@ def _refusal(error: Exception) -> RequestError:
     return RequestError(first_line(error), param=getattr(error, "parameter", None))
 
 
+def needs_replay(sampling: Sampling) -> bool:
+    """Whether vLLM must have generated an answer itself to go on with it: a grammar and penalties start at the first token that
+    vLLM generates, and it gives logprobs of a prompt only for all of it."""
+    s = sampling
+    penalised = bool(s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1.0)
+    return s.guided is not None or penalised or s.prompt_logprobs is not None
+
+
 def sampling_params(sampling: Sampling, answered: int = 0, layers: int | None = None) -> SamplingParams:
     """`sampling` for vLLM, of an answer whose first `answered` tokens are there already. Stop strings are not vLLM's to find.
     Raises RequestError for what vLLM cannot do."""
@@ -225,9 +241,12 @@ def sampling_params(sampling: Sampling, answered: int = 0, layers: int | None = 
         raise RequestError("speculative", param="speculative", got=s.speculative, allowed="0 with engine vllm")
     if s.banned:
         raise RequestError("bad_words", param="bad_words", do="leave them out: engine vllm is not given them")
+    seed = s.seed
+    if seed is not None and answered:  # the same seed would give the draws of the first tokens once more
+        seed = (seed + answered * 0x9E3779B97F4A7C15) % 2**63
     return SamplingParams(
-        temperature=s.temperature, top_p=max(s.top_p, 1e-9), top_k=s.top_k, min_p=s.min_p, seed=s.seed,
-        max_tokens=s.max_tokens - answered, min_tokens=max(0, s.min_tokens - answered),
+        temperature=s.temperature, top_p=max(s.top_p, 1e-9), top_k=s.top_k, min_p=s.min_p, seed=seed,
+        max_tokens=max(1, s.max_tokens - answered), min_tokens=max(0, s.min_tokens - answered),
         stop_token_ids=list(s.stop_token_ids), ignore_eos=s.ignore_eos,
         presence_penalty=s.presence_penalty, frequency_penalty=s.frequency_penalty, repetition_penalty=s.repetition_penalty,
         logit_bias=dict(s.logit_bias) or None, logprobs=s.logprobs, prompt_logprobs=s.prompt_logprobs,
@@ -261,12 +280,21 @@ class _Writing:
         self.prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
         self.finished: Finished | None = None
 
-    def may_stop(self) -> bool:
-        return self.tokens >= self.request.sampling.min_tokens
+    def push(self, token: int) -> tuple[str, bool]:
+        """One more token: as `TextStream.push`."""
+        self.tokens += 1
+        return self.text.push(token, self.tokens >= self.request.sampling.min_tokens)
+
+    def resume(self, given: Sequence[int], context: int) -> str:
+        """Take in the tokens that are part of vLLM's prompt. Returns why the answer has ended with them, "" if it has not."""
+        if any([self.push(token)[1] for token in given]):
+            return "stop"
+        full = given and self.prompt_tokens + len(given) >= context
+        return "length" if full or len(given) >= self.request.sampling.max_tokens else ""
 
     def take(self, output: Any) -> list[Event]:
-        """The events of what vLLM gave."""
-        self.cached = output.num_cached_tokens or self.cached
+        """The events of what vLLM gave. Raises GenerationError for another answer than was sent."""
+        self.cached = min(output.num_cached_tokens or self.cached, self.prompt_tokens)
         most = self.request.sampling.prompt_logprobs
         if most is not None and output.prompt_logprobs is not None and not self.prompt_logprobs:
             ids = output.prompt_token_ids
@@ -280,13 +308,18 @@ class _Writing:
         events: list[Event] = []
         for index, token in enumerate(ids):
             self.first = self.first or time.monotonic()
-            self.tokens += 1
-            shown, stopped = self.text.push(token, self.may_stop())
+            shown, stopped = self.push(token)
+            if self.tokens <= len(self.request.answer):
+                if token != self.request.answer[self.tokens - 1]:
+                    raise _other_answer()
+                continue
             logprob = _logprob(token, part.logprobs[index], self.request.sampling.logprobs) if part.logprobs else None
             events.append(Token(self.request.id, token, shown, logprob, self.layers))
             if stopped:
                 return [*events, self.end("stop")]
         if part.finish_reason is not None:
+            if self.tokens < len(self.request.answer):
+                raise _other_answer()
             reason = part.finish_reason if part.finish_reason in ("stop", "length") else "error"
             events.append(self.end(reason))
         return events
@@ -300,6 +333,11 @@ class _Writing:
             error=error, prompt_logprobs=self.prompt_logprobs,
         )  # fmt: skip
         return self.finished
+
+
+def _other_answer() -> GenerationError:
+    what = "the replica that gave this answer was lost, and another one generates another answer"
+    return GenerationError(what, do="send the request again")
 
 
 def _logprob(token: int, found: Any, most: int | None) -> TokenLogprob | None:
