@@ -16,7 +16,7 @@ PYTHON_3_11 = import sys; sys.exit(None if sys.version_info >= (3, 11) else "Sho
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL = help
-.PHONY: quickstart assistant test smoke drills nightly test-vllm test-triton gpu mutate check house lint bench setup clients docs docs-serve wheel help
+.PHONY: quickstart assistant test smoke drills nightly simulations test-vllm test-triton gpu mutate check house lint bench setup clients docs docs-serve wheel help
 
 quickstart: $(READY)  ## set up, then corpus to chat on this machine, about 15 minutes (EXIT=1 stops after the samples)
 	@$(BIN)/shoal quickstart $(if $(EXIT),--exit)
@@ -37,7 +37,10 @@ smoke: $(READY) $(TRITON_VENV)  ## one drill of each kind and a few of the CUDA 
 drills: $(READY)  ## set up, then kills, lost nodes, jobs, long browser runs and what takes seconds, about half an hour on two cores
 	$(SUITE) -n 2 --dist loadfile --timeout 600 -m "drill"
 
-nightly: drills test-triton test-vllm  ## all that CI leaves out, about an hour and a half on two cores: every night, and before a release
+nightly: drills test-triton test-vllm simulations  ## all that CI leaves out, about two hours on two cores: every night, and before a release
+
+simulations: $(READY)  ## what canaries, the watch and intervals promise, in simulated traffic and data; fails where one misses it, some twenty minutes
+	$(BIN)/shoal bench intervals && $(BIN)/shoal bench canary && $(BIN)/shoal bench drift
 
 test-vllm: $(VLLM_READY)  ## an environment with vLLM 0.32 on the CPU (4 GB), then the tests of it
 	TRITON_INTERPRET=1 $(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile --timeout 600 tests/vllm
