@@ -154,14 +154,3 @@ def test_a_service_that_was_measured_has_ended(fresh: Path, monkeypatch: pytest.
     found = footprint(fresh / "int8", fresh / "policy.yaml")
     assert found["disk_bytes"] == sum(path.stat().st_size for path in (fresh / "int8").rglob("*") if path.is_file())
     assert [process.poll() is not None for process in started] == [True]
-
-
-def test_one_arm_of_the_benchmark_learns_and_is_asked_and_a_teacher_answers(fresh: Path, tmp_path: Path) -> None:
-    from shoal.bench.augment import Job, answers_of, learned
-    from shoal.recipes.law import RECIPE
-
-    hits = learned(Job(str(fresh), "plain", 0, str(fresh / "learn.jsonl"), str(tmp_path / "out"), 1))
-    assert {name: len(some) for name, some in hits.items()} == {"known-licences": 12, "new-licences": 12}
-    asked = list(RECIPE.unlabelled(6, 0))
-    taught = answers_of(fresh / "model", asked)
-    assert all(row["messages"][:-1] in asked and row["teacher"]["depth"] == "full" for row in taught)

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -126,30 +125,6 @@ def quality(
     run(out, model=model, against=against, data=data, peer=peers.parse(peer), gguf=gguf)
 
 
-@bench.command("quant")
-def quant(
-    preset: Annotated[str, typer.Option(help="Whose shape speed and size are measured on.")] = "base",
-    tokens: Annotated[int, typer.Option(help="Tokens decoded a request.")] = 32,
-    rounds: Rounds = 3,
-    pair: Annotated[
-        list[str],
-        typer.Option(
-            help="Trained models whose quality is measured, as FP32=INT8; repeat, one a seed. [quality left out]"
-        ),
-    ] = [],  # noqa: B006
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Directory of shards and held-out chats for the pairs, made by `shoal prepare`. [none]"),
-    ] = None,
-) -> None:
-    """The article's table, FP32 beside INT8: BLEU, bits per byte, tokens per second, weight file, memory."""
-    from shoal.bench.quant import parse_pair
-    from shoal.bench.quant import quant as run
-
-    pairs = [parse_pair(text) for text in pair]
-    run(out, preset=preset, tokens=tokens, rounds=rounds, pairs=pairs, data=data)
-
-
 @bench.command("tolerance")
 def tolerance(
     model: Annotated[Path, typer.Option(help="Trained model directory, in fp32 or INT8.")],
@@ -224,46 +199,6 @@ def batch(
     batch_bench(out, model=model, preset=preset, requests=requests, tokens=tokens, rounds=rounds)
 
 
-@bench.command("capture")
-def capture(
-    model: Annotated[Path, typer.Option(help="Model directory.")],
-    tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 64,
-    rounds: Annotated[int, typer.Option(help="Number of runs of each, in turns; the median counts.")] = 21,
-) -> None:
-    """What capturing costs a service: tokens a second and processor time with and without. Takes some two minutes."""
-    from shoal.bench.capture import capture_bench
-
-    if rounds < 2 or tokens < 1:
-        raise UsageError("--rounds and --tokens", got=min(rounds, tokens), allowed="2 rounds, 1 token, or more")
-    capture_bench(out, model=model, tokens=tokens, rounds=rounds)
-
-
-@bench.command("neighbours")
-def neighbours(
-    model: Annotated[Path | None, typer.Option(help="Model directory [random weights of the preset].")] = None,
-    preset: Annotated[str, typer.Option(help="Whose shape the random weights have.")] = "tiny",
-    port: Annotated[int, typer.Option(help="HTTP port of the services that are measured.")] = 8124,
-    seconds: Annotated[float, typer.Option(help="Seconds of each part.")] = 15.0,
-    services: Annotated[str, typer.Option(help="Which services.")] = "no-ray,ray",
-    kinds: Annotated[str, typer.Option(help="Which neighbours.")] = "cancels,slow,choices,idle",
-) -> None:
-    """One key's small requests alone, and beside another key's unkind ones. Takes some four minutes."""
-    from shoal.bench.neighbours import neighbours_bench
-
-    neighbours_bench(
-        out, model=model, preset=preset, port=port, seconds=seconds, services=tuple(services.split(",")),
-        kinds=tuple(kinds.split(",")),
-    )  # fmt: skip
-
-
-@bench.command("model")
-def model(rounds: Rounds = 5) -> None:
-    """Hybrid attention in training against full causal attention, and the vectors that decoding reads."""
-    from shoal.bench.model import model as run
-
-    run(out, rounds=rounds)
-
-
 @bench.command("train")
 def train(
     preset: Annotated[
@@ -318,136 +253,6 @@ def checkpoint(
     run(out, preset=preset, tokens=tokens, every=every, rounds=rounds, seconds=seconds, threads=threads)
 
 
-@bench.command("learn")
-def learn(
-    text: Annotated[Path, typer.Option(help="UTF-8 text file whose characters are learned, such as tiny Shakespeare.")],
-    steps: Annotated[int, typer.Option(help="Updates of each run.")] = 2000,
-    seeds: Annotated[int, typer.Option(help="Seeds, one run of each model with each.")] = 3,
-    models: Annotated[str, typer.Option(help="Which models.")] = "plain,dense,hybrid",
-) -> None:
-    """Characters at nanoGPT's setting for a CPU: a plain GPT, ours with full attention, ours with exits. Some ten minutes."""
-    from shoal.bench.learn import MODELS
-    from shoal.bench.learn import learn as run
-
-    chosen = tuple(models.split(","))
-    if unknown := set(chosen) - {"plain", *MODELS}:
-        raise UsageError("--models", got=sorted(unknown), allowed=["plain", *MODELS])
-    run(out, text=text, steps=steps, seeds=seeds, models=chosen)
-
-
-@bench.command("route")
-def route(
-    shape: Annotated[str, typer.Option(help="test, narrow (4 layers, 0.2M parameters), tiny or mini.")] = "narrow",
-    seeds: Annotated[int, typer.Option(help="Seeds: of each a model is trained and measured.")] = 3,
-    seed: Annotated[int, typer.Option(help="The first of the seeds.")] = 0,
-    steps: Annotated[int, typer.Option(help="Updates of each.")] = 3_000,
-    minutes: Annotated[
-        float | None, typer.Option(help="Minutes that each is trained, in place of --steps. [none]")
-    ] = None,
-    rows: Annotated[
-        int, typer.Option(help="Instances of a family in each of the updates; fewer make them shorter.")
-    ] = 48,
-    families: Annotated[
-        str, typer.Option(help="Which families of tasks.")
-    ] = "lookup,arithmetic,variables,parity,order",
-    keep: Annotated[
-        Path | None, typer.Option(help="Folder for the trained models; a run that was cut off goes on there. [none]")
-    ] = None,
-    series: Annotated[
-        bool, typer.Option(help="Answers of many tokens in place of --families: is a second look worth its price?")
-    ] = False,
-) -> None:
-    """Tasks of known, hidden difficulty: exact match by level and exit, and whether the router sees it. Minutes a seed."""
-    from shoal.bench import route_series
-    from shoal.bench.route import route as run
-    from shoal.bench.route_tasks import FAMILIES
-
-    chosen = tuple(families.split(","))
-    if unknown := set(chosen) - set(FAMILIES):
-        raise UsageError("--families", got=sorted(unknown), allowed=sorted(FAMILIES))
-    for name, number in (("--seeds", seeds), ("--steps", steps), ("--rows", rows)):
-        if number < 1:
-            raise UsageError(name, got=number, allowed="1 or more")
-    if seed < 0:
-        raise UsageError("--seed", got=seed, allowed="0 or more")
-    if minutes is not None and not 0 < minutes < math.inf:
-        raise UsageError("--minutes", got=minutes, allowed="a number above 0")
-    if series:
-        route_series.run(out, shape=shape, seeds=seeds, seed=seed, steps=steps, minutes=minutes, rows=rows, keep=keep)
-    else:
-        run(
-            out,
-            shape=shape,
-            seeds=seeds,
-            seed=seed,
-            steps=steps,
-            minutes=minutes,
-            rows=rows,
-            families=chosen,
-            keep=keep,
-        )
-
-
-@bench.command("open")
-def open_(
-    data: Annotated[Path, typer.Option(help="Directory of shards, made by `shoal prepare`: the quickstart's data.")],
-    parts: Annotated[
-        str,
-        typer.Option(
-            help="A plain, B imported, C exits, D exits from the start, E router, F drafts, G a depth, H sparse, I INT8."
-        ),
-    ] = "ABCDEFGHI",
-    seeds: Annotated[int, typer.Option(help="Seeds, one run of all parts with each.")] = 3,
-    steps: Annotated[int, typer.Option(help="Updates of the plain model; the others' follow from these.")] = 300,
-    transformers: Annotated[
-        str, typer.Option(help="Python of an environment with transformers [this one; left out where it has none].")
-    ] = sys.executable,
-    keep: Annotated[
-        Path | None, typer.Option(help="Folder for the models; what is there is not trained again. [none]")
-    ] = None,
-) -> None:
-    """A model imported, given exits, exported, made sparse and rounded, beside one with exits from the start."""
-    from shoal.bench.open import PARTS
-    from shoal.bench.open import open_bench as run
-
-    if not parts or set(parts) - set(PARTS):
-        raise UsageError("--parts", got=parts, allowed=f"letters of {PARTS}")
-    if seeds < 1 or steps < 4:
-        raise UsageError("--seeds and --steps", got=min(seeds, steps), allowed="1 seed, 4 updates, or more")
-    run(out, data=data, parts=parts, seeds=seeds, steps=steps, python=transformers, keep=keep)
-
-
-@bench.command("loop")
-def loop(
-    model: Annotated[Path, typer.Option(help="Model directory that knows the shop: the quickstart's model-int8.")],
-    requests: Annotated[
-        int, typer.Option(help="Requests of the old shop that are answered: 2,000 are learned.")
-    ] = 7000,
-    seeds: Annotated[int, typer.Option(help="Seeds, one stream of each kind with each.")] = 20,
-    keep: Annotated[
-        Path | None, typer.Option(help="Folder for the captured rows; the same command goes on there. [none]")
-    ] = None,
-    parts: Annotated[str, typer.Option(help="Of detect, teach, refuse, serve and ray, with commas.")] = "detect",
-    fp32: Annotated[
-        Path | None, typer.Option(help="The model's fp32 parent, for teach and refuse: the quickstart's model. [none]")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Its corpus with chats, for teach and refuse: the quickstart's data. [none]")
-    ] = None,
-    minutes: Annotated[float, typer.Option(help="Minutes of fine-tuning, in teach.")] = 3.0,
-    seed: Annotated[int, typer.Option(help="Of the order of the questions, in teach: who asks which.")] = 0,
-) -> None:
-    """The closed loop: how soon a drift is noticed, what is learned of it, what the gate refuses, and a canary's way under
-    traffic. Detection takes some fifteen minutes, and three where its rows are kept; all else twenty."""
-    from shoal.bench.loop import loop as run
-
-    if seeds < 1:
-        raise UsageError("--seeds", got=seeds, allowed="1 or more")
-    chosen = tuple(part.strip() for part in parts.split(",") if part.strip())
-    more = {"rows": requests, "seeds": seeds, "keep": keep, "seed": seed}
-    run(out, model=model, parts=chosen, fp32=fp32, data=data, minutes=minutes, **more)  # type: ignore[arg-type]
-
-
 @bench.command("drift")
 def drift(
     runs: Annotated[int, typer.Option(help="Runs of each kind of traffic, without and with a new subject.")] = 20,
@@ -492,25 +297,6 @@ def intervals(
     from shoal.bench.intervals import intervals as run
 
     run(out, runs=runs, seed=seed)
-
-
-@bench.command("augment")
-def augment(
-    run: Annotated[list[Path], typer.Option(help="Folder of a recipe's run from nothing, medicine or law; repeat.")],
-    teacher: Annotated[
-        list[Path],
-        typer.Option(
-            help="Model directory that answers more questions, one for each --run. [the run's own fp32 model]"
-        ),
-    ] = [],  # noqa: B006
-    seeds: Annotated[int, typer.Option(help="Seeds, one model of each arm with each.")] = 5,
-    steps: Annotated[int, typer.Option(help="Updates of each model.")] = 150,
-) -> None:
-    """What `shoal augment` and a teacher add to a recipe in wordings that nobody saw, beside going on without; of fewer than
-    five seeds without an interval. Of a run some thirty-five minutes on two cores; --steps sets it."""
-    from shoal.bench.augment import augment_bench
-
-    augment_bench(out, runs=run, teachers=teacher, seeds=seeds, steps=steps)
 
 
 @bench.command("recipes")

@@ -19,14 +19,13 @@ from rich.table import Table
 from torch import Tensor
 
 from shoal.bench import peers
-from shoal.bench.quant import behind
 from shoal.bench.turns import show
 from shoal.config import FULL
 from shoal.data.shards import token_bytes
 from shoal.engine.engine import Engine
 from shoal.engine.events import Request, Sampling
 from shoal.errors import UsageError
-from shoal.evaluate.intervals import of_part, of_quotient
+from shoal.evaluate.intervals import between, of_part, of_quotient
 from shoal.evaluate.texts import TextRows
 from shoal.inputs.chat import encode_chat
 from shoal.model.model import Model
@@ -196,8 +195,8 @@ def table_of(
         )
         low, high = (end - 1 for end in rise.interval)
         table.add_row(
-            who, depth, f"{bits.value:.4f}{behind(bits.ends, '.3f')}",
-            f"{rise.value - 1:+.2%}{behind([low, high] if math.isfinite(low + high) else None, '+.2%')}",
+            who, depth, f"{bits.value:.4f}{_behind(bits.ends, '.3f')}",
+            f"{rise.value - 1:+.2%}{_behind([low, high] if math.isfinite(low + high) else None, '+.2%')}",
             "" if kl is None else f"{kl:.4f}", f"{same.value:.1%}",
         )  # fmt: skip
         told.append(
@@ -205,3 +204,8 @@ def table_of(
              "same": same.value, "places": len(nats)}
         )  # fmt: skip
     return table, told
+
+
+def _behind(interval: list[float] | None, form: str) -> str:
+    """A 95 % interval as it stands behind its value."""
+    return f" [{between(interval, form)}]"

@@ -50,7 +50,6 @@ class Recipe(ABC):
     # suites in wordings that nobody learned from, each with the measures that say most
     headline: tuple[tuple[str, tuple[str, ...]], ...] = ()
     always_full: tuple[str, ...] = ()  # workloads whose depth is full, whatever is measured
-    synonyms: Mapping[str, Sequence[str]] = {}  # of the wordings that are learned from, for `shoal augment`
 
     @abstractmethod
     def write(self, folder: Path, seed: int) -> None:
@@ -91,10 +90,6 @@ class Recipe(ABC):
 
     def examples(self) -> Sequence[Messages]:
         """Conversations whose answers the report shows, good or bad."""
-        return ()
-
-    def unlabelled(self, count: int, seed: int) -> Iterable[Messages]:
-        """Questions in wordings that are neither learned from nor asked in a suite, for a teacher; may be none."""
         return ()
 
     def shown(self, messages: Messages, answerer: Answerer) -> str:

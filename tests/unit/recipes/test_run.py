@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from shoal import presets
-from shoal.bench.augment import recipe_of
 from shoal.errors import DataError, UsageError
 from shoal.loop.suites import freeze
 from shoal.machine import sha256_of
@@ -87,14 +86,6 @@ def test_a_run_in_the_folder_of_one_s_own_data_is_refused_before_it_writes_there
     with pytest.raises(UsageError, match="own data lie"):
         told(named(str(mine)), mine)
     assert sorted(path.name for path in mine.iterdir()) == before
-
-
-def test_of_one_s_own_no_synonyms_of_ours_are_taken_whatever_its_name(mine: Path, tmp_path: Path) -> None:
-    told(named(str(mine)), tmp_path / "out")
-    with pytest.raises(DataError, match="no run of a recipe of ours"):
-        recipe_of(tmp_path / "out")
-    told(LAW, tmp_path / "ours")
-    assert recipe_of(tmp_path / "ours").name == "law"
 
 
 @pytest.mark.parametrize(

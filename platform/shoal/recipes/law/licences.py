@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shoal.api.policy import ChatPage, Policy
@@ -12,7 +12,6 @@ from shoal.evaluate.intervals import Figure
 from shoal.recipes.baselines import MAJORITY, NEAREST, RULE, language_of, majority, nearest, rows_to_compare
 from shoal.recipes.law import score, words
 from shoal.recipes.law.questions import SILENT, asked, questions, said_again
-from shoal.recipes.law.synonyms import SYNONYMS
 from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Messages, Recipe, Row, write_rows
 from shoal.recipes.shape import shaped
 from shoal.recipes.splits import DEV as DEV_SPLIT
@@ -70,7 +69,6 @@ class Law(Recipe):
     least_is_best = score.LEAST_IS_BEST
     served = "right"
     headline = ((Path(KNOWN).stem, ("right",)), (Path(NEW).stem, ("right",)))
-    synonyms = SYNONYMS
 
     def write(self, folder: Path, seed: int) -> None:
         write_rows(folder / AGAIN, said_again(LEARNED, seed))
@@ -90,9 +88,6 @@ class Law(Recipe):
 
     def rights(self, rows: Sequence[Row], answers: Sequence[str]) -> list[bool]:
         return [score.right(row, answer) for row, answer in zip(rows, answers, strict=True)]
-
-    def unlabelled(self, count: int, seed: int) -> Iterable[Messages]:
-        return (row["messages"][:-1] for row in questions(TRAIN, DEV_SPLIT, count, seed))
 
     def policy(self) -> Policy:
         return Policy(page=ChatPage("law", words.SYSTEM))

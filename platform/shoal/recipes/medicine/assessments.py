@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from shoal.recipes.baselines import majority as most_said
 from shoal.recipes.medicine import rules, score, words
 from shoal.recipes.medicine.cases import JSON, OUT, WORDS, asked, cases, written
 from shoal.recipes.medicine.rules import Assessment, Case, assessed
-from shoal.recipes.medicine.synonyms import SYNONYMS
 from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Messages, Recipe, Row, write_rows
 from shoal.recipes.shape import shaped
 from shoal.recipes.splits import DEV as DEV_SPLIT
@@ -42,7 +41,6 @@ class Medicine(Recipe):
     headline = ((Path(NEW).stem, ("urgency", "abstained")), (Path(VOCABULARY).stem, ("urgency", "causes")))
     open_rows = 80  # of each of five suites
     always_full = (DIAGNOSIS,)  # a wrong answer costs more than time
-    synonyms = SYNONYMS
 
     def write(self, folder: Path, seed: int) -> None:
         write_rows(folder / LEARN, cases(TRAIN, TRAIN, LEARNED, seed))
@@ -86,9 +84,6 @@ class Medicine(Recipe):
 
     def examples(self) -> Sequence[Messages]:
         return [asked(text, form) for text in rules.EXAMPLES for form in (WORDS, JSON)]
-
-    def unlabelled(self, count: int, seed: int) -> Iterable[Messages]:
-        return (row["messages"][:-1] for row in cases(TRAIN, DEV_SPLIT, count, seed))
 
     def shown(self, messages: Messages, answerer: Answerer) -> str:
         """The answer as a service with the policy sends it."""
