@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from shoal.bench.plain import PlainGPT
-from shoal.bench.train import train
+from benchmarks.plain import PlainGPT
+from benchmarks.train import train
 
 
 def test_rate_and_checkpoints(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.bench.train.ROWS", 40)
+    monkeypatch.setattr("benchmarks.train.ROWS", 40)
     train(Console(file=io.StringIO()), preset="test", tokens=768, steps=1, rounds=1, parts=("rate", "checkpoint"))
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     rate = told["rate"]

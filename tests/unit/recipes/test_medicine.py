@@ -10,20 +10,20 @@ from typing import Any
 
 import pytest
 
+from recipes.measure import some_of
+from recipes.medicine import RECIPE, assessments, rules, score, words
+from recipes.medicine.assessments import REFUSED
+from recipes.medicine.cases import ASSESS, JSON, LITTLE, OUT, WORDS, cases, combinations_of, out_of_scope
+from recipes.medicine.rules import CANNOT_TELL, EMERGENCY, Case, assessed
+from recipes.medicine.vocabulary import NAMES
+from recipes.medicine.words import OPEN
+from recipes.recipe import SUITES
+from recipes.splits import DEV, LANGUAGES, SUITE, TRAIN, of_split
 from shoal.api.requests import guide_of
 from shoal.data.chats.forms import as_sent
 from shoal.engine.guided import Grammars
 from shoal.evaluate.intervals import exact
 from shoal.inputs.tokenizer import END_ID, Tokenizer
-from shoal.recipes.measure import some_of
-from shoal.recipes.medicine import RECIPE, assessments, rules, score, words
-from shoal.recipes.medicine.assessments import REFUSED
-from shoal.recipes.medicine.cases import ASSESS, JSON, LITTLE, OUT, WORDS, cases, combinations_of, out_of_scope
-from shoal.recipes.medicine.rules import CANNOT_TELL, EMERGENCY, Case, assessed
-from shoal.recipes.medicine.vocabulary import NAMES
-from shoal.recipes.medicine.words import OPEN
-from shoal.recipes.recipe import SUITES
-from shoal.recipes.splits import DEV, LANGUAGES, SUITE, TRAIN, of_split
 
 SPLITS = (TRAIN, DEV, SUITE)
 Rows = list[dict[str, Any]]

@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 
+from recipes import report, run
+from recipes.customer_service.conversations import conversations, seed_of
+from recipes.law import RECIPE as LAW
+from recipes.named import named
+from recipes.own import begun
+from recipes.recipe import SUITES, Recipe
+from recipes.run import Asked
+from recipes.splits import SUITE
 from shoal import presets
 from shoal.errors import DataError, UsageError
 from shoal.loop.suites import freeze
 from shoal.machine import sha256_of
-from shoal.recipes import report, run
-from shoal.recipes.customer_service.conversations import conversations, seed_of
-from shoal.recipes.law import RECIPE as LAW
-from shoal.recipes.named import named
-from shoal.recipes.own import begun
-from shoal.recipes.recipe import SUITES, Recipe
-from shoal.recipes.run import Asked
-from shoal.recipes.splits import SUITE
 
 LEARN = run._learn  # as it is, before `breaks`
 
