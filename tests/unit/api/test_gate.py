@@ -175,6 +175,14 @@ async def test_what_anybody_can_say_of_the_host_reaches_no_page(connect: Connect
     assert "evil.example" not in str(seen) and seen["x-forwarded-proto"] == "https"
 
 
+async def test_a_client_can_read_the_headers_of_every_answer(http: httpx.AsyncClient) -> None:
+    settings = {f"name_{at:06}": 1 for at in range(4000)}
+    reply = await http.post(URL, json={**BODY, "chat_template_kwargs": settings})
+    assert reply.status_code == 200 and sum(map(len, reply.headers.values())) < 4096
+    first, *_, last = reply.headers["x-shoal-unused"].split(", ")
+    assert (first, last) == ("chat_template_kwargs.name_000000", "...")
+
+
 async def test_what_the_pages_bring_stands_behind_the_gate(connect: Connect) -> None:
     """They read bodies before any route does, the login's without a key."""
 
