@@ -225,9 +225,8 @@ def _is_stopped(tokenizer: Tokenizer, sampling: Sampling, tokens: Sequence[int])
     is not among those of the answer, so it may have been."""
     if sampling.stop_token_ids or not sampling.stop:
         return bool(sampling.stop_token_ids)
-    end = tokenizer.decode(
-        tokens[-4 * max(map(len, sampling.stop)) :]
-    )  # a letter has four bytes at most, a token one at least
+    most = 4 * max(map(len, sampling.stop))  # a letter has four bytes at most, a token one at least
+    end = tokenizer.decode(tokens[-most:])
     return any(stop in end for stop in sampling.stop)
 
 
