@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from urllib.parse import parse_qs
 
 import openai
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -29,6 +30,8 @@ GET = re.compile(r"/config|/gradio_api/(app_id|info|queue/data|startup-events|up
 POST = re.compile(r"/gradio_api/(queue/join|cancel|reset|upload)")
 SURE_SECONDS, MOST_SURE = 30.0, 1000  # for how long a key that the API took is not asked about again, and of how many
 ASK_SECONDS = 10.0  # for the API to say
+MOST_BYTES, MOST_FORM = 2**24 + 2**16, 2**13  # of a body, and of the login's, which anybody may send
+BODY_SECONDS = 60.0  # for a body to arrive
 
 # Gradio's pages are made of scripts and styles within the page
 POLICY = "; ".join((
@@ -58,7 +61,9 @@ class Guard:
         if scope["type"] != "http" or not (path == self._path or path.startswith(self._path + "/")):
             await self._app(scope, receive, send)
             return
-        request, below = Request(scope, receive), path.removeprefix(self._path)
+        below = path.removeprefix(self._path)
+        body = _Body(receive, MOST_FORM if below == login.LOGIN else MOST_BYTES)
+        request = Request(scope, body.receive)
         more, session = list(HEADERS), login.session_of(request.cookies)
         if below in self._pages and not session:
             session = login.new_session()
@@ -67,17 +72,21 @@ class Guard:
 
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], *more]}
+                rest = [(b"connection", b"close")] if body.refused else []  # else the server reads it to its end
+                message = {**message, "headers": [*message["headers"], *more, *rest]}
             elif below == UPLOAD:
                 taken.extend(message.get("body", b""))
                 if not message.get("more_body"):
                     self._files.add(session, _paths(bytes(taken)))
             await send(message)
 
-        answer = await self._instead(request, below, session)
+        try:
+            answer = await self._instead(request, below, session)
+        except HTTPException as refusal:
+            answer = JSONResponse({"detail": refusal.detail}, refusal.status_code)
         if answer is None and below == UPLOAD:  # its answer is read here
             scope = {**scope, "headers": [one for one in scope["headers"] if one[0] != b"accept-encoding"]}
-        await (answer or self._app)(scope, receive, guarded)
+        await (answer or self._app)(scope, body.receive, guarded)
 
     async def _instead(self, request: Request, below: str, session: str) -> ASGIApp | None:
         """What is answered instead of Gradio; None: Gradio answers."""
@@ -158,6 +167,31 @@ class Guard:
     def _cookie(request: Request, value: str) -> tuple[bytes, bytes]:
         encrypted = "https" in (request.url.scheme, request.headers.get("x-forwarded-proto"))
         return b"set-cookie", (value + "; Secure" * encrypted).encode()
+
+
+class _Body:
+    """A body, as it comes. Gradio reads any, for as long as it comes, and the pages may run where the API's bounds are not."""
+
+    def __init__(self, receive: Receive, most: int) -> None:
+        self._receive, self._most, self._read = receive, most, 0
+        self._until = asyncio.get_running_loop().time() + BODY_SECONDS
+        self._ended = self.refused = False
+
+    async def receive(self) -> Message:
+        """Raises HTTPException where more comes than may, or it takes too long, which Gradio answers as it is."""
+        if self._ended or self.refused:
+            return {"type": "http.disconnect"} if self.refused else await self._receive()
+        try:
+            async with asyncio.timeout_at(self._until):
+                message = await self._receive()
+        except TimeoutError:
+            self.refused = True
+            raise HTTPException(408, f"the body did not arrive: send it within {BODY_SECONDS:g} s") from None
+        self._read += len(message.get("body", b""))
+        self._ended, self.refused = not message.get("more_body"), self._read > self._most
+        if self.refused:
+            raise HTTPException(413, f"the body is too large: send at most {self._most} bytes")
+        return message
 
 
 def _paths(answer: bytes) -> list[str]:

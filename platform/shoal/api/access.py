@@ -87,9 +87,11 @@ class Access:
             self.key.spend(tokens)
 
     def answered(self, status: int) -> None:
-        """Its answer begins with `status`. One that refuses it costs its key nothing but, while it ran, a place."""
+        """Its answer begins with `status`. One that refuses it costs its key nothing but, while it ran, a place; and what was
+        written before the client's own fault was met, as a grammar that leads nowhere."""
         self.status = status
-        if status in FREE and self.admitted and self.key is not None:
+        written = status == 400 and self.first_token is not None
+        if status in FREE and not written and self.admitted and self.key is not None:
             self.key.refund(self.spent)
             self.spent = 0
 

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from shoal.api.calls import Delta, Reader
@@ -19,8 +20,8 @@ from shoal.api.requests import EngineCall
 from shoal.api.served import ServedModel
 from shoal.api.shapes import Usage
 from shoal.api.wire import sse
-from shoal.engine.events import Event, Finished, Token, TokenLogprob
-from shoal.inputs.tokenizer import StreamDecoder
+from shoal.engine.events import Event, Finished, Sampling, Token, TokenLogprob
+from shoal.inputs.tokenizer import StreamDecoder, Tokenizer
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Choice:
     spent: float | None = None  # nats of its tolerance, where that is known
     finished: Finished | None = None
     exact: int | None = None  # layers at which it loses nothing by itself: those asked for, or all
+    stopped: Callable[[Sequence[int]], bool] = lambda tokens: False  # whether what a client stops at ended these tokens
 
     def take(self, event: Event) -> list[Delta]:
         """What a stream sends of `event`."""
@@ -61,7 +63,7 @@ class Choice:
         self.text += text
         deltas = self.reader.push(text)
         if isinstance(event, Finished):
-            deltas += self.reader.finish(whole=event.reason == "stop")
+            deltas += self.reader.finish(whole=event.reason == "stop" and not self.stopped(self.tokens))
         for delta in deltas:
             self._add(delta)
         return deltas
@@ -107,8 +109,14 @@ class Answer(ABC):
     def __init__(self, call: EngineCall, served: ServedModel) -> None:
         exact = served.config.asked(call.requests[0].depth) or served.config.layers
         self.choices = [
-            Choice(call.read_by(each), call.silent, served.tokenizer.stream(), exact=exact)
-            for each in range(len(call.requests))
+            Choice(
+                call.read_by(each),
+                call.silent,
+                served.tokenizer.stream(),
+                exact=exact,
+                stopped=partial(_is_stopped, served.tokenizer, request.sampling),
+            )
+            for each, request in enumerate(call.requests)
         ]
         self._call, self._served = call, served
 
@@ -210,6 +218,16 @@ class Answer(ABC):
 
     @abstractmethod
     def _whole(self) -> dict[str, Any]: ...
+
+
+def _is_stopped(tokenizer: Tokenizer, sampling: Sampling, tokens: Sequence[int]) -> bool:
+    """Whether a text, or a token, that the client stops at has ended an answer, which may be in the middle of a call. The token
+    is not among those of the answer, so it may have been."""
+    if sampling.stop_token_ids or not sampling.stop:
+        return bool(sampling.stop_token_ids)
+    most = 4 * max(map(len, sampling.stop))  # a letter has four bytes at most, a token one at least
+    end = tokenizer.decode(tokens[-most:])
+    return any(stop in end for stop in sampling.stop)
 
 
 def _is_valid(call: Mapping[str, Any], offered: Sequence[str]) -> bool:

@@ -91,7 +91,7 @@ def build_app(
     the caller ends it; `gateways`: what each of several has counted. Raises ConfigError, DataError, ResourceError.
     """
     limits, drain = limits or Limits(), drain or Drain(OPEN_PATHS)
-    app = Documented(
+    app: FastAPI = Documented(
         title="Shoal",
         version=__version__,
         docs_url=None,  # its page, and redoc's, load scripts from elsewhere
@@ -110,6 +110,7 @@ def build_app(
     app.include_router(status_routes(service, metrics=metrics, gateways=gateways))
     app.state.service = service
     _read_or_run(app, service, runs, run_code, tools)
+    app = ui_mount(app) if ui_mount else app  # before the gate, which bounds their bodies too
     app.add_exception_handler(HTTPException, partial(_http_failed, service))
     app.add_middleware(Headed)
     app.add_middleware(drain.guard, failed=service.failed)
@@ -123,7 +124,7 @@ def build_app(
         longer={"/v1/files": limits.file_bytes + FORM_BYTES} if batches else {},
     )
     _open_to(app, cors)
-    return ui_mount(app) if ui_mount else app
+    return app
 
 
 def _read_or_run(app: FastAPI, service: Service, runs: Path | None, run_code: bool, tools: str | None) -> None:

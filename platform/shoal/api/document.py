@@ -6,11 +6,13 @@ the errors, which are all one envelope. FastAPI's own 422 is never sent, so it i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
 from pydantic import TypeAdapter
 from pydantic.json_schema import models_json_schema
 
@@ -96,9 +98,26 @@ class Documented(FastAPI):
     def __init__(self, *, model: str, keyed: bool, open_paths: Collection[str], **options: Any) -> None:
         super().__init__(**options)
         self._model, self._keyed, self._open_paths = model, keyed, open_paths
+        self._one = threading.Lock()
+        self._whole: dict[str, Any] | None = None
+
+    def setup(self) -> None:
+        """Adds the document's route alone, which is run in a thread: to make it takes long, and anybody may ask for it."""
+
+        def document(request: Request) -> JSONResponse:
+            root = request.scope.get("root_path", "").rstrip("/")
+            return JSONResponse({**self.openapi(), **({"servers": [{"url": root}]} if root else {})})
+
+        if self.openapi_url:
+            self.add_route(self.openapi_url, document, include_in_schema=False)
 
     def openapi(self) -> dict[str, Any]:
-        document = super().openapi()  # made once, and kept: what follows changes nothing the second time
+        with self._one:
+            self._whole = self._whole or self._made()
+            return self._whole
+
+    def _made(self) -> dict[str, Any]:
+        document = super().openapi()
         _, schemas = models_json_schema([(body, "validation") for body in BODIES], ref_template=_REFERENCE)
         for body in BODIES:
             for example in schemas["$defs"][body.__name__]["examples"]:

@@ -25,6 +25,7 @@ OPEN_PATHS = ("/", "/health", "/ready", "/version", "/metrics", "/openapi.json",
 STREAMING = "/ui/gradio_api/"  # of its GETs some never end, and none is asked for its head
 LONGEST_ID = 128
 UNUSED = "x-shoal-unused"  # the header that names what was taken and changes nothing
+LONGEST_UNUSED = 2048  # letters of it: clients and proxies refuse an answer with a long header
 # where the pages would look for what is in them: anybody can say it
 UNHEARD = (b"x-forwarded-host", b"x-gradio-server")
 DISCARD_TIMES, DISCARD_SECONDS = 4, 10.0  # how much of a refused body is read, in limits, and for how long
@@ -184,7 +185,7 @@ class Gate:
         told = {"openai-processing-ms": str(round(access.seconds * 1000))}
         told |= {"x-request-id": access.id} if self._answer_id else {}
         told |= access.key.headers() if access.key is not None else {}
-        told |= {UNUSED: ", ".join(access.unused)} if access.unused else {}
+        told |= {UNUSED: _listed(access.unused)} if access.unused else {}
         return [(name.encode(), value.encode()) for name, value in told.items()]
 
     def _open(self, scope: Scope) -> bool:
@@ -203,6 +204,12 @@ class Gate:
         coding = headers.get(b"content-encoding", "identity")
         if coding != "identity":
             raise MediaTypeError("Content-Encoding", got=coding[:40], allowed="identity: send the body uncompressed")
+
+
+def _listed(names: list[str]) -> str:
+    """As many of `names` as a header holds, and "..." for the others."""
+    whole = ", ".join(names)
+    return whole if len(whole) <= LONGEST_UNUSED else whole[:LONGEST_UNUSED].rpartition(", ")[0] + ", ..."
 
 
 def _path(scope: Scope) -> str:

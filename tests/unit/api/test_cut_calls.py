@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 
 from shoal import presets
 from shoal.api.served import ServedModel
+from shoal.engine.events import Event, Request, Token
+from shoal.engine.text import TextStream
 from shoal.inputs.call_formats import OURS
 from shoal.inputs.tokenizer import Tokenizer
 from tests.unit.api.conftest import Scripted
@@ -43,11 +46,25 @@ def served(request: pytest.FixtureRequest) -> ServedModel:
     return ServedModel("fish", config, Tokenizer.bytes_only())
 
 
+class Stopping(Scripted):
+    """Ends where a stop text is complete, as an engine does."""
+
+    async def batches(self, request: Request) -> AsyncIterator[list[Event]]:
+        text, made = TextStream(self.tokenizer, request.sampling.stop), 0
+        for token in self.tokenizer.encode(self.reply)[: request.sampling.max_tokens]:
+            said, ended = text.push(token)
+            made += 1
+            yield [Token(request.id, token, said, None, 4)]
+            if ended:
+                break
+        yield [dataclasses.replace(self._finished(request, 4, made, 0.0), text=text.finish())]
+
+
 @pytest.fixture
 def engine(served: ServedModel) -> Scripted:
     its = served.tokenizer
     spoken: Any = SimpleNamespace(encode=getattr(its, "template_ids", its.encode), stream=its.stream)
-    return Scripted(its if served.tokenizer.calls is None else spoken)
+    return Stopping(its if served.tokenizer.calls is None else spoken)
 
 
 def written(served: ServedModel, choice: str) -> str:
@@ -125,13 +142,36 @@ async def in_messages(http: httpx.AsyncClient, choice: Any, most: int) -> None:
 async def test_a_forced_call_that_a_stop_text_cuts_is_no_call_to_run(
     http: httpx.AsyncClient, engine: Scripted, served: ServedModel, choice: str
 ) -> None:
-    engine.reply = written(served, choice).partition('"where"')[0]  # as the engine ends it
+    engine.reply = written(served, choice)
     its = NAMED if choice == "named" else "required"
     answer, _ = await ask(http, messages=ASK, tools=TOOLS, tool_choice=its, stop=['"where"'])
     assert answer["finish_reason"] == "stop"
     body = {"model": "fish", "messages": ASK, "tools": CLAUDE, "tool_choice": CHOICES[choice][1], "max_tokens": 400}
     whole = (await http.post("/v1/messages", json={**body, "stop_sequences": ['"where"']})).json()
     assert whole["content"] == [] and whole["stop_reason"] in ("stop_sequence", "end_turn")
+
+
+@pytest.mark.parametrize("stop", ["\n", "{", '"name"', "add_", '"n"', "3", "}"])
+async def test_a_free_call_that_a_stop_text_cuts_is_no_text(
+    http: httpx.AsyncClient, engine: Scripted, served: ServedModel, stop: str
+) -> None:
+    engine.reply = written(served, "auto")
+    if stop in engine.reply:
+        answer, _ = await ask(http, messages=ASK, tools=TOOLS, stop=[stop])
+        said_only(answer["message"]["content"])
+        assert answer["finish_reason"] == "stop" and "tool_calls" not in answer["message"]
+        body = {"model": "fish", "messages": ASK, "tools": CLAUDE, "max_tokens": 400, "stop_sequences": [stop]}
+        whole = (await http.post("/v1/messages", json=body)).json()
+        assert all(block["type"] == "text" for block in whole["content"])
+        said_only("".join(block["text"] for block in whole["content"]))
+
+
+async def test_a_broken_call_that_its_writer_ended_is_kept_beside_a_stop_text(
+    http: httpx.AsyncClient, engine: Scripted, served: ServedModel
+) -> None:
+    engine.reply = written(served, "auto").partition('"where"')[0]
+    answer, _ = await ask(http, messages=ASK, tools=TOOLS, stop=["zzz"])
+    assert answer["message"]["content"] == engine.reply
 
 
 async def test_text_about_calls_is_kept(http: httpx.AsyncClient, engine: Scripted, served: ServedModel) -> None:

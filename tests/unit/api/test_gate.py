@@ -16,7 +16,8 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from shoal.api import service
 from shoal.api.app import build_app
@@ -172,6 +173,34 @@ async def test_what_anybody_can_say_of_the_host_reaches_no_page(connect: Connect
     told = {"X-Forwarded-Host": "evil.example", "X-Gradio-Server": "http://evil.example", "X-Forwarded-Proto": "https"}
     seen = (await connect(ui_mount=mounted).get("/ui/headers", headers=told)).json()
     assert "evil.example" not in str(seen) and seen["x-forwarded-proto"] == "https"
+
+
+async def test_a_client_can_read_the_headers_of_every_answer(http: httpx.AsyncClient) -> None:
+    settings = {f"name_{at:06}": 1 for at in range(4000)}
+    reply = await http.post(URL, json={**BODY, "chat_template_kwargs": settings})
+    assert reply.status_code == 200 and sum(map(len, reply.headers.values())) < 4096
+    first, *_, last = reply.headers["x-shoal-unused"].split(", ")
+    assert (first, last) == ("chat_template_kwargs.name_000000", "...")
+
+
+async def test_what_the_pages_bring_stands_behind_the_gate(connect: Connect) -> None:
+    """They read bodies before any route does, the login's without a key."""
+
+    def mounted(app: FastAPI) -> FastAPI:
+        app.add_middleware(Reads)
+        return app
+
+    reply = await connect(ui_mount=mounted, limits=Limits(body_bytes=1000)).post("/ui/login", content=b"x" * 2000)
+    assert reply.status_code == 413 and is_envelope(reply)
+
+
+class Reads:
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await Response(await Request(scope, receive).body())(scope, receive, send)
 
 
 async def test_every_answer_tells_its_time_and_what_its_key_may_still_do(connect: Connect) -> None:

@@ -26,6 +26,7 @@ from shoal.api.app import build_app
 from shoal.api.bodies import ChatRequest
 from shoal.api.capture import CaptureArgs
 from shoal.api.limits import Limits
+from shoal.api.middleware import OPEN_PATHS
 from shoal.api.sent import in_json
 from shoal.api.served import ServedModel
 from shoal.api.service import LONGEST_SAID, Hosted, _conversation
@@ -166,6 +167,16 @@ async def test_no_request_keeps_the_loop_from_others(app: Any, name: str) -> Non
         status = await asyncio.create_task(post(app, path, body))
         await asyncio.sleep(0)
     assert status == (400 if name in ("wrong", "image") else 200)
+    assert max(found, default=(0.0, ""))[0] < MOST_SECONDS, sorted(found, reverse=True)[:3]
+
+
+@pytest.mark.parametrize("path", [path for path in OPEN_PATHS if path.strip("/") not in ("", "ui", "favicon.ico")])
+async def test_nobody_keeps_the_loop_without_a_key(app: Any, path: str) -> None:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+        with watched() as found:
+            codes = [(await asyncio.create_task(http.get(path))).status_code for _ in range(2)]
+            await asyncio.sleep(0)
+    assert codes == [200, 200]
     assert max(found, default=(0.0, ""))[0] < MOST_SECONDS, sorted(found, reverse=True)[:3]
 
 

@@ -13,7 +13,8 @@ import pytest
 from shoal.api.access import FREE
 from shoal.api.auth import ApiKeys
 from shoal.api.limits import Limits
-from shoal.errors import ContextLengthError, EngineDeadError, QueueFullError
+from shoal.engine.events import Finished
+from shoal.errors import ContextLengthError, EngineDeadError, QueueFullError, RequestError
 
 pytestmark = pytest.mark.anyio
 
@@ -54,6 +55,19 @@ async def test_no_refusal_takes_anything_of_a_minute(connect: Connect, engine: A
     engine.raises = None
     requests, tokens = left(await http.post(path, json=whole))
     assert requests == 8 and tokens < 999
+
+
+@pytest.mark.parametrize("error", [RequestError("a grammar that cannot be followed"), EngineDeadError("dead")])
+async def test_what_was_written_before_a_client_s_own_fault_is_paid(connect: Connect, engine: Any, error: Any) -> None:
+    """Else a grammar that is stuck after thousands of tokens would have all of them for nothing."""
+    engine.ends = Finished("", "error", completion_tokens=17, error=error)
+    for path in ("/v1/chat/completions", "/v1/responses", "/v1/messages"):
+        keys = ApiKeys(["k requests=9 tokens=999"], clock=lambda: 100.0)
+        http = connect(api_keys=keys, headers={"Authorization": "Bearer k"})
+        reply = await http.post(path, json={"model": "fish", **PATHS[path]})
+        assert reply.status_code == error.status
+        requests, tokens = left(reply)
+        assert (requests, tokens < 999) == ((8, True) if error.status == 400 else (9, False))
 
 
 async def test_who_has_no_key_or_no_minute_left_takes_nothing_of_others(connect: Connect) -> None:

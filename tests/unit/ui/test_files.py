@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +318,41 @@ def test_an_unknown_api_shows_the_pages_and_takes_no_upload(secret: Path) -> Non
     with _client(mount(FastAPI(), base_url="http://127.0.0.1:1/v1", model=None)) as client:
         assert client.get("/ui/").status_code == 200
         assert client.post("/ui/gradio_api/upload", files={"files": ("a.png", PNG)}).status_code == 503
+
+
+@pytest.mark.parametrize(
+    "path", ["/login", *(f"/gradio_api/{name}" for name in ("queue/join", "cancel", "reset", "upload"))]
+)
+@pytest.mark.parametrize(("slow", "status"), [(False, 413), (True, 408)], ids=["large", "slow"])
+def test_no_body_is_read_without_an_end(
+    path: str, slow: bool, status: int, secret: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = _pages(monkeypatch)
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(guard, "MOST_BYTES", 2**16)
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    kind = "multipart/form-data; boundary=x" if path.endswith("upload") else "application/json"
+    sent = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal sent
+        yield head if path.endswith("upload") else b"["
+        while sent < 100:
+            sent += 1
+            if slow:
+                await asyncio.sleep(0.1)
+            yield b" " if slow else b"&" * 2**13
+
+    async def post() -> httpx.Response:
+        cookies = {login.SESSION: login.new_session()}
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://127.0.0.1", cookies=cookies
+        ) as http:
+            return await http.post(f"/ui{path}", content=body(), headers={"content-type": kind})
+
+    reply = asyncio.run(post())
+    assert (reply.status_code, reply.headers["connection"]) == (status, "close"), reply.text
+    assert sent < 20
 
 
 def test_gradio_checks_paths_too(secret: Path, monkeypatch: pytest.MonkeyPatch) -> None:
