@@ -19,7 +19,6 @@ PLANES = (
     "evaluate",
     "clients",
     "api",
-    "recipes",
     "sandbox",
 )
 
@@ -60,7 +59,7 @@ for names, blocked in scenes:
     os.wait()
 """
 LARGE = ("torch", "numba", "pyarrow.parquet")  # what nearly all planes need, and takes longest to import
-PLANES_OF_OURS = tuple(f"shoal.{plane}" for plane in PLANES)
+PLANES_OF_OURS = (*(f"shoal.{plane}" for plane in PLANES), "recipes")
 Scene = tuple[tuple[str, ...], tuple[str, ...]]  # what is imported, and which packages are not installed
 WITHOUT: dict[str, Scene] = {
     "ray": ((*PLANES_OF_OURS, "shoal.cli"), ("ray", "gradio")),
