@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -10,9 +9,7 @@ import pytest
 
 from shoal.api.answers import Choice
 from shoal.api.calls import Plain
-from shoal.api.requests import told_as
 from shoal.engine.events import Finished, Token, TokenLogprob
-from shoal.errors import RequestError
 from shoal.inputs.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.bytes_only()
@@ -76,29 +73,3 @@ async def test_the_requests_of_one_call_name_it_so_that_their_answers_stay_with_
     engine.requests.clear()
     await http.post("/v1/chat/completions", json=BODY)
     assert [request.beside for request in engine.requests] == [""], "one alone has nobody to stay with"
-
-
-SOURCES = ["system", "messages[0]", "messages[1]"]
-
-
-@pytest.mark.parametrize(
-    ("what", "at", "got", "sources", "message", "param"),
-    [
-        # the value that was given may hold the field's name: it stays as it was given
-        ("stop", "stop", "stop", (), "stop_sequences: got 'stop'", "stop_sequences"),
-        ("not stop_it", "stop", None, (), "not stop_it", "stop_sequences"),
-        ("stop", "top_p", 2, (), "stop: got 2", "top_p"),
-        ("messages[1].content", "messages", None, SOURCES, "messages[0].content", "messages[0]"),
-        ("messages[0].content", "messages", None, SOURCES, "system.content", "system"),
-        ("messages[3]", "messages", None, SOURCES, "messages[1]", "messages[1]"),
-        ("messages[9].name", "messages", None, SOURCES, "messages[1].name", "messages[1]"),
-        ("no field's fault", None, None, SOURCES, "no field's fault", None),
-    ],
-)  # fmt: skip
-def test_an_error_names_a_field_as_the_client_did(
-    what: str, at: str | None, got: object, sources: Sequence[str], message: str, param: str | None
-) -> None:
-    error = RequestError(what, param=at, got=got)  # one of this call: what it says is changed in place
-    with pytest.raises(RequestError) as caught, told_as({"stop": "stop_sequences"}, sources):
-        raise error
-    assert (caught.value.message, caught.value.param, str(caught.value)) == (message, param, message)

@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 
 from shoal.api.app import build_app
-from shoal.api.client import gather
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
-from shoal.engine.events import Finished, Request
+from shoal.engine.events import Finished
 from shoal.errors import GenerationError
-from shoal.inputs.chat import Encoded
 
 pytestmark = pytest.mark.anyio
 NEW = re.compile(rb'"id":"chatcmpl-[0-9a-f]+"|"created":\d+')  # of each answer anew
@@ -76,14 +74,6 @@ async def test_a_server_that_stops_cancels_too(served: ServedModel, engine: Any)
     caller.task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await caller.task
-    assert engine.open == 0
-
-
-async def test_closing_gather_closes_every_request(engine: Any) -> None:
-    engine.hangs_after = 1
-    events = gather(engine, [Request(Encoded([i])) for i in (10, 11)])
-    assert {(await anext(events))[0] for _ in range(2)} == {0, 1}
-    await events.aclose()
     assert engine.open == 0
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +12,16 @@ import pytest
 
 from shoal import presets
 from shoal.api.app import build_app
-from shoal.api.auth import ApiKeys
-from shoal.api.capture import CaptureArgs, Recorder
-from shoal.api.reruns import Reruns
+from shoal.api.capture import CaptureArgs
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
 from shoal.api.split import Split
 from shoal.api.trial import Trial
 from shoal.engine.events import Finished, Signals
-from shoal.errors import ConfigError, GenerationError
+from shoal.errors import GenerationError
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.loop.canary_state import Canary
 from shoal.loop.capture import Capture, subject
-from shoal.loop.outbox import Outbox
-from shoal.model.files import weights_sha256
-from shoal.model.model import Model
 from tests.canaries import seen
 
 pytestmark = pytest.mark.anyio
@@ -187,97 +179,6 @@ async def test_turns_of_one_conversation_are_one(connect: Connect, folder: Path)
         await http.post("/v1/messages", json={"model": "fish", "messages": later, "max_tokens": 3})
     found = [row["conversation"] for row in rows(folder)]
     assert found[0] == found[1] and found[3] == found[4] and len(set(found)) == 5 and None not in found
-
-
-async def test_slices_are_few(connect: Connect, folder: Path) -> None:
-    keys = ApiKeys(["k1 name=shop", "k2"])
-    async with connect(capture=CaptureArgs(str(folder)), api_keys=keys) as http:
-        for number in range(10):
-            body = {**CHAT, "metadata": {"workload": f"w{number}"}} if number else CHAT
-            await http.post("/v1/chat/completions", json=body, headers={"Authorization": "Bearer k1"})
-        await http.post("/v1/chat/completions", json=CHAT, headers={"Authorization": "Bearer wrong"})
-    assert [row["slice"] for row in rows(folder)] == ["shop", *(f"w{n}" for n in range(1, 8)), "other", "other"]
-
-
-def test_weights_are_known_by_their_manifest_as_the_engines_know_them(tmp_path: Path) -> None:
-    Model.from_preset("test").save(tmp_path / "model")
-    assert ServedModel.load(tmp_path / "model").weights == weights_sha256(tmp_path / "model")[:16]
-    (tmp_path / "model" / "manifest.json").unlink()
-    assert ServedModel.load(tmp_path / "model").weights == ""
-
-
-async def test_prometheus_is_told(connect: Connect, folder: Path) -> None:
-    async with connect(capture=CaptureArgs(str(folder))) as http:
-        await http.post("/v1/chat/completions", json=CHAT)
-        told = (await http.get("/metrics")).text
-    assert "shoal:capture_rows_total 1.0" in told
-    # those of docs/alerts.md, which would not ring for the first
-    for reason in ("queue", "disk", "bound", "texts", "fault"):
-        assert f'shoal:capture_dropped_total{{reason="{reason}"}} 0.0' in told
-    assert "shoal:capture_lag_seconds 0.0" in told and "shoal:capture_bytes " in told
-
-
-async def test_a_row_that_cannot_be_made_costs_nobody_an_answer(
-    connect: Connect, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def broken(*given: object) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr("shoal.api.capture._of_answer", broken)
-    async with connect(capture=CaptureArgs(str(folder))) as http:
-        assert (await http.post("/v1/chat/completions", json=CHAT)).status_code == 200
-        assert 'capture_dropped_total{reason="fault"} 1.0' in (await http.get("/metrics")).text
-    assert rows(folder) == [] and json.dumps(SECRET) not in caplog.text
-
-
-@pytest.mark.parametrize("days", [{"keep_days": 0}, {"keep_days": 10**6}, {"texts_days": 10**6}])
-def test_days_that_no_calendar_has_are_refused(folder: Path, days: dict[str, int]) -> None:
-    """With more the oldest day to keep could not be said, and none was ever removed, nor where all was too much."""
-    with pytest.raises(ConfigError, match=f"capture {next(iter(days))}.*1 to 36500"):
-        CaptureArgs(str(folder), **days)  # type: ignore[arg-type]
-
-
-@pytest.mark.drill
-def test_adapters_that_come_and_go_leave_nothing_of_their_vocabulary(folder: Path, served: ServedModel) -> None:
-    """Each has that of its base: to count a large one's bytes takes tenths of a second, and to keep them megabytes."""
-    recorder = Recorder(CaptureArgs(str(folder)))
-    assert len({recorder._vocabulary(replace(served, name=f"adapter-{number}")) for number in range(3)}) == 1
-    other = ServedModel("other", served.config, Tokenizer.bytes_only())
-    assert recorder._vocabulary(other).named == recorder._vocabulary(served).named
-    assert len(recorder._vocabularies) == 2
-    del other
-    gc.collect()
-    assert len(recorder._vocabularies) == 1
-    recorder.outbox.close()
-
-
-async def test_a_slip_of_re_runs_or_of_a_look_ends_no_capture(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks, asked, enough = list[str](), asyncio.Event(), asyncio.Event()
-
-    async def broken(self: Reruns) -> None:
-        asked.set()
-        raise ZeroDivisionError
-
-    def look(self: Outbox) -> None:
-        looks.append("a look")
-        if len(looks) == 3:
-            enough.set()
-        raise ZeroDivisionError
-
-    monkeypatch.setattr("shoal.api.capture.LOOK_SECONDS", 0.0)
-    recorder = Recorder(CaptureArgs(str(folder)))
-    with monkeypatch.context() as slips:
-        slips.setattr(Reruns, "run", broken)
-        slips.setattr(Outbox, "look", look)
-        running = asyncio.create_task(recorder.run())
-        async with asyncio.timeout(60):
-            await asked.wait()
-            await enough.wait()
-        assert not running.done()
-    recorder.outbox.put(({"id": "chatcmpl-1", "at": 1_795_780_800_000}, [], None, []))
-    running.cancel()
-    await asyncio.wait({running})
-    assert [row["id"] for row in rows(folder)] == ["chatcmpl-1"] and not recorder.outbox.dropped
 
 
 async def test_the_name_of_a_slice_holds_nobody_s_words(connect: Connect, folder: Path) -> None:

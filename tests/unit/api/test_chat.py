@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 from shoal.api.limits import Limits
-from shoal.api.served import ServedModel
 from shoal.engine.events import Finished
 from shoal.errors import DeadlineError, QueueFullError
 from shoal.inputs.chat import Encoded
@@ -164,27 +163,6 @@ async def test_depth(http: httpx.AsyncClient, engine: Any, fields: dict[str, Any
     assert (reply.headers["x-shoal-depth"], reply.json()["usage"]["depth"]) == (ran, ran)
 
 
-async def test_the_header_of_a_stream_has_the_depth_once_every_choice_has_told_it(http: httpx.AsyncClient) -> None:
-    """The router's decision comes with a request's first token, and the header goes out with the first token of all."""
-    for fields, told in (
-        ({}, "full"),
-        ({"max_tokens": 1}, "full"),
-        ({"depth": "shallow", "n": 2}, "shallow"),
-        ({"depth": 2}, "middle"),
-        ({"n": 2}, None),
-    ):
-        reply = await http.post(URL, json={**BODY, "stream": True, **fields})
-        assert reply.headers.get("x-shoal-depth") == told
-
-
-async def test_an_answer_may_use_all_that_the_prompt_leaves(
-    http: httpx.AsyncClient, engine: Any, served: ServedModel
-) -> None:
-    await http.post(URL, json=BODY)
-    request = engine.requests[0]
-    assert request.sampling.max_tokens + len(request.prompt.ids) == served.config.context
-
-
 async def test_an_image_reaches_the_engine_as_patches(http: httpx.AsyncClient, engine: Any) -> None:
     parts = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": png()}}]
     assert (await http.post(URL, json={**BODY, "messages": [{"role": "user", "content": parts}]})).status_code == 200
@@ -243,11 +221,6 @@ async def test_errors_have_openai_s_envelope(
         assert (reply.status_code, error["param"], error["code"]) == (status, param, code)
         assert set(error) == {"message", "type", "param", "code"}
     assert engine.requests == []
-
-
-async def test_options_of_a_stream_are_refused_where_nothing_is_streamed(http: httpx.AsyncClient, engine: Any) -> None:
-    reply = await http.post(URL, json={**BODY, "stream_options": {"include_usage": True}})
-    assert (reply.status_code, reply.json()["error"]["param"], engine.requests) == (400, "stream_options", [])
 
 
 def bomb(width: int, height: int, data: bytes = b"") -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -232,16 +231,3 @@ async def test_log_probabilities_of_a_response_are_those_of_the_chat(http: httpx
         assert deltas == done["logprobs"] == part["logprobs"]
     plain = (await http.post("/v1/responses", json={"model": "fish", "input": "hi"})).json()
     assert plain["output"][0]["content"][0]["logprobs"] == [] and plain["top_logprobs"] is None
-
-
-async def test_dimensions_may_be_the_width(http: httpx.AsyncClient, served: ServedModel) -> None:
-    body = {"model": "fish", "input": "hi"}
-    assert (await http.post("/v1/embeddings", json={**body, "dimensions": served.config.width})).status_code == 200
-    error = (await http.post("/v1/embeddings", json={**body, "dimensions": 8})).json()["error"]
-    assert error["param"] == "dimensions" and str(served.config.width) in error["message"]
-
-
-async def test_an_item_that_nobody_stored_is_refused_by_name(connect: Callable[..., httpx.AsyncClient]) -> None:
-    body = {"model": "fish", "input": [{"role": "user", "content": "hi"}, {"type": "item_reference", "id": "msg_1"}]}
-    reply = await connect().post("/v1/responses", json=body)
-    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "input[1]")

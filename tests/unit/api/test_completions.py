@@ -10,8 +10,7 @@ import httpx
 import pytest
 
 from shoal.api.served import ServedModel
-from shoal.engine.events import Guide, Token, TokenLogprob
-from shoal.engine.text import TextStream
+from shoal.engine.events import Guide, TokenLogprob
 from shoal.inputs.tokenizer import END_ID, PAD_ID, PATCH_ID
 
 pytestmark = pytest.mark.anyio
@@ -38,18 +37,6 @@ async def test_every_form_of_prompt_reaches_the_engine_as_ids(
         assert answer["usage"]["prompt_tokens"] == sum(map(len, expected))
 
 
-async def test_choices_of_several_prompts_are_prompt_major(http: httpx.AsyncClient, engine: Any) -> None:
-    engine.reply = "ok"
-    answer = await complete(http, prompt=["a", "bc"], n=2, echo=True)
-    assert [choice["text"] for choice in answer["choices"]] == [p + "ok" for p in ("a", "a", "bc", "bc")]
-    assert answer["usage"]["prompt_tokens"] == 3
-
-
-async def test_max_tokens_is_16_as_openai_s(http: httpx.AsyncClient) -> None:
-    answer = await complete(http)
-    assert (answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]) == (16, "length")
-
-
 async def test_logprobs_have_the_legacy_shape(http: httpx.AsyncClient) -> None:
     assert (await complete(http, logprobs=2, max_tokens=2))["choices"][0]["logprobs"] == {
         "tokens": ["H", "e"],
@@ -74,11 +61,6 @@ async def test_echo_with_logprobs_is_what_lm_eval_reads(http: httpx.AsyncClient,
     assert [request.sampling.prompt_logprobs for request in engine.requests] == [1, 1]
 
 
-async def test_offsets_count_characters_where_a_prompt_s_token_is_half_of_one(http: httpx.AsyncClient) -> None:
-    answer = await complete(http, prompt="aéb", echo=True, logprobs=0, max_tokens=1)
-    assert answer["choices"][0]["logprobs"]["text_offset"] == [0, 1, 1, 2, 3]
-
-
 async def test_a_sampled_token_is_among_the_likeliest_in_any_case(http: httpx.AsyncClient, engine: Any) -> None:
     """As OpenAI's: one more entry where it is none of them."""
     likeliest = {"x": -0.1, "y": -0.2}
@@ -88,27 +70,6 @@ async def test_a_sampled_token_is_among_the_likeliest_in_any_case(http: httpx.As
     for count in (0, 1, 2):
         entry = (await complete(http, logprobs=count, max_tokens=1))["choices"][0]["logprobs"]
         assert entry["top_logprobs"] == [{**dict([*likeliest.items()][:count]), "H": -7.0}]
-
-
-async def test_offsets_are_right_while_text_is_held_back_for_a_stop(http: httpx.AsyncClient, engine: Any) -> None:
-    engine.reply = "so END now"
-    script = engine.batches
-
-    async def held(request: Any) -> Any:
-        """As the engine gives text out that may become a stop string."""
-        text = TextStream(engine.tokenizer, request.sampling.stop)
-        async for (event,) in script(request):
-            yield [
-                replace(event, text=text.push(event.token)[0])
-                if isinstance(event, Token)
-                else replace(event, text=text.finish())
-            ]
-
-    engine.batches = held
-    for fields in ({}, {"stop": ["END!"]}):
-        choice = (await complete(http, logprobs=0, **fields))["choices"][0]
-        assert choice["text"] == "so END now"
-        assert choice["logprobs"]["text_offset"] == [*range(10)]
 
 
 @pytest.mark.parametrize("max_tokens", [0, 3])
@@ -145,17 +106,6 @@ async def test_structured_outputs_guide_the_engine(
     assert engine.requests[0].sampling.speculative == 4
     reply = await http.post(URL, json={"model": "fish", "prompt": "a", "structured_outputs": {**given, "regex": "b"}})
     assert reply.status_code == (200 if "regex" in given else 400)
-
-
-async def test_a_stream_says_the_same_as_the_whole(http: httpx.AsyncClient) -> None:
-    fields = {"prompt": "ab", "echo": True, "model": "fish"}
-    whole = (await complete(http, **fields))["choices"][0]
-    text = (await http.post(URL, json={**fields, "stream": True})).text
-    *chunks, done = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
-    choices = [json.loads(chunk)["choices"][0] for chunk in chunks]
-    assert "".join(choice["text"] for choice in choices) == whole["text"]
-    assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + [whole["finish_reason"]]
-    assert done == "[DONE]"
 
 
 @pytest.mark.parametrize(

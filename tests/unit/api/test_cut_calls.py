@@ -166,14 +166,6 @@ async def test_a_free_call_that_a_stop_text_cuts_is_no_text(
         said_only("".join(block["text"] for block in whole["content"]))
 
 
-async def test_a_broken_call_that_its_writer_ended_is_kept_beside_a_stop_text(
-    http: httpx.AsyncClient, engine: Scripted, served: ServedModel
-) -> None:
-    engine.reply = written(served, "auto").partition('"where"')[0]
-    answer, _ = await ask(http, messages=ASK, tools=TOOLS, stop=["zzz"])
-    assert answer["message"]["content"] == engine.reply
-
-
 async def test_text_about_calls_is_kept(http: httpx.AsyncClient, engine: Scripted, served: ServedModel) -> None:
     form = served.tokenizer.calls or OURS
     if form.close:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from shoal import Engine, Request, Sampling
-from shoal.api.answers import Answer
 from shoal.loop.capture import Capture
 from tests.unit.api.test_reruns import measured, service, until
 from tests.unit.api.test_tolerance import ROUTES
@@ -45,19 +42,6 @@ async def test_a_streams_header_says_the_first_depth_and_its_end_the_last(tmp_pa
         reply = await http.post("/v1/completions", json=body)
         lines = [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data: {")]
         assert reply.headers["x-shoal-depth"] == "shallow" and json.loads(lines[-1])["usage"]["depth"] == "full"
-
-
-async def test_a_header_says_the_first_depth_however_many_tokens_have_come_with_it() -> None:
-    """A gateway that others keep busy reads several at once, and said the last of them."""
-    ours: Any = SimpleNamespace(
-        _served=SimpleNamespace(fixed_depth=lambda _: None, depth_name=str),
-        _call=SimpleNamespace(requests=[SimpleNamespace(depth="auto")]),
-        choices=[SimpleNamespace(first=EXITS[0], depth=EXITS[-1])],
-    )
-    ours._named = partial(Answer._named, ours)
-    assert (Answer.early_depth(ours), Answer.depth(ours)) == (str(EXITS[0]), str(EXITS[-1]))
-    ours.choices.append(SimpleNamespace(first=None, depth=None))
-    assert Answer.early_depth(ours) is None
 
 
 async def test_a_rerun_measures_the_exit_that_the_answer_began_with(tmp_path: Path) -> None:

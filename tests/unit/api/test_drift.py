@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import pytest
 
-from shoal.api import last_look
 from shoal.api.auth import ApiKeys
 from shoal.api.capture import CaptureArgs
 from shoal.loop.looked import FOLDER, STATE
@@ -68,24 +67,6 @@ async def test_a_key_that_may_not_change_releases_sees_no_drift(connect: Connect
             assert (await http.get("/v1/shoal/drift")).status_code == status
 
 
-async def test_the_file_is_read_again_only_when_there_is_another(
-    connect: Connect, service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[Path] = []
-    plain = last_look.last_look
-    monkeypatch.setattr(last_look, "last_look", lambda folder: read.append(folder) or plain(folder))
-    service.serve(300)
-    watch(service).look(service.now)
-    async with connect(capture=given(service)) as http:
-        for _ in range(3):
-            await drift(http)
-            await http.get("/metrics")
-        assert len(read) == 1
-        service.serve(10, journal="b")  # the gateway has made a part of the other
-        watch(service).look(service.now)
-        assert (await drift(http))["look"]["report"]["requests"] == 310 and len(read) == 2
-
-
 def of_report(saved: str, **fields: object) -> str:
     """A file with other fields in its report."""
     told = json.loads(saved)
@@ -113,17 +94,6 @@ async def test_a_file_that_cannot_be_read_is_told_and_breaks_nothing_else(
             assert told["look"] is None and "cannot be read" in told["fault"]
         scraped = (await http.get("/metrics")).raise_for_status().text
     assert "drift_state" not in scraped and "shoal:capture_rows" in scraped
-
-
-async def test_of_a_file_by_another_version_what_is_known_is_told(connect: Connect, service: Service) -> None:
-    watch(service).look(service.now)
-    path = service.folder / FOLDER / STATE
-    path.write_text(of_report(path.read_text(), mood="calm"))
-    async with connect(capture=given(service)) as http:
-        assert (await drift(http))["look"]["report"]["state"] == "learning"
-        assert "shoal:drift_state 0.0" in (await http.get("/metrics")).text
-        path.write_text(of_report(path.read_text(), needed=None))
-        assert "drift_state" not in (await http.get("/metrics")).raise_for_status().text
 
 
 async def test_a_scrape_tells_what_the_command_writes(connect: Connect, service: Service, tmp_path: Path) -> None:

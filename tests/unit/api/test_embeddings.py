@@ -169,9 +169,3 @@ async def test_what_cannot_be_embedded_is_named(
 ) -> None:
     reply = await http.post(URL, json={"model": "fish", "input": "ab", **fields})
     assert (reply.status_code, reply.json()["error"]["param"]) == (status, param)
-
-
-async def test_errors_of_the_engine_have_their_status(http: httpx.AsyncClient, engine: Any) -> None:
-    engine.raises = QueueFullError("full")
-    reply = await http.post(URL, json={"model": "fish", "input": "ab"})
-    assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")

@@ -8,27 +8,23 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from shoal import Model
 from shoal.api.follow import Follower
 from shoal.api.meter import Meter
 from shoal.api.seen import Seen
 from shoal.api.split import Split
-from shoal.api.trial import Trial
 from shoal.cli import main
 from shoal.engine.events import Token
 from shoal.errors import DataError, EngineDeadError
 from shoal.loop import again
-from shoal.loop.canary import Pace, advanced
+from shoal.loop.canary import advanced
 from shoal.loop.canary_state import Canary
 from shoal.loop.evidence import Evidence
-from shoal.loop.release import ChangedError, Release
+from shoal.loop.release import Release
 from shoal.loop.versions import Version
 from tests.canaries import NAMES, add, seen
 from tests.clocks import tells
@@ -196,25 +192,6 @@ def test_what_condemned_a_canary_stands_when_another_gateway_takes_its_next_step
         release.step(advanced(canary, "now"), why="another gateway was first")
         await one.look()
         assert release.state().canary is None and one._split.trial is None
-
-    run(work)
-
-
-def test_a_canary_that_a_person_took_back_is_not_promoted_by_the_evidence_of_a_moment_before(release: Release) -> None:
-    async def work() -> None:
-        release.set_auto("promote", why="in a test")
-        one = follower(release)
-        release.begin(why="try")
-        await one.look()
-        trial = one._split.trial
-        assert trial is not None
-        trial.decided = "done", "all clear"
-        state = release.state()
-        release.rollback(why="a person says so")
-        with pytest.raises(Exception, match="changed meanwhile"):
-            await one._judge(trial, state)
-        await one.look()
-        assert (release.state().stable, one._split.trial) == (2, None)
 
     run(work)
 
@@ -396,72 +373,6 @@ def test_a_day_without_traffic_is_one_by_a_clock_that_nobody_sets(
         assert release.state().held is not None
 
     run(work)
-
-
-def test_who_decided_by_a_state_that_is_no_more_looks_again_and_says_nothing_of_it(
-    release: Release, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("shoal.api.follow.LOOK_SECONDS", 0.0)
-
-    async def work() -> None:
-        one, again = follower(release), asyncio.Event()
-        raises = iter([ChangedError("the release was changed meanwhile"), DataError("that is told")])
-
-        async def look() -> None:
-            if (error := next(raises, None)) is not None:
-                raise error
-            again.set()
-
-        one.look = look  # type: ignore[method-assign]
-        running = asyncio.create_task(one.run())
-        await again.wait()
-        running.cancel()
-
-    run(work)
-    assert [record.getMessage() for record in caplog.records] == ["the release is not followed: that is told"]
-
-
-@pytest.mark.drill
-@given(
-    did=st.lists(
-        st.tuples(st.integers(0, 2), st.sampled_from(["ok", "failed", "stable", "down", "look", "again"])), max_size=60
-    )
-)
-def test_after_all_have_looked_each_gateway_knows_what_all_of_them_counted(did: list[tuple[int, str]]) -> None:
-    """Whatever the order, and though some end, each once it has told, and others start in their place."""
-    canary, alone = Canary(3, 1, "now", began=7), Evidence()
-    with TemporaryDirectory() as folder:
-
-        def started() -> tuple[Seen, Trial]:
-            return Seen(Path(folder)), Trial(None, "3.canary", canary, Pace())  # type: ignore[arg-type]
-
-        def look(number: int) -> None:
-            seen, trial = gateways[number]
-            trial.hear(seen.others(canary))
-            seen.tell(canary, trial.evidence.own)
-
-        gateways = [started() for _ in range(3)]
-        for place, (number, what) in enumerate(did):
-            trial = gateways[number][1]
-            if what in ("ok", "failed", "stable"):
-                part = trial.part(str(place).encode(), "", canary=what != "stable")
-                trial.count(Meter(), part, stable=what == "stable", failed=what == "failed")
-                kind, cut = ("failures", {}) if what == "failed" else ("invalid", {"cut": 0})
-                side = "stable" if what == "stable" else "canary"
-                add(alone, side, 1, 1, **{"invalid": 0, "slow": (0, 0), **cut, kind: 1})
-                if what == "failed":
-                    alone.counts[1, 1, 1, 0] -= 1  # what failed is no answer
-            elif what == "down":
-                trial.vote(("3.canary", 1, ""), (str(place), str(place)), "down")
-                alone.counts[1, 1, 3] += 1
-            else:
-                look(number)
-            if what == "again":
-                gateways[number] = started()
-        for number in (0, 1, 2, 0, 1, 2):
-            look(number)
-        for _, trial in gateways:
-            assert (trial.evidence.counts == alone.counts).all()
 
 
 def test_what_a_gateway_left_in_pieces_counts_nothing_and_is_told_of_once(

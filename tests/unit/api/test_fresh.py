@@ -67,19 +67,6 @@ async def test_a_slow_answer_is_not_waited_for_where_one_is_known(now: list[floa
     assert await waiting[1] == "second"
 
 
-async def test_an_error_is_an_answer_and_silence_is_an_error(now: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fresh, "PROBE_SECONDS", 0.01)
-
-    async def broken() -> None:
-        raise ConnectionError
-
-    async def silent() -> None:
-        await asyncio.Event().wait()
-
-    assert isinstance(await Fresh(broken, lambda: now[0]).get(), ConnectionError)
-    assert isinstance(await Fresh(silent, lambda: now[0]).get(), TimeoutError)
-
-
 async def test_callers_of_metrics_models_and_probes_ask_an_engine_once(
     connect: Callable[..., httpx.AsyncClient], engine: Scripted, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,12 +10,12 @@ import pytest
 
 from shoal.api import adapters
 from shoal.api.adapter_names import Change, Known, State
-from shoal.api.adapters import Adapters, loaded
+from shoal.api.adapters import Adapters
 from shoal.api.limits import Limits
 from shoal.api.served import MOST_ADAPTERS, ServedModel
 from shoal.api.service import Hosted, Service
 from shoal.api.wire import ModelNotFoundError
-from shoal.errors import CheckpointError, ConfigError, EngineDeadError, RequestError
+from shoal.errors import CheckpointError, ConfigError, RequestError
 from tests.unit.api.conftest import Scripted
 
 pytestmark = pytest.mark.anyio
@@ -207,21 +207,3 @@ def test_an_address_that_is_none_is_refused_at_the_start(served: ServedModel) ->
         Adapters(service, None, "s3://")
     with pytest.raises(ConfigError, match="adapters_from"):
         Adapters(service, None, "nowhere")
-
-
-async def test_an_engine_that_is_dead_says_so_and_keeps_the_list(two: Two) -> None:
-    one, _, names, _ = two
-    await one.adapters.load("a", "a")
-
-    async def dead(*_: object) -> str:
-        raise EngineDeadError("no engine replica loads the adapter")
-
-    one.client.load_adapter = one.client.keep_adapters = dead  # type: ignore[method-assign, assignment]
-    with pytest.raises(EngineDeadError):
-        await one.adapters.load("b", "b")
-    assert [*names.state.known] == ["a"] and one.shown == ["fish", "a"]
-
-
-async def test_those_that_a_service_starts_with_are_a_state(served: ServedModel) -> None:
-    state = await loaded(Client(served, Engines()), {"x": "dir/x"})
-    assert state.known["x"].identity == "x" and state.known["x"].directory == "dir/x"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import logging
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -62,24 +61,6 @@ class TestHints:
         told += "stream_options.include_obfuscation"
         assert reply.status_code == 200
         assert set(reply.headers["x-shoal-unused"].split(", ")) == set(told.split(", "))
-
-    async def test_a_value_that_asks_for_nothing_is_not_named(self, http: httpx.AsyncClient) -> None:
-        off = {"store": False, "metadata": {}, "service_tier": "auto", "verbosity": "medium", "safety_identifier": None}
-        reply = await http.post(URL, json={**BODY, **off, "messages": image(png(), detail="auto")})
-        assert reply.status_code == 200 and "x-shoal-unused" not in reply.headers
-
-    async def test_names_change_no_prompt_and_a_tool_s_message_may_have_one(
-        self, http: httpx.AsyncClient, engine: Any
-    ) -> None:
-        call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
-        for name in ({}, {"name": "ann"}):
-            messages = [
-                {"role": "user", "content": "hi", **name},
-                {"role": "assistant", "content": None, "tool_calls": [call], **name},
-                {"role": "tool", "tool_call_id": "c1", "content": "42", **name},
-            ]
-            assert (await http.post(URL, json={**BODY, "messages": messages})).status_code == 200
-        assert engine.requests[0].prompt.ids == engine.requests[1].prompt.ids
 
     @pytest.mark.parametrize(
         ("fields", "param"),
@@ -166,19 +147,6 @@ class TestErrors:
     ) -> None:
         error = (await http.post(URL, json={**BODY, **fields})).json()["error"]
         assert said in error["message"] and "e+" not in error["message"]
-
-    async def test_the_message_says_the_field_that_was_sent_too(self, http: httpx.AsyncClient) -> None:
-        error = (await http.post(URL, json={**BODY, "max_completion_tokens": 10_000})).json()["error"]
-        assert "max_completion_tokens = 10000" in error["message"]
-
-    async def test_the_log_s_line_names_the_field(self, connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
-        caplog.set_level(logging.INFO, logger="shoal.access")
-        http = connect()
-        for body, param in (({**BODY, "temprature": 1}, "temprature"), ({**BODY, "n": 0}, "n"), (BODY, None)):
-            caplog.clear()
-            await http.post(URL, json=body)
-            (line,) = [json.loads(r.getMessage()) for r in caplog.records if r.name == "shoal.access"]
-            assert line.get("param") == param
 
 
 class TestMethods:

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -23,14 +22,11 @@ import pytest
 
 from shoal import presets
 from shoal.api.app import build_app
-from shoal.api.bodies import ChatRequest
 from shoal.api.capture import CaptureArgs
 from shoal.api.limits import Limits
 from shoal.api.middleware import OPEN_PATHS
-from shoal.api.sent import in_json
 from shoal.api.served import ServedModel
-from shoal.api.service import LONGEST_SAID, Hosted, _conversation
-from shoal.api.wire import parse
+from shoal.api.service import Hosted
 from shoal.engine.events import Event, Finished, Request, Token, TokenLogprob
 from shoal.inputs.chat import Encoded
 from shoal.inputs.tokenizer import Tokenizer
@@ -180,21 +176,6 @@ async def test_nobody_keeps_the_loop_without_a_key(app: Any, path: str) -> None:
     assert max(found, default=(0.0, ""))[0] < MOST_SECONDS, sorted(found, reverse=True)[:3]
 
 
-async def test_what_tells_a_chat_from_others_is_found_without_reading_all_of_it() -> None:
-    """Where a canary is on trial each request is told from others by its beginning."""
-    request: Any = SimpleNamespace(
-        client=None, state=SimpleNamespace(access=SimpleNamespace(key=None, priority=0, facts={}))
-    )
-    image, other = (
-        parse(ChatRequest, json.dumps(said([{"type": "text", "text": text}, IMAGE])).encode()) for text in ("a", "b")
-    )
-    began = time.thread_time()
-    found = _conversation(request, image)
-    assert time.thread_time() - began < 0.005
-    assert found and found != _conversation(request, other)
-    assert len(found) < 2 * LONGEST_SAID
-
-
 @pytest.mark.parametrize("name", ["choices", "texts", "echo", "prompt-logprobs", "tools", "embeddings", "base64"])
 async def test_an_answer_in_pieces_is_one_json_of_the_length_that_its_header_says(app: Any, name: str) -> None:
     path, large = LARGEST[name]
@@ -216,33 +197,3 @@ async def test_an_answer_in_pieces_is_one_json_of_the_length_that_its_header_say
     elif name == "embeddings":
         assert [one["index"] for one in whole["data"]] == [*range(512)]
         assert all(one["embedding"] == np.roll(VECTOR, -at).tolist() for at, one in enumerate(whole["data"]))
-
-
-async def test_an_answer_to_a_client_that_has_left_is_sent_no_further() -> None:
-    """A socket that is closed takes all at once, so nothing there waits: the loop must have its turn to see that."""
-    sent, left = list[int](), asyncio.Event()
-    request: Any = SimpleNamespace(state=SimpleNamespace(access=SimpleNamespace(error=None)))
-    answer = await in_json(request, {"data": iter([b"0" * 2**16] * 100)})
-
-    async def send(message: Any) -> None:
-        sent.append(len(message.get("body", b"")))
-        if len(sent) == 3:
-            left.set()
-
-    async def receive() -> Any:
-        await left.wait()
-        return {"type": "http.disconnect"}
-
-    await answer({}, receive, send)
-    assert len(sent) < 10 and request.state.access.error == "client_left"
-
-
-async def test_a_vector_that_is_not_finite_is_no_answer(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def embed(*given: Any, **more: Any) -> list[list[float]]:
-        return [[0.5, float("nan")]]
-
-    monkeypatch.setattr(Large, "embed", embed)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
-        for how in ("float", "base64"):
-            reply = await http.post("/v1/embeddings", json={"model": "fish", "input": "a", "encoding_format": how})
-            assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal_error")

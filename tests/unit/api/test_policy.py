@@ -17,9 +17,8 @@ from recipes.medicine import rules
 from shoal import config
 from shoal.api.app import build_app
 from shoal.api.bodies import Message
-from shoal.api.calls import Tagged
-from shoal.api.noticed import Notice, Noticed, without_notice
-from shoal.api.policy import ChatPage, Policy, Urgency
+from shoal.api.noticed import Notice, without_notice
+from shoal.api.policy import ChatPage, Policy
 from shoal.api.serve_args import ServeArgs
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
@@ -131,12 +130,6 @@ async def test_no_client_switches_it_off(noticed: httpx.AsyncClient, more: dict[
         assert choice["message"]["content"].startswith(f"{NOTICE}\n\n")
 
 
-@pytest.mark.parametrize("name", ["notice", "policy"])
-async def test_there_is_no_field_for_it(noticed: httpx.AsyncClient, name: str) -> None:
-    body = {"model": "fish", "messages": [{"role": "user", "content": PLAIN}], name: False}
-    assert (await noticed.post("/v1/chat/completions", json=body)).status_code == 400
-
-
 async def test_it_is_in_the_language_of_who_asks(noticed: httpx.AsyncClient) -> None:
     content = (await ask(noticed, "我胸痛。")).json()["choices"][0]["message"]["content"]
     assert content.startswith(f"{CHINESE}\n立即呼救：胸痛。\n\n")
@@ -151,16 +144,6 @@ async def test_of_several_prompts_each_has_its_own(noticed: httpx.AsyncClient) -
     )  # fmt: skip
     begins = [first, first, plain, plain, chinese, chinese]
     assert all(one["text"].startswith(begin) for one, begin in zip(choices, begins, strict=True))
-
-
-def test_behind_it_a_call_that_is_none_is_seen() -> None:
-    """What was begun as a call and stayed text is no valid call, whatever stands before it."""
-    notice = Notice(policy(), [FLAGGED])
-    for said, meant in (('<tool_call>{"name": "gone", "arg', True), ("It aches.", False)):
-        reader = Noticed(Tagged({}), notice, whole=False)
-        deltas = [*reader.push(said), *reader.finish(whole=True)]
-        text = "".join(delta.get("content", "") for delta in deltas)
-        assert text == notice.text + said and reader.meant(text) == meant
 
 
 async def test_what_was_said_before_a_stream_broke_has_it(noticed: httpx.AsyncClient, engine: Scripted) -> None:
@@ -269,40 +252,6 @@ def test_a_long_text_is_looked_through_once_whatever_stands_in_it(said: str) -> 
     urgency = rules.policy().urgency
     assert urgency is not None and urgency.found(said) == []
     assert [one.flag.name for one in urgency.found(f"{said}. I have chest pain")] == ["chest pain"]
-
-
-async def test_what_is_too_long_for_the_model_is_refused_before_it_is_looked_through(
-    noticed: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Urgency, "found", lambda *_: pytest.fail("it was looked through"))
-    for path, (body, _, _) in BODIES.items():
-        long = json.loads(json.dumps(body).replace(FLAGGED, "Pain. " * 3000))
-        answer = await noticed.post(path, json={"model": "fish", **long})
-        assert answer.status_code == 400 and "context" in answer.text, path
-
-
-@pytest.mark.parametrize("stream", [False, True])
-async def test_half_of_a_surrogate_pair_in_an_object_is_sent_and_read_back(
-    noticed: httpx.AsyncClient, engine: Scripted, stream: bool
-) -> None:
-    """JSON may have one by its number, and no text can hold it: the answer was a 500."""
-    engine.reply = '{"a": "\\ud83d", "urgency": "self-care"}'
-    answer = await ask(noticed, FLAGGED, response_format={"type": "json_object"}, stream=stream)
-    said = BODIES["/v1/chat/completions"][2 if stream else 1](events(answer) if stream else answer.json())
-    told = json.loads(said)
-    assert told["a"] == "\ud83d" and told["urgency"] == "emergency" and told["notice"] == NOTICE
-    turns = [{"role": "user", "content": FLAGGED}, {"role": "assistant", "content": said}]
-    await ask(noticed, messages=[*turns, {"role": "user", "content": "Thanks."}])
-
-
-async def test_a_number_that_python_makes_infinite_is_left_as_it_was_said(
-    noticed: httpx.AsyncClient, engine: Scripted
-) -> None:
-    engine.reply = '{"a": 1e999, "urgency": "self-care"}'
-    said = (await ask(noticed, FLAGGED, response_format={"type": "json_object"})).json()["choices"][0]["message"][
-        "content"
-    ]
-    assert said == f"{NOTICE}\nCall for help now: chest pain.\n\n{engine.reply}"
 
 
 async def test_a_flag_of_an_earlier_turn_still_holds(noticed: httpx.AsyncClient) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 
@@ -31,14 +31,11 @@ class Clock:
 
 
 class Wire:
-    """A link in whose calls arrive later, in their order; `cut` lets none arrive, `silent` none answer, and while `answers` is
-    not set those that arrive are answered later."""
+    """A link in whose calls arrive later, in their order; `cut` lets none arrive, `silent` none answer."""
 
     def __init__(self, count: Quotas) -> None:
         self.count, self.cut, self.silent, self.calls = count, False, False, 0
         self.meanwhile: Callable[[], object] = lambda: None  # done while a call is on its way
-        self.answers = asyncio.Event()
-        self.answers.set()
         self._turn = asyncio.Lock()
 
     async def _arrive(self) -> None:
@@ -57,15 +54,11 @@ class Wire:
 
     async def admit(self, gateway: str, line: str) -> Left | None:
         await self._arrive()
-        left = self.count.admit(gateway, line)
-        await self.answers.wait()
-        return left
+        return self.count.admit(gateway, line)
 
     async def tell(self, gateway: str, spent: Mapping[str, int]) -> dict[str, Left] | None:
         await self._arrive()
-        told = self.count.tell(gateway, spent)
-        await self.answers.wait()
-        return told
+        return self.count.tell(gateway, spent)
 
     def come(self, gateway: str, line: str) -> None:
         if not self.cut and not self.silent:
@@ -172,21 +165,6 @@ async def test_batches_leave_to_others_what_runs_at_another_gateway() -> None:
     assert gateways.keys[1].spare(0.5) == 0
 
 
-async def test_batches_hear_of_ends_elsewhere_though_nothing_runs_here() -> None:
-    gateways = Gateways("alpha at_once=4")
-    one, other = gateways.keys
-    assert await admitted(one, 2) == 2 and await admitted(other) == 1
-    other.leave()
-    await asyncio.sleep(0)
-    await gateways.report()
-    assert other.spare(0.5) > 0
-    for _ in range(2):
-        one.leave()
-    await asyncio.sleep(0)
-    await gateways.report()
-    assert other.spare(0.5) == 0
-
-
 async def test_what_a_gateway_held_is_free_once_it_is_dead() -> None:
     gateways = Gateways("alpha at_once=2")
     assert await admitted(gateways.keys[0], 2) == 2
@@ -277,172 +255,6 @@ async def test_a_request_that_comes_just_before_the_end_of_another_is_not_refuse
     gateways.wire.meanwhile = end
     await gateways.keys[1].admitted()
     assert gateways.wire.calls == calls + 2
-
-
-async def test_a_key_without_limits_is_never_asked_about_and_one_that_is_whole_is_forgotten() -> None:
-    free, limited = Gateways("alpha"), Gateways("beta requests=60 at_once=2")
-    assert await admitted(free.keys[0], 5) == 5
-    assert free.wire.calls == 0
-    assert await admitted(limited.keys[0]) == 1
-    limited.keys[0].leave()
-    await asyncio.sleep(0)
-    limited.clock.now += 2
-    await limited.report()
-    assert not limited.shared[0]._known and not limited.wire.count._keys
-
-
-async def test_a_lasting_load_is_told_of_by_the_task_beside_the_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quotas, "TELL_SECONDS", 0.001)
-    gateways = Gateways("alpha tokens=100")
-    tasks = [asyncio.create_task(shared.run()) for shared in gateways.shared]
-    assert await admitted(gateways.keys[0]) == 1
-    gateways.keys[0].spend(200)
-    while await admitted(gateways.keys[1]):
-        await asyncio.sleep(0.001)
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)
-
-
-async def test_what_ends_while_its_gateway_joins_holds_no_place_for_ever() -> None:
-    """Whether the count forgot the gateway, or did not answer for a while: its place is free once it has joined."""
-    for cut in (False, True):
-        gateways = Gateways("alpha at_once=1")
-        one, other = gateways.keys
-        await gateways.report()
-        assert await admitted(one) == 1
-        if cut:
-            gateways.wire.cut = True
-            await gateways.report()
-            gateways.wire.cut = False
-        else:
-            gateways.wire.count = Quotas(gateways.clock)
-
-        def ends(shared: Shared = gateways.shared[0], key: Key = one) -> None:
-            if shared._joining.locked() and key.places is not None and key.places.taken:
-                key.leave()
-
-        gateways.wire.meanwhile = ends
-        await gateways.report()
-        assert gateways.running == 0
-        await gateways.report()
-        assert await admitted(other) == 1
-
-
-@pytest.mark.parametrize("ends", [False, True])
-async def test_what_comes_while_its_gateway_joins_is_counted(ends: bool) -> None:
-    """The count was away: until the gateway has joined it again it admits by itself, after it has said what it holds."""
-    gateways = Gateways("alpha at_once=2 requests=10")
-    one, other = gateways.keys
-    assert await admitted(one) == 1
-    gateways.wire.cut = True
-    await gateways.report()
-    gateways.wire.cut, gateways.shared[0]._told = False, -1000.0
-
-    async with gateways.wire._turn:
-        joining = asyncio.create_task(gateways.shared[0].report())
-        await asyncio.sleep(0)
-        assert gateways.shared[0]._joining.locked()
-        await one.admitted()
-        if ends:
-            one.leave()
-    await joining
-    await asyncio.sleep(0)
-    assert gateways.wire.count._taken(one.line) == gateways.running == 2 - ends
-    assert await admitted(other, 2) == ends
-    for key in (one,) if ends else (one, one):
-        key.leave()
-    await asyncio.sleep(0)
-    assert await admitted(other, 3) == 2 - ends
-    assert other.requests is not None and other.requests.level == 6
-
-
-async def test_what_is_admitted_when_the_count_is_lost_is_told_though_a_report_forgot_the_key() -> None:
-    gateways = Gateways("alpha at_once=1")
-    one, other = gateways.keys
-    assert await admitted(one) == 1
-    one.leave()
-    await asyncio.sleep(0)
-
-    def lose() -> None:
-        gateways.shared[0]._known.clear()  # as a report does that comes back meanwhile
-        gateways.wire.cut = True
-
-    gateways.wire.meanwhile = lose
-    assert await admitted(one) == 1
-    gateways.wire.meanwhile, gateways.wire.cut = lambda: None, False
-    await gateways.report()
-    assert await admitted(other) == 0
-
-
-async def test_a_report_that_crosses_a_request_does_not_make_it_unknown() -> None:
-    """A count that starts anew is told of it."""
-    gateways = Gateways("alpha at_once=1")
-    one, other = gateways.keys
-    await gateways.report()
-    assert await admitted(one) == 1
-    one.leave()
-    gateways.shared[0]._told = -1000.0
-    reported, asked = asyncio.create_task(gateways.shared[0].report()), asyncio.create_task(one.admitted())
-    await asyncio.gather(reported, asked)
-    gateways.wire.count = Quotas(gateways.clock)
-    await gateways.report()
-    assert await admitted(other) == 0
-
-
-async def on_its_way(gateways: Gateways, call: Coroutine[object, object, None]) -> asyncio.Task[None]:
-    """`call`, which the count has heard and whose answer has not come: meanwhile the count is lost, and its gateway alone."""
-    gateways.wire.answers.clear()
-    calls, task = gateways.wire.calls, asyncio.create_task(call)
-    while gateways.wire.calls == calls:
-        await asyncio.sleep(0)
-    for _ in range(3):
-        await asyncio.sleep(0)
-    gateways.wire.cut = True
-    return task
-
-
-async def test_an_answer_that_comes_when_the_count_was_given_up_admits_no_more_than_a_key_may() -> None:
-    gateways = Gateways("alpha at_once=2")
-    one, _ = gateways.keys
-    await gateways.shared[0].begin()
-    late = await on_its_way(gateways, one.admitted())
-    assert await admitted(one, 3) == 2
-    gateways.wire.answers.set()
-    with pytest.raises(RateLimitError):
-        await late
-    assert gateways.running == 2
-
-
-async def test_a_request_that_the_count_forgot_when_its_gateway_joined_again_is_counted() -> None:
-    """Its answer comes after that."""
-    gateways = Gateways("alpha at_once=3")
-    one, other = gateways.keys
-    await gateways.shared[0].begin()
-    late = await on_its_way(gateways, one.admitted())
-    assert await admitted(one) == 1
-    gateways.wire.cut = False
-    reporting = asyncio.create_task(gateways.report())
-    while gateways.shared[0]._alone:
-        await asyncio.sleep(0)
-    gateways.wire.answers.set()
-    await asyncio.gather(late, reporting)
-    assert gateways.wire.count._taken(one.line) == gateways.running == 2
-    assert await admitted(other, 3) == 1
-
-
-async def test_what_is_told_late_gives_back_nothing_that_was_spent_alone() -> None:
-    gateways = Gateways("alpha requests=5")
-    one, other = gateways.keys
-    assert await admitted(one) == 1
-    gateways.shared[0]._told = -1000.0
-    late = await on_its_way(gateways, gateways.shared[0].report())
-    assert await admitted(one, 2) == 2
-    gateways.wire.cut = False
-    gateways.wire.answers.set()
-    await late
-    await gateways.report()
-    assert await admitted(other, 5) == 2
 
 
 async def test_what_is_refused_after_it_was_counted_counts_at_no_gateway() -> None:

@@ -59,13 +59,11 @@ class Link:
 
     def __init__(self, count: Quotas) -> None:
         self.count, self.there, self.back, self.finding = count, 0.001, 0.001, 0.0
-        self.joined: Callable[[], object] = lambda: None  # done in the turn after that of a join's answer
         self._last = 0.0
 
     async def join(self, gateway: str, held: Mapping[str, Held]) -> None:
         await asyncio.sleep(self.finding)
         await self._call(lambda: self.count.join(gateway, held))
-        asyncio.get_running_loop().call_soon(self.joined)
 
     async def admit(self, gateway: str, line: str) -> Left | None:
         return await self._call(lambda: self.count.admit(gateway, line))
@@ -144,112 +142,6 @@ async def is_admitted(key: Key) -> bool:
     except RateLimitError:
         return False
     return True
-
-
-async def test_an_ask_that_waits_for_a_join_is_counted_after_all_who_came_alone() -> None:
-    """One is given up; another, whose answer comes when its gateway joins again, is asked about once more; a third comes alone
-    while that join is on its way."""
-    service = await begun("alpha at_once=2")
-    asked = [service.ask(1.1)]
-    await asyncio.sleep(0.5)
-    asked.append(service.ask(0.601))
-    await asyncio.sleep(0.52)
-    service.links[0].there, service.links[0].back = 0.3, 0.01
-    reported = service.report()
-    await asyncio.sleep(0.18)
-    asked.append(service.ask(0.01))
-    await reported
-    assert sum(await asyncio.gather(*asked)) == 2 and service.running == [2, 0]
-    await service.report()
-    assert service.taken == 2
-
-
-async def test_an_ask_does_not_overtake_a_join_that_looks_for_the_count() -> None:
-    service = await begun("alpha at_once=4")
-    asked = [service.ask(0.001)]
-    await asyncio.sleep(0.1)
-    asked.append(service.ask(5))
-    await asyncio.sleep(0.5)
-    asked.append(service.ask(0.53))
-    await asyncio.sleep(0.52)
-    service.links[0].back, service.links[0].finding = 0.001, 0.05
-    reported = service.report()
-    await asyncio.sleep(0.005)
-    service.links[0].back = 0.1  # of the last's second try, but not of the join
-    await asyncio.sleep(0.02)
-    service.links[0].back = 0.001
-    await reported
-    assert all(await asyncio.gather(*asked))
-    assert service.running == [3, 0] and service.taken == 3
-
-
-async def test_what_ends_in_the_turn_after_a_join_holds_no_place_for_ever() -> None:
-    """The gateway is alone, and a report waits for the join of an ask."""
-    service = await begun("alpha at_once=9")
-    assert await is_admitted(service.keys[0])
-    service.anew()
-    asked = [service.ask(5)]
-    await asyncio.sleep(0.5)
-    asked.append(service.ask(0.001))
-    service.links[0].joined = service.keys[0].leave
-    await asyncio.sleep(0.0015)
-    service.links[0].back = 0.7  # of its join
-    await asyncio.sleep(0.6)
-    assert service.shared[0]._alone
-    reported = service.report()
-    await asyncio.sleep(0.01)
-    service.links[0].back = 0.001
-    await reported
-    assert all(await asyncio.gather(*asked))
-    assert service.running == [2, 0] and service.taken == 2
-
-
-async def test_tokens_that_are_told_while_a_join_looks_for_the_count_are_charged() -> None:
-    service = await begun("alpha tokens=1000")
-    one = service.keys[0]
-    await one.admitted()
-    await service.report()
-    service.anew()
-    service.links[0].finding = 0.05
-    asked = service.ask(0.001)
-    await asyncio.sleep(0.02)
-    one.spend(900)
-    await service.report()
-    await asked
-    await service.report()
-    assert one.tokens is not None and one.tokens.level == pytest.approx(100, abs=3)
-
-
-@pytest.mark.parametrize("joined", [0.001, 0.5])
-async def test_what_another_count_has_admitted_is_asked_about_again(joined: float) -> None:
-    """The answer comes when its gateway has joined the new one, or before that join is answered."""
-    service = await begun("alpha at_once=4")
-    asked = [service.ask(0.3)]
-    await asyncio.sleep(0.01)
-    service.anew()
-    asked.append(service.ask(0.001))
-    await asyncio.sleep(0.0015)
-    service.links[0].back = joined
-    await asyncio.sleep(0.1)
-    service.links[0].back = 0.001
-    assert all(await asyncio.gather(*asked)) and not service.shared[0]._alone
-    assert service.running == [2, 0] and service.taken == 2
-
-
-async def test_what_two_counts_have_admitted_one_after_the_other_is_admitted_alone() -> None:
-    service = await begun("alpha at_once=4")
-    asked = [service.ask(0.3)]
-    for _ in range(2):
-        await asyncio.sleep(0.1)
-        service.anew()
-        asked.append(service.ask(0.001))
-        await asyncio.sleep(0.1)
-        service.links[0].back = 0.3
-        await asyncio.sleep(0.2)
-    assert all(await asyncio.gather(*asked)) and service.shared[0]._alone
-    service.links[0].back = 0.001
-    await service.report()
-    assert service.running == [3, 0] and service.taken == 3
 
 
 async def test_tokens_of_a_gateway_that_was_alone_are_charged_once() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,15 +16,13 @@ import torch
 from shoal import Engine, Model
 from shoal.api import reruns
 from shoal.api.app import build_app
-from shoal.api.capture import CaptureArgs, Recorder
-from shoal.api.limits import Limits
-from shoal.api.reruns import OUTCOMES, Reruns
+from shoal.api.capture import CaptureArgs
+from shoal.api.reruns import Reruns
 from shoal.api.served import ServedModel
-from shoal.api.service import Hosted, Service
+from shoal.api.service import Hosted
 from shoal.engine.events import LATER, Event, Finished, Request, Sampling, Signals
 from shoal.engine.front import AsyncEngine
 from shoal.engine.metrics import Samples, sample
-from shoal.errors import ConfigError, GenerationError
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.loop.capture import Capture
 from shoal.loop.rows import RERUN, Row
@@ -194,32 +191,6 @@ async def test_it_gives_way_at_once_and_is_begun_again_but_not_for_ever() -> Non
     await ended(task)
 
 
-async def test_few_prompts_are_in_memory_and_none_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    it = Offered()
-    for number in range(reruns.WAITING + 3):
-        it.offer(str(number))
-    assert it.counts == {"full": 3}
-    monkeypatch.setattr(reruns, "WAIT_SECONDS", 0.0)
-    task = asyncio.create_task(it.reruns.run())
-    await until(lambda: it.counts == {"full": 3, "waited": reruns.WAITING})
-    assert it.client.begun == 0
-    await ended(task)
-
-
-async def test_what_fails_is_counted_and_the_next_goes_on() -> None:
-    it = Offered()
-    task = asyncio.create_task(it.reruns.run())
-    for number, error in enumerate([GenerationError("x"), RuntimeError("a bug")], 1):
-        it.client.raises = error
-        it.offer(str(number))
-        await until(lambda number=number: it.counts == {"failed": number})  # type: ignore[misc]
-    it.client.raises = None
-    it.client.go.set()
-    it.offer("c")
-    await until(lambda: len(it.rows) == 1)
-    await ended(task)
-
-
 @pytest.mark.parametrize(
     "row", [{"status": 500}, {"role": "canary"}, {"resumed": "canary->stable"}, {"layers": 3}, {"layers": None}]
 )
@@ -229,40 +200,3 @@ async def test_only_what_the_router_decided_and_the_stable_version_answered_is_a
     assert not it.reruns._waiting
     it.offer()
     assert len(it.reruns._waiting) == 1
-
-
-async def test_of_several_prompts_whose_row_has_means_none_is_asked_again() -> None:
-    """Prompts that ran to 1 and 4 layers would make one of 2, at which the first would be said to lose what it never did."""
-    it = Offered()
-    it.offer(prompts=2)
-    assert not it.reruns._waiting
-    it.offer()
-    assert len(it.reruns._waiting) == 1
-
-
-async def test_a_share_is_asked_again_the_same_whoever_looks() -> None:
-    one, other, none = Offered(0.25), Offered(0.25), Offered(0.0)
-    for number in range(200):
-        for each in (one, other, none):
-            each.offer(str(number))
-    ids = [asked.row.id for asked in one.reruns._waiting]
-    assert 25 < len(ids) < 75 and ids == [asked.row.id for asked in other.reruns._waiting]
-    assert not none.reruns._waiting and set(OUTCOMES) >= set(one.reruns.counts)
-
-
-def test_a_share_is_a_share(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"capture reruns: got 1.5; allowed: a share, 0 to 1"):
-        CaptureArgs(str(tmp_path), reruns=1.5)
-
-
-async def test_requests_of_all_models_and_adapters_count_as_somebody(tmp_path: Path) -> None:
-    served = ServedModel("fish", lively().config, Tokenizer.bytes_only())
-    recorder = Recorder(CaptureArgs(str(tmp_path / "capture")))
-    hosted = Hosted(served, Slow())  # type: ignore[arg-type]
-    service = Service([hosted], Limits(), recorder)
-    adapter = hosted.beside(replace(served, name="adapter"), hosted.client)
-    service.names["adapter"] = adapter
-    assert not recorder.reruns._busy
-    adapter.held = 1
-    assert recorder.reruns._busy
-    recorder.outbox.close()

@@ -196,13 +196,6 @@ class TestAnswers:
 
         assert plain(last["response"]) == plain(whole)
 
-    async def test_the_items_of_an_answer_can_be_sent_back(self, http: httpx.AsyncClient, engine: Any) -> None:
-        engine.reply = f"so {CALL}"
-        first = await ask(http, tools=[LOG])
-        (call,) = [item for item in first["output"] if item["type"] == "function_call"]
-        result = {"type": "function_call_output", "call_id": call["call_id"], "output": "done"}
-        await ask(http, tools=[LOG], input=[*HI, *first["output"], result])
-
 
 class TestErrors:
     FIRST = "input[0].content[0]"
@@ -250,15 +243,6 @@ class TestErrors:
             assert (reply.status_code, error["param"]) == (400, param), error
             assert "\n" not in error["message"]
         assert engine.requests == [] or param == "stream_options"
-
-    async def test_that_texts_are_not_kept_is_said_where_one_is_asked_for(self, http: httpx.AsyncClient) -> None:
-        for fields in ({"store": True}, {"previous_response_id": "resp_1"}):
-            error = (await http.post(URL, json={**BODY, **fields})).json()["error"]
-            assert "texts are not kept" in error["message"]
-        for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/cancel"), ("GET", "/input_items")):
-            reply = await http.request(method, f"{URL}/resp_1{path}")
-            assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_found")
-            assert "none is kept" in reply.json()["error"]["message"]
 
     async def test_errors_have_their_status_before_the_first_token_and_an_event_after_it(
         self, http: httpx.AsyncClient, engine: Any

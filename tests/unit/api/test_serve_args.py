@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from shoal.api.limits import Limits
 from shoal.api.serve_args import ServeArgs
 from shoal.api.server import run_local
-from shoal.errors import ConfigError, DataError
+from shoal.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -59,27 +58,6 @@ def test_what_several_gateways_cannot_do_is_refused_by_name(given: dict[str, Any
 def test_engines_of_one_gpu_share_nine_tenths_of_it(given: dict[str, Any], share: float) -> None:
     """Replicas that reserve a part each, and two versions of a release in each of them."""
     assert ServeArgs(**given).engine_share == pytest.approx(share)
-
-
-def test_one_process_needs_a_model() -> None:
-    with pytest.raises(ConfigError, match=r"args\.model"):
-        run_local(ServeArgs())
-
-
-def test_a_capture_that_cannot_be_used_is_told_before_a_model_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "capture.json").write_text('{"format": "shoal.capture", "version": 9}')
-    monkeypatch.setattr("shoal.api.server.models.here", lambda model: model)
-    monkeypatch.setattr("shoal.api.server._engine", lambda *_: pytest.fail("the model was loaded, which takes long"))
-    args = ServeArgs(model=str(tmp_path / "model"), capture=str(tmp_path), ui=False)
-    with pytest.raises(DataError, match=r"got '.*: shoal\.capture 9'; allowed: shoal\.capture 1") as caught:
-        run_local(args, port=0)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_request_has_as_long_with_ray_and_without() -> None:
-    assert ServeArgs().seconds == Limits().seconds
 
 
 @pytest.mark.parametrize("name", ["release", "runs", "batches"])

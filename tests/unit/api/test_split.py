@@ -125,33 +125,6 @@ def test_a_request_that_two_engines_of_the_canary_were_lost_with_goes_to_no_stab
     asyncio.run(work())
 
 
-def test_what_became_of_the_calls_of_tools_is_told_to_the_trial_that_gave_the_answer() -> None:
-    async def work() -> None:
-        for side, talks in (("canary", 20), ("stable", 20), ("copies", 2)):
-            made = split(Engine(0), 0 if side == "copies" else 3)
-            trial = made.trial
-            assert trial is not None
-            trial.takes = lambda conversation, side=side: side == "canary"  # type: ignore[method-assign,misc]
-            for talk in range(talks):
-                note = Note()
-                await read(made, Request([talk], id="r"), note)
-                assert note.on_calls is not None
-                for valid in (True, False):
-                    note.on_calls(valid)
-                if trial.decided[0] == "back":
-                    break
-            assert trial.decided[0] == ("back" if side == "canary" else "wait")
-            other = "stable" if side == "canary" else "canary"
-            assert seen(trial.evidence, other, "wrong") == (0, 0)
-            assert side == "copies" or seen(trial.evidence, side, "wrong") == (talk + 1,) * 2
-        made, note = split(Engine(0)), Note()
-        made.trial = None
-        await read(made, Request([5], id="r"), note)
-        assert note.on_calls is None
-
-    asyncio.run(work())
-
-
 def test_an_end_that_is_an_error_goes_on_as_well() -> None:
     async def work() -> None:
         made, note = split(Engine(0, end=Finished("r", "error", error=GenerationError("NaN")))), Note()
@@ -386,37 +359,6 @@ def test_answers_that_do_not_end_take_it_back_unless_the_stable_ones_do_not_eith
     assert asked_so.decided[0] != "back" and seen(asked_so.evidence, "canary", "cut") == (300, 300)
 
 
-def test_of_a_talk_one_answer_says_how_sure_a_version_is() -> None:
-    """Somebody who asks the canary the same hard thing a hundred times condemns nothing."""
-    one = in_turns(Sure(1.0), Sure(4.0), 100, lambda number: "the same")
-    assert one.decided[0] != "back"
-    assert [seen(one.evidence, side, "cut")[0] for side in ("canary", "stable")] == [1, 1]
-
-
-def test_an_answer_of_two_authors_is_no_evidence_of_either() -> None:
-    async def work() -> None:
-        made = split(Engine(0, GenerationError("NaN"), 2))
-        await read(made, Request([5], id="r"), Note(id="a"))
-        made.voted("a", "ann", "down")
-        assert made.trial is not None
-        assert [seen(made.trial.evidence, side, "down")[0] for side in ("canary", "stable")] == [0, 0]
-
-    asyncio.run(work())
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_copy_is_told_with_the_version_that_it_went_to(fails: bool) -> None:
-    async def work() -> None:
-        made, told = split(Engine(0, GenerationError("NaN") if fails else None, 2), step=0, share=None), list[Any]()
-        await read(made, Request([5], id="r"), Note(shadowed=lambda *what: told.append(what)))
-        assert made.trial is not None and made.trial.shadowing is not None
-        await made.trial.shadowing
-        ((label, meter, end, failed),) = told
-        assert (label, failed, len(meter.tokens), end is None) == ("2.canary", fails, 2 if fails else 4, fails)
-
-    asyncio.run(work())
-
-
 def test_a_vote_on_an_answer_of_another_gateway_is_counted_there() -> None:
     async def work() -> None:
         told: list[tuple[str, str | None, str | None]] = []
@@ -433,21 +375,5 @@ def test_a_vote_on_an_answer_of_another_gateway_is_counted_there() -> None:
         here.trial = None
         here.voted("a", "ann", "up")
         assert len(told) == 1, "what is counted here goes nowhere, and without a trial nothing does"
-
-    asyncio.run(work())
-
-
-def test_of_several_gateways_each_is_asked_what_it_counted() -> None:
-    async def work() -> None:
-        alone = split(Engine(0))
-        several = Split(alone.stable, lambda *vote: None)
-        several.trial = alone.trial
-        for made in (alone, several):
-            await read(made, Request([5], id="r"), Note())
-        counts = sample("version_requests", version="2.canary", outcome="ok")
-        share = sample("release_share", version="2.canary")
-        assert alone.counted()[counts] == several.counted()[counts] == 1
-        assert {counts, share} <= (await alone.stats()).keys()
-        assert counts not in await several.stats() and share in await several.stats()
 
     asyncio.run(work())

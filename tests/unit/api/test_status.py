@@ -12,7 +12,6 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from shoal import __version__
 from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
 from shoal.api.capture import CaptureArgs
@@ -37,15 +36,6 @@ async def test_models(http: httpx.AsyncClient) -> None:
     assert (await http.get("/v1/models/fish")).json() == card
     missing = await http.get("/v1/models/sea/shark")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
-
-
-async def test_a_model_s_card_tells_what_its_adapted_exits_are_worth(served: ServedModel, engine: Any) -> None:
-    worth = {"minutes": 2.0, "agreement": {"shallow": 0.3, "middle": 0.4}}
-    for told in (worth, None):
-        app = build_app([Hosted(replace(served, adapted=told), engine)])
-        http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
-        cards = [(await http.get("/v1/models")).json()["data"][0], (await http.get("/v1/models/fish")).json()]
-        assert [card.get("adapted") for card in cards] == [told, told]
 
 
 async def test_a_model_s_card_tells_what_is_computed_with_and_not_what_is_stored(
@@ -147,33 +137,11 @@ async def test_a_service_that_is_closed_takes_no_work_and_says_so(served: Served
     assert int(refused.headers["retry-after"]) >= 1
 
 
-async def test_work_that_runs_is_counted_and_waited_for(served: ServedModel, engine: Any) -> None:
-    drain, go_on = Drain(OPEN_PATHS), asyncio.Event()
-
-    async def slow(*_: Any) -> None:
-        await go_on.wait()
-
-    guarded = drain.guard(slow, lambda error, access: slow)
-    asked = [
-        asyncio.create_task(guarded({"type": "http", "path": p}, slow, slow)) for p in ("/v1/x", "/ui/y", "/health")
-    ]
-    await asyncio.sleep(0)
-    assert drain.running == 1
-    assert not await drain.ended(0.0)
-    go_on.set()
-    assert await drain.ended(60.0)
-    await asyncio.gather(*asked)
-
-
 @pytest.mark.parametrize("path", ["/v1/chat/completions/", "/tokenizer_info/", "/health/", "/nothing"])
 async def test_no_path_is_redirected(connect: Callable[..., httpx.AsyncClient], path: str) -> None:
     """Behind a proxy that ends TLS it would go to http://, and take the key along in clear text."""
     reply = await connect().post(path)
     assert (reply.status_code, reply.json()["error"]["type"]) == (404, "not_found_error")
-
-
-async def test_version(http: httpx.AsyncClient) -> None:
-    assert (await http.get("/version")).json() == {"version": __version__, "model": "fish"}
 
 
 async def test_metrics_count_requests_and_pass_on_the_engine_s(http: httpx.AsyncClient) -> None:
@@ -208,21 +176,6 @@ async def test_metrics_can_be_switched_off_and_survive_a_silent_engine(
 
     engine.stats = broken
     assert (await connect().get("/metrics")).status_code == 200
-
-
-async def test_the_openapi_document_is_whole(http: httpx.AsyncClient) -> None:
-    document = (await http.get("/openapi.json")).json()
-    known = document["components"]["schemas"]
-    assert known["ChatRequest"]["additionalProperties"] is False
-
-    def references(node: Any) -> set[str]:
-        if isinstance(node, dict):
-            own = {node["$ref"]} if isinstance(node.get("$ref"), str) else set()
-            return own.union(*map(references, node.values()))
-        return set().union(*map(references, node)) if isinstance(node, list) else set()
-
-    found = {reference.removeprefix("#/components/schemas/") for reference in references(document)}
-    assert {"ChatRequest", "ImagePart", "ChatCompletion"} <= found <= set(known)
 
 
 async def test_the_document_s_examples_name_the_served_model_and_are_answered(
@@ -308,14 +261,6 @@ class TestSeveralModels:
     def test_a_name_given_twice_is_refused(self, served: ServedModel, engine: Any, shark: Hosted) -> None:
         with pytest.raises(ConfigError, match="each name once"):
             build_app([Hosted(served, engine), Hosted(replace(shark.served, aliases=("fish",)), shark.client)])
-
-
-async def test_a_page_can_be_mounted_and_needs_no_key(connect: Callable[..., httpx.AsyncClient]) -> None:
-    def mount(app: FastAPI) -> FastAPI:
-        app.get("/ui")(lambda: "page")
-        return app
-
-    assert (await connect(ui_mount=mount).get("/ui")).json() == "page"
 
 
 def below(app: FastAPI, **_: object) -> FastAPI:

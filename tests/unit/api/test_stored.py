@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,13 +15,11 @@ from shoal import presets
 from shoal.api.auth import ApiKeys
 from shoal.api.capture import CaptureArgs
 from shoal.api.served import ServedModel
-from shoal.errors import ConfigError
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.loop.capture import Capture, now_ms
-from shoal.loop.rows import Row
+from shoal.loop.capture import Capture
 from shoal.loop.texts import Texts
-from shoal.loop.votes import Vote, Votes
-from shoal.loop.writer import Bounds, Writer
+from shoal.loop.votes import Votes
+from shoal.loop.writer import Bounds
 
 pytestmark = pytest.mark.anyio
 Connect = Callable[..., httpx.AsyncClient]
@@ -124,13 +121,6 @@ async def test_texts_are_kept_only_where_operator_and_key_allow_it(
     assert not (folder / "texts").exists() and not (folder / "feedback").exists()
 
 
-async def test_without_keys_the_operator_alone_decides(connect: Connect, folder: Path) -> None:
-    async with connect(capture=CaptureArgs(str(folder), texts=True)) as http:
-        answer = await http.post("/v1/chat/completions", json=CHAT)
-        assert "x-shoal-unused" not in answer.headers
-        assert (await http.get(f"/v1/chat/completions/{answer.json()['id']}")).status_code == 200
-
-
 @pytest.mark.parametrize(
     ("texts", "key", "days"), [(True, "shop-key", 7), (True, "plain-key", None), (False, "shop-key", None)]
 )
@@ -141,11 +131,6 @@ async def test_a_key_is_told_what_it_may_say_of_answers(
     async with connect({"Authorization": f"Bearer {key}"}, capture=given, api_keys=KEYS) as http:
         told = (await http.get("/v1/shoal/feedback")).raise_for_status().json()
     assert (told["captured"], told["texts"], told["texts_days"]) == (True, days is not None, days)
-
-
-async def test_who_captures_nothing_takes_no_feedback(http: httpx.AsyncClient) -> None:
-    told = (await http.get("/v1/shoal/feedback")).raise_for_status().json()
-    assert (told["captured"], told["texts"], told["texts_days"]) == (False, False, None)
 
 
 async def test_where_nothing_is_captured_each_route_says_so(http: httpx.AsyncClient) -> None:
@@ -184,33 +169,6 @@ async def test_a_vote_for_an_answer_that_nobody_gave_is_404(connect: Connect, fo
         answer = await http.post("/v1/shoal/feedback", json={"id": "chatcmpl-nobody", "rating": "up"})
     assert answer.status_code == 404 and answer.json()["error"]["param"] == "id"
     assert not (folder / "feedback").exists()
-
-
-async def test_a_vote_on_an_answer_of_another_gateway_waits_for_its_row(
-    connect: Connect, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which that one's scribe writes a moment after the answer was read."""
-    knows = Votes.knows
-
-    def too_early(self: Votes, id_: str) -> bool:
-        found = knows(self, id_)
-        other = Writer(Capture(folder), start=False)
-        other.put(Row("chatcmpl-elsewhere", now_ms()))
-        return found
-
-    monkeypatch.setattr(Votes, "knows", too_early)
-    async with connect(capture=CaptureArgs(str(folder))) as http:
-        (await http.post("/v1/shoal/feedback", json={"id": "chatcmpl-elsewhere", "rating": "up"})).raise_for_status()
-
-
-async def test_an_answer_that_was_just_given_and_is_forgotten_cannot_be_voted_on(
-    connect: Connect, folder: Path
-) -> None:
-    async with connect(capture=CaptureArgs(str(folder))) as http:
-        id_ = (await http.post("/v1/chat/completions", json={**CHAT, "store": False})).json()["id"]
-        (folder / "forgotten.jsonl").write_text(json.dumps({"id": id_}) + "\n")
-        answer = await http.post("/v1/shoal/feedback", json={"id": id_, "rating": "up"})
-    assert answer.status_code == 404 and not Votes(Capture(folder)).all()
 
 
 async def test_an_answer_of_before_a_restart_can_be_voted_on(connect: Connect, folder: Path) -> None:
@@ -258,27 +216,6 @@ async def test_texts_and_votes_end_where_as_much_is_kept_as_may_be(
         assert 'capture_dropped_total{reason="bound"} 1.0' in (await http.get("/metrics")).text
         vote = await http.post("/v1/shoal/feedback", json={"id": first.json()["id"], "rating": "up"})
     assert vote.status_code == 507 and vote.json()["error"]["code"] == "no_room" and not (folder / "feedback").exists()
-
-
-async def test_a_text_that_the_disk_does_not_take_costs_nobody_an_answer(connect: Connect, folder: Path) -> None:
-    async with connect(capture=CaptureArgs(str(folder), texts=True)) as http:
-        (folder / "texts").write_text("not a folder")
-        answer = (await http.post("/v1/chat/completions", json=CHAT)).raise_for_status()
-        assert 'capture_dropped_total{reason="texts"} 1.0' in (await http.get("/metrics")).text
-    assert Capture(folder).rows().to_pylist()[0]["stored"] is None and answer.json()["choices"]
-
-
-def test_texts_of_a_key_is_yes_or_no() -> None:
-    assert "texts=yes" in KEYS.lines[0] and "texts" not in KEYS.lines[2]
-    with pytest.raises(ConfigError, match="line 1: texts"):
-        ApiKeys(["k texts=maybe"])
-
-
-def test_a_vote_is_read_as_it_was_given(tmp_path: Path) -> None:
-    capture = Capture(tmp_path, create=True)
-    Votes(capture, lambda: 5).put(Vote("a", "s", "up", 0.5, "b", "c"))
-    assert Votes(capture).all() == [Vote("a", "s", "up", 0.5, "b", "c", 5)]
-    assert json.loads((tmp_path / "feedback/day=1970-01-01/votes.jsonl").read_text())["rating"] == "up"
 
 
 async def test_of_an_answer_whose_text_is_stored_its_own_key_alone_says_what_is_right(

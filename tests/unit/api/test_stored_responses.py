@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
-import shutil
-import threading
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +29,6 @@ from shoal.inputs.tokenizer import Tokenizer
 from shoal.loop.capture import Capture
 from shoal.loop.forget import forget
 from shoal.loop.texts import Responses, Texts
-from shoal.machine import write_aside
 from tests.unit.api.test_chat import png
 from tests.unit.api.test_responses import LOG
 from tests.unit.api.test_tools import CALL
@@ -44,7 +39,6 @@ Connect = Callable[..., httpx.AsyncClient]
 KEYS = ApiKeys(["shop-key name=shop texts=yes", "other-key name=other texts=yes", "plain-key name=plain"])
 ASK: dict[str, Any] = {"model": "fish", "input": "How deep?", "store": True}
 URL = "/v1/responses"
-CHAINED = {"texts": "_read", "capture": "lines_of"}  # module of `loop` -> what reads a file there
 
 
 @pytest.fixture(scope="module")
@@ -189,16 +183,6 @@ async def test_a_deleted_one_is_gone_and_what_went_on_from_it_says_so(shop: open
     assert kept.count(b"Hello, fish!") == 1  # a text lies in one place
 
 
-async def test_one_that_is_too_old_is_no_more(shop: openai.AsyncOpenAI, folder: Path) -> None:
-    first = await shop.responses.create(**ASK)
-    (day,) = (folder / "texts").iterdir()
-    shutil.rmtree(day)  # as `Writer.tidy` does
-    with pytest.raises(openai.NotFoundError):
-        await shop.responses.retrieve(first.id)
-    with pytest.raises(openai.BadRequestError, match="no such response"):
-        await shop.responses.create(**ASK, previous_response_id=first.id)
-
-
 async def test_a_key_sees_what_it_stored_and_nothing_else(client: Any) -> None:
     mine = await client("shop-key").responses.create(**ASK)
     other = client("other-key").responses
@@ -214,16 +198,6 @@ async def test_a_key_sees_what_it_stored_and_nothing_else(client: Any) -> None:
         await other.create(**ASK, previous_response_id=mine.id)
     assert wrong.value.code == "previous_response_not_found"
     assert (await client("shop-key").responses.retrieve(mine.id)).id == mine.id
-
-
-async def test_another_key_says_nothing_of_a_response_that_is_stored(client: Any) -> None:
-    one = await client("shop-key").responses.create(model="fish", input="the sea", store=True)
-    for key, status in (("other-key", 404), ("shop-key", 200)):
-        headers = {"Authorization": f"Bearer {key}"}
-        answer = await client(key)._client.post(
-            "/v1/shoal/feedback", json={"id": one.id, "rating": "up"}, headers=headers
-        )
-        assert answer.status_code == status
 
 
 async def test_a_chat_is_no_response_and_a_response_no_chat(shop: openai.AsyncOpenAI) -> None:
@@ -286,16 +260,6 @@ async def test_a_later_turn_sees_what_is_stored_without_personal_data(
     assert found["scrubbed"] == {"messages": {"email": 2, "card": 1}, "answer": {"card": 1}}
 
 
-async def test_a_call_with_half_a_letter_is_read_and_gone_on_from(shop: openai.AsyncOpenAI, engine: Any) -> None:
-    engine.reply = CALL.replace("7", '"\\ud83d jo@sea.com"')
-    first = await shop.responses.create(**ASK, tools=[LOG])  # type: ignore[list-item]
-    found = (await shop.responses.retrieve(first.id)).output[0]
-    assert found.type == "function_call" and json.loads(found.arguments) == {"n": "\ud83d [email]"}
-    result: Any = {"type": "function_call_output", "call_id": found.call_id, "output": "done"}
-    second = await shop.responses.create(**{**ASK, "input": [result]}, previous_response_id=first.id)
-    assert second.previous_response_id == first.id
-
-
 async def test_any_gateway_finds_what_another_answered(connect: Connect, folder: Path) -> None:
     options: dict[str, Any] = {"capture": CaptureArgs(str(folder), texts=True)}
     async with connect(**options) as one, connect(**options) as other:
@@ -330,52 +294,6 @@ async def test_a_text_that_the_disk_does_not_take_costs_nobody_an_answer(connect
         assert 'capture_dropped_total{reason="texts"} 2.0' in (await http.get("/metrics")).text
 
 
-async def test_what_a_slow_disk_stores_after_its_answer_said_no_is_taken_back(
-    shop: openai.AsyncOpenAI, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told, plain, dropped, begun = threading.Event(), Responses.drop, list[str](), list[str]()
-
-    def slow(path: Path, *given: Any) -> None:
-        begun.append(path.name)
-        told.wait(60)
-        write_aside(path, *given)
-
-    monkeypatch.setattr("shoal.api.storing.STORE_SECONDS", 0.01)
-    monkeypatch.setattr("shoal.loop.texts.write_aside", slow)
-    monkeypatch.setattr(Responses, "drop", lambda self, id_: (plain(self, id_), dropped.append(id_)))
-    answers: list[Any] = []
-    while not (late := [answer for answer in answers if any(answer.id in name for name in begun)]):
-        answers.append(await shop.responses.create(**ASK))  # where no thread had begun with one, it will not be stored
-    answer = late[0]
-    told.set()
-    assert to_dict(answer)["store"] is False
-    async with asyncio.timeout(60):
-        while answer.id not in dropped:
-            await asyncio.sleep(0.01)
-    with pytest.raises(openai.NotFoundError):
-        await shop.responses.retrieve(answer.id)
-
-
-async def test_what_was_stored_as_the_time_ended_is_said_to_be(
-    shop: openai.AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The thread has done it, and the loop, which had other things to do, hears of that and of the end of the time at once."""
-
-    plain = asyncio.to_thread
-
-    async def late(work: Callable[..., Any], *given: Any) -> Any:
-        done = await plain(work, *given)
-        if getattr(work, "__name__", "") == "work":
-            raise TimeoutError
-        return done
-
-    with monkeypatch.context() as then:
-        then.setattr(asyncio, "to_thread", late)
-        answer = await shop.responses.create(**ASK)
-    assert to_dict(answer)["store"] is True
-    assert (await shop.responses.retrieve(answer.id)).id == answer.id
-
-
 async def test_what_failed_is_not_stored(shop: openai.AsyncOpenAI, engine: Any, folder: Path) -> None:
     engine.ends = Finished("x", "error", error=GenerationError("it failed"))
     events = [event async for event in await shop.responses.create(**ASK, stream=True)]
@@ -399,16 +317,6 @@ async def test_of_who_is_forgotten_nothing_is_left_nor_stored_again(shop: openai
     assert forget(capture, id_=other.id).texts == 1
     with pytest.raises(openai.NotFoundError):
         await shop.responses.retrieve(other.id)
-
-
-async def test_one_that_is_forgotten_is_seen_no_more_though_its_file_stays(
-    shop: openai.AsyncOpenAI, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("shoal.loop.forget._texts", lambda *_: 0)
-    mine = await shop.responses.create(**ASK, user="ann")
-    forget(Capture(folder), id_=mine.id)
-    with pytest.raises(openai.NotFoundError):
-        await shop.responses.retrieve(mine.id)
 
 
 async def test_what_is_stored_cannot_be_cancelled(shop: openai.AsyncOpenAI) -> None:
@@ -435,37 +343,6 @@ async def test_a_chain_longer_than_may_be_read_is_one_clear_line(
             error = answer.json()["error"]
             assert answer.status_code == 400 and told in error["message"], error
             assert error["param"] in ("input", "previous_response_id") and id_ is not None
-
-
-async def test_of_a_chain_no_more_is_read_than_an_answer_may_be_given_to(
-    connect: Connect, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Thousands of tiny turns are few bytes, and a file each; and deletions are many lines, read for each of them."""
-    read: list[Path] = []
-
-    def reading(name: str) -> None:
-        old = getattr(import_module(f"shoal.loop.{name}"), CHAINED[name])
-        monkeypatch.setattr(f"shoal.loop.{name}.{CHAINED[name]}", lambda path: (read.append(path), old(path))[1])
-
-    async with connect(capture=CaptureArgs(str(folder), texts=True), limits=Limits(messages=7)) as http:
-        one = (await http.post(URL, json=ASK)).json()
-        await http.delete(f"{URL}/{one['id']}")
-        responses, ids = Responses(Capture(folder)), [f"resp_{turn:032x}" for turn in range(40)]
-        item = {"id": "msg_0", "type": "message", "role": "user", "status": "completed",
-                "content": [{"type": "input_text", "text": "a"}]}  # fmt: skip
-        for id_, previous in zip(ids, [None, *ids], strict=False):
-            told = {**one, "id": id_, "previous_response_id": previous}
-            responses.put_response("", None, [item], told, previous=previous, conversation=None)
-        for name in CHAINED:
-            reading(name)
-        for turn, status in ((2, 200), (3, 400), (39, 400)):
-            read.clear()
-            answer = await http.post(URL, json={**ASK, "store": False, "previous_response_id": ids[turn]})
-            assert answer.status_code == status and len(read) <= 5
-        error = answer.json()["error"]
-        assert "too many items with those of the turns before" in error["message"] and "got 9" in error["message"]
-        listed = await http.get(f"{URL}/{ids[3]}/input_items")
-        assert len(listed.json()["data"]) == 7  # as many as it may have been given to
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import pytest
 from shoal.api.served import ServedModel
 from shoal.inputs.call_formats import FORMATS
 from tests.unit.api.conftest import Scripted
-from tests.unit.api.test_chat import events
 from tests.unit.api.test_tools import ask
 from tests.unit.open_weights import taught
 from tests.unit.open_weights.taught import TOOLS
@@ -108,12 +107,6 @@ async def test_without_tools_nothing_is_shown_and_nothing_is_a_call(
         assert "add_fish" not in served.tokenizer.decode(prompt.ids)
 
 
-async def test_tools_are_given_in_the_body_and_nowhere_else(http: httpx.AsyncClient) -> None:
-    body = {"model": "fish", "messages": ASK, "chat_template_kwargs": {"tools": TOOLS}}
-    reply = await http.post("/v1/chat/completions", json=body)
-    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "chat_template_kwargs")
-
-
 async def test_what_is_no_history_of_calls_is_a_400(http: httpx.AsyncClient, engine: Scripted) -> None:
     def turns(arguments: str, role: str = "assistant") -> list[dict[str, Any]]:
         call = {"id": "a", "type": "function", "function": {"name": "look", "arguments": arguments}}
@@ -163,23 +156,3 @@ async def test_an_answer_with_text_behind_its_call_goes_back_as_one_turn(
     if served.tokenizer.calls != FORMATS["mistral"]:  # whose template shows the ids of calls
         assert shown[1] == shown[3]
     assert shown[1].count("two") == 1
-
-
-async def test_several_choices_have_calls_of_their_own(
-    http: httpx.AsyncClient, engine: Scripted, served: ServedModel
-) -> None:
-    engine.reply = written(served, "add_fish", ARGUMENTS)
-    body = {"model": "fish", "messages": ASK, "tools": TOOLS, "n": 3}
-    choices = (await http.post("/v1/chat/completions", json=body)).json()["choices"]
-    made = [call for choice in choices for call in choice["message"]["tool_calls"]]
-    assert [json.loads(call["function"]["arguments"]) for call in made] == [ARGUMENTS] * 3
-    assert len({call["id"] for call in made}) == 3 and {choice["finish_reason"] for choice in choices} == {"tool_calls"}
-    *chunks, _ = events((await http.post("/v1/chat/completions", json={**body, "stream": True})).text)
-    sent = [
-        (choice["index"], call)
-        for chunk in chunks
-        for choice in chunk["choices"]
-        for call in choice["delta"].get("tool_calls", ())
-    ]
-    assert sorted(index for index, _ in sent) == [0, 1, 2] and {call["index"] for _, call in sent} == {0}
-    assert all(json.loads(call["function"]["arguments"]) == ARGUMENTS for _, call in sent)

@@ -98,20 +98,6 @@ async def test_a_stream_of_several_choices_tells_their_mean_as_they_grow(measure
     assert usages[-1]["mean_depth"] < 4
 
 
-async def test_several_choices_told_at_once_have_the_mean_of_what_they_lost(measured: httpx.AsyncClient) -> None:
-    asked = body("/v1/completions", n=3, temperature=1, ignore_eos=True)
-    reply = (await measured.post("/v1/completions", json=asked)).json()
-    usage = reply["usage"]
-    assert len(reply["choices"]) == 3 and usage["completion_tokens"] == 36
-    assert 0 < usage["quality"]["spent"] <= usage["quality"]["allowed"] == 2.0 and 0 < usage["mean_depth"] < 4
-
-
-@pytest.mark.parametrize(("more", "told"), [({"depth": "shallow"}, 400), ({"quality_tolerance": -0.1}, 400)])
-async def test_what_cannot_be_kept_is_refused(measured: httpx.AsyncClient, more: dict[str, Any], told: int) -> None:
-    reply = await measured.post("/v1/completions", json=body("/v1/completions", **more))
-    assert reply.status_code == told and "quality_tolerance" in reply.text
-
-
 @pytest.mark.parametrize("stream", [False, True])
 async def test_what_was_lost_is_a_number_at_the_largest_tolerance(measured: httpx.AsyncClient, stream: bool) -> None:
     """That times two tokens is infinite, and so are prices, where top-k leaves full depth and the exit other tokens."""
@@ -121,19 +107,6 @@ async def test_what_was_lost_is_a_number_at_the_largest_tolerance(measured: http
     assert reply.status_code == 200, reply.text
     usage = (events(reply)[-1] if stream else reply.json())["usage"]
     assert usage["completion_tokens"] == 12 and math.isfinite(usage["quality"]["spent"])
-
-
-async def test_at_a_fixed_depth_without_drafts_nothing_is_lost(measured: httpx.AsyncClient) -> None:
-    asked = body("/v1/completions", depth="middle", speculative=0)
-    usage = (await measured.post("/v1/completions", json=asked)).json()["usage"]
-    assert (usage["depth"], usage["mean_depth"]) == ("middle", 2)
-    assert usage["quality"] == {"spent": 0.0, "allowed": 2.0}
-
-
-async def test_an_answer_without_a_word_took_its_layers_too(measured: httpx.AsyncClient) -> None:
-    asked = body("/v1/completions", stop_token_ids=list(range(300)), speculative=0)
-    usage = (await measured.post("/v1/completions", json=asked)).json()["usage"]
-    assert (usage["completion_tokens"], usage["mean_depth"]) == (0, 4)
 
 
 # where the router decides and drafts nothing: the layers that it gives an answer, those after three tokens, and what is known
@@ -165,12 +138,3 @@ async def test_what_the_router_gives_full_depth_lost_nothing_and_of_earlier_exit
     assert (usage["depth"], usage["quality"]) == (depth, {"spent": spent, "allowed": 2.0})
     assert streamed[-1]["usage"]["quality"] == usage["quality"]
     assert {event["usage"]["quality"]["spent"] for event in streamed} <= {spent, None}
-
-
-async def test_engines_that_measure_nothing_lose_nothing_at_the_depth_asked_for_and_at_full(
-    http: httpx.AsyncClient,
-) -> None:
-    for depth in ("auto", "full"):
-        reply = await http.post("/v1/completions", json=body("/v1/completions", depth=depth))
-        assert reply.json()["usage"]["quality"] == {"spent": 0.0, "allowed": 2.0}
-        assert "mean_depth" not in reply.json()["usage"]
