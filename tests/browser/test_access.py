@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shoal import Model
 from shoal.api.auth import ApiKeys
 from tests.browser.conftest import written_release
-from tests.browser.driving import ask, log_in, log_in_anew, most_tokens, until, visit
-from tests.browser.runs import START, evaluation, say, step
+from tests.browser.driving import log_in, log_in_anew
 from tests.browser.site import Site, site
 
 if TYPE_CHECKING:
@@ -28,11 +26,6 @@ NAME = """() => {
 }"""
 MOVING = """() => [...document.querySelectorAll('*')].filter((at) => getComputedStyle(at).transitionDuration !== '0s')
   .map((at) => at.className)"""
-LAST_IN_SIGHT = """() => {
-  const box = document.querySelector('#chat').getBoundingClientRect();
-  const last = [...document.querySelectorAll('.facts')].at(-1).getBoundingClientRect();
-  return box.top <= last.top && last.bottom <= box.bottom;
-}"""
 
 # words of tables that are on two lines
 BROKEN = """() => [...document.querySelectorAll('td, th, caption')].flatMap((cell) => {
@@ -48,14 +41,6 @@ BROKEN = """() => [...document.querySelectorAll('td, th, caption')].flatMap((cel
   }
   return found;
 })"""
-TABLE = """Here:
-
-| depth | layers of the network | tokens per second | characteristically |
-|---|---|---|---|
-| shallow | 2 | 10,591 | approximately |
-| middle | 4 | 7,488 | interchangeable |
-| full | 8 | 3,858 | incomprehensible |
-"""
 
 
 def open_page(page: Page, site: Site, path: str) -> None:
@@ -169,49 +154,6 @@ def test_no_page_is_wider_than_a_phone(page: Page, open_site: Site) -> None:
         open_page(page, open_site, path)
         assert page.evaluate("() => document.scrollingElement.scrollWidth") <= 360, path or "chat"
         assert not page.locator(".nav-holder").is_visible(), "Gradio's own list of pages"
-
-
-def test_on_a_phone_no_word_of_a_table_is_broken(page: Page, strangers: list[str], tmp_path: Path) -> None:
-    say(tmp_path, "one/pretrain", START, step(1), evaluation(1))
-    page.set_viewport_size({"width": 390, "height": 844})
-    with site(beside=Model.from_preset("test", seed=3).quantized(), runs=tmp_path) as both:
-        for client in (both.client, both.last):
-            client.told = {"num_replicas": 2.0, "num_replicas_starting": 0.0}
-        open_page(page, both, "service")
-        page.get_by_role("region", name="Models at present").wait_for()
-        both.client.told = {"num_replicas": 1.0, "num_replicas_starting": 1.0}
-        page.get_by_text("1 of 2 replicas lost").wait_for()
-        assert page.evaluate(BROKEN) == []
-        open_page(page, both, "training")
-        page.get_by_role("heading", name="one/pretrain").wait_for()
-        page.get_by_text("Held-out bits a byte, by depth").wait_for()
-        assert page.evaluate(BROKEN) == []
-        page.goto(f"{both.url}/ui/")
-        page.get_by_text("fish · 4 layers").wait_for()
-        most_tokens(page, 30)
-        with both.saying(TABLE):
-            ask(page, "Compare the depths.")
-            page.locator(".facts").wait_for()
-        assert page.locator("#chat table td").count() == 12
-        assert page.evaluate(BROKEN) == []
-        assert page.evaluate("() => document.scrollingElement.scrollWidth") <= 390, (
-            "the table scrolls, and not the page"
-        )
-        page.goto("about:blank")
-
-
-def test_on_a_phone_the_last_words_stay_in_sight(page: Page, open_site: Site) -> None:
-    page.set_viewport_size({"width": 360, "height": 740})
-    visit(page, open_site)
-    most_tokens(page, 4)
-    for number in range(5):
-        ask(page, "Where is my kettle?")
-        page.locator(".facts").nth(number).wait_for()
-    assert page.evaluate("() => document.querySelector('.bubble-wrap').scrollTop") > 0, "they fill more than the box"
-    until(page, lambda: page.evaluate(LAST_IN_SIGHT))
-    page.evaluate("() => scrollTo(0, 0)")
-    box = page.get_by_label("Message", exact=True).bounding_box()
-    assert box is not None and box["y"] + box["height"] <= 740, "and so does the box to write in"
 
 
 def test_without_an_api_every_page_says_so(page: Page, strangers: list[str]) -> None:

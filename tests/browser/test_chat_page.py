@@ -23,11 +23,6 @@ pytestmark = pytest.mark.browser
 KEY = "a-key-for-this-test"
 CONVERSATIONS = """() => Object.keys(localStorage).filter((name) => name.startsWith('shoal-chat-:'))
   .map((name) => JSON.parse(localStorage.getItem(name)))"""
-WRITTEN = """
-  window.written = [];
-  const write = Storage.prototype.setItem;
-  Storage.prototype.setItem = function (name, value) { written.push(name); write.call(this, name, value); };
-"""
 
 
 def test_an_answer_streams_in_with_its_depth_below_it(page: Page, open_site: Site) -> None:
@@ -62,19 +57,6 @@ def test_a_picture_is_uploaded_and_seen_by_the_model(page: Page, open_site: Site
     assert picture.evaluate("image => image.naturalWidth") == 40  # it is shown as well
     prompt = open_site.client.requests[-1].prompt
     assert isinstance(prompt, Encoded) and len(prompt.images) == 1
-
-
-@pytest.mark.parametrize(
-    "example", ["Where is my kettle?", "Write a function", "What colour is this shape?", "Summarise a function"]
-)
-@pytest.mark.drill
-def test_each_example_is_answered(page: Page, open_site: Site, example: str) -> None:
-    visit(page, open_site)
-    most_tokens(page, 4)
-    page.locator("#chat").get_by_text(example).click()
-    page.locator(".facts").wait_for()
-    prompt = open_site.client.requests[-1].prompt
-    assert isinstance(prompt, Encoded) and len(prompt.images) == (example == "What colour is this shape?")
 
 
 @pytest.mark.smoke
@@ -122,32 +104,6 @@ def test_while_no_word_comes_the_page_says_for_how_long_and_a_stop_leaves_two_qu
     assert [text.strip() for text in page.locator(".message.user").all_inner_texts()] == ["Are you there?", "And now?"]
     assert page.locator(".message.bot").count() == 2
     assert "Are you there?" not in told(open_site), "a question without an answer is not heard"
-
-
-@pytest.mark.drill
-def test_a_stop_at_once_leaves_two_questions_apart_as_well(page: Page, open_site: Site) -> None:
-    visit(page, open_site)
-    most_tokens(page, 4)
-    with open_site.held(0):
-        ask(page, "Are you there?")
-        # the service has it: Gradio's own script cannot end what has no name yet
-        page.locator(".message.user").wait_for()
-        page.get_by_label("Stop").click()
-        page.get_by_text("Stopped before the first word.").wait_for()
-    ask(page, "And now?")
-    page.locator(".facts").nth(1).wait_for()
-    assert page.locator(".message.user").count() == page.locator(".message.bot").count() == 2
-
-
-@pytest.mark.drill
-def test_an_answer_that_stalls_says_for_how_long(page: Page, open_site: Site) -> None:
-    visit(page, open_site)
-    most_tokens(page, 30)
-    with open_site.held(5):
-        ask(page, "Go on.")
-        page.locator(".waiting").get_by_text("No further word, 4 s").wait_for()
-    page.locator(".facts").wait_for()
-    assert page.locator(".waiting").count() == 0
 
 
 @pytest.mark.drill
@@ -331,76 +287,6 @@ def test_two_tabs_keep_what_each_says_also_of_one_conversation(page: Page, open_
     visit(page, open_site)
     assert sorted(each[::2] for each in kept(page)) == asked
     assert told(open_site).count("Of the second.") == 1
-
-
-@pytest.mark.drill
-def test_what_an_earlier_version_kept_is_taken_over_and_only_so_many_are_kept(page: Page, open_site: Site) -> None:
-    visit(page, open_site)
-    messages = [{"role": "user", "text": "x" * 60, "below": ""}]
-    page.evaluate("chats => kept.opened('', chats)", [{"id": f"{n}", "messages": messages} for n in range(25)])
-    chats = page.evaluate(CONVERSATIONS)
-    assert len(chats) == 20 and {"0", "19"} <= {chat["id"] for chat in chats}, "the newest, which come first"
-    visit(page, open_site)
-    page.locator(".message.user").get_by_text("x" * 60).wait_for()
-    until(page, lambda: page.get_by_label("Conversations").input_value() == "x" * 40 + "\N{HORIZONTAL ELLIPSIS}")
-    page.evaluate("text => kept.opened('', [{id: 'long', messages: [{role: 'user', text, below: ''}]}])", "y" * 499_980)
-    assert len(page.evaluate(CONVERSATIONS)) == 1, "of so many characters"
-
-
-@pytest.mark.drill
-def test_a_page_that_opens_writes_no_conversations(page: Page, open_site: Site) -> None:
-    visit(page, open_site)
-    most_tokens(page, 4)
-    ask(page, "Keep this.")
-    wait_until_kept(page, open_site, page.locator(".facts").inner_text())
-    page.add_init_script(WRITTEN)
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url) if "/queue/join" in request.url else None)
-    for path, events in (("", 5), ("code", 4)):  # with a conversation, and without
-        asked.clear()
-        visit(page, open_site, path)
-        until(page, lambda events=events: len(asked) >= events)  # type: ignore[misc]
-        written = page.evaluate("written")
-        assert len(written) == len(set(written)), "only what Gradio writes itself when it has read it"
-
-
-@pytest.mark.drill
-def test_an_assistant_tells_the_model_who_it_is_and_medicine_tells_the_reader_what_it_is_not(
-    page: Page, open_site: Site
-) -> None:
-    visit(page, open_site, "medicine")
-    assert page.get_by_role("note").inner_text().startswith("This is no medical advice.")
-    most_tokens(page, 4)
-    page.locator("#chat").get_by_text("What does hypertension mean?").click()
-    page.locator(".facts").wait_for()
-    assert "You do not diagnose" in told(open_site) and "hypertension" in told(open_site)
-    assert page.get_by_role("note").is_visible()
-
-
-@pytest.mark.drill
-def test_a_seed_that_is_no_number_is_refused_in_one_line(page: Page, open_site: Site) -> None:
-    visit(page, open_site)
-    open_settings(page)
-    page.get_by_label("Seed").fill("seven")
-    asked = len(open_site.client.requests)
-    ask(page, "hello")
-    page.locator(".fault").get_by_text("Seed is 'seven', but must be a whole number from 0, or empty.").wait_for()
-    assert len(open_site.client.requests) == asked
-
-
-@pytest.mark.drill
-def test_more_tokens_than_fit_are_cut_to_those_that_do_and_the_page_says_so(page: Page, open_site: Site) -> None:
-    visit(page, open_site)
-    most_tokens(page, 383)
-    ask(page, "Go on.")
-    facts = page.locator(".facts").inner_text()
-    assert facts.endswith("cut off: the conversation fills the 384 tokens of context")
-    assert open_site.client.requests[-1].sampling.max_tokens < 383
-    page.get_by_role("button", name="The last request as curl").click()
-    page.locator("#curl .cm-content").get_by_text('"stream": true').wait_for()
-    assert '"max_tokens"' not in page.locator("#curl .cm-content").inner_text(), "the command is what was sent"
-    ask(page, "Go on.")
-    page.locator(".fault").get_by_text("does not fit the model's 384 tokens of context: begin a new one").wait_for()
 
 
 @pytest.mark.drill

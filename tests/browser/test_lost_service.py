@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from PIL import Image
 
 from shoal.api.auth import ApiKeys
 from tests.browser.driving import ask, log_in, most_tokens, told, until, visit, wait_until_kept, words
@@ -120,49 +118,6 @@ def test_an_answer_that_a_service_takes_along_is_begun_anew_by_the_next(lasting_
     page.goto("about:blank")
 
 
-def test_what_was_stopped_while_no_service_is_there_is_not_asked_of_the_next(
-    lasting_page: Page, service: Service
-) -> None:
-    page = lasting_page
-    visit(page, service.site)
-    most_tokens(page, 4)
-    service.end()
-    ask(page, "Never mind.")
-    page.get_by_role("status").get_by_text(LOST).wait_for()
-    page.get_by_label("Stop").click()
-    page.get_by_text("Stopped before the first word.").wait_for()
-    service.begin()
-    until(page, lambda: not page.get_by_text(LOST).is_visible())
-    ask(page, "Hello?")
-    page.locator(".facts").nth(1).wait_for()
-    assert len(service.site.client.requests) == 1 and "Never mind." not in told(service.site)
-    page.goto("about:blank")
-
-
-def test_a_conversation_goes_on_though_its_picture_went_with_the_service(
-    lasting_page: Page, service: Service, tmp_path: Path
-) -> None:
-    page = lasting_page
-    Image.new("RGB", (40, 40), "teal").save(tmp_path / "teal.png")
-    visit(page, service.site)
-    most_tokens(page, 4)
-    page.locator("input[type=file]").first.set_input_files(tmp_path / "teal.png")
-    page.locator(".thumbnail-item, .thumbnail-image").first.wait_for()
-    ask(page, "which colour?")
-    page.locator(".facts").wait_for()
-    page.locator("input[type=file]").first.set_input_files(tmp_path / "teal.png")
-    page.locator(".thumbnail-item, .thumbnail-image").first.wait_for()
-    service.again()
-    ask(page, "and this?")
-    page.locator(".fault").get_by_text("The server does not have this picture any more").wait_for()
-    page.get_by_label("Submit").wait_for()
-    ask(page, "are you sure?")
-    page.locator(".facts").nth(1).wait_for()
-    heard = told(service.site)
-    assert "[picture]" in heard and "which colour?" in heard and "and this?" not in heard
-    page.goto("about:blank")
-
-
 def test_a_message_to_a_service_that_is_stopping_is_answered_by_the_next(lasting_page: Page, service: Service) -> None:
     page = lasting_page
     visit(page, service.site)
@@ -188,25 +143,4 @@ def test_a_service_that_comes_with_keys_makes_an_open_page_ask_for_one(lasting_p
     ask(page, "Hello again?")
     page.locator(".facts").wait_for()
     assert "Hello?" not in told(service.site)
-    page.goto("about:blank")
-
-
-def test_the_other_pages_go_on_as_well(lasting_page: Page, service: Service) -> None:
-    page = lasting_page
-    page.goto(f"{service.site.url}/ui/service")
-    page.locator("#service .tile").first.wait_for()
-    service.site.client.told["num_replicas"] = 3.0
-    page.get_by_text("1 → 3 replicas").wait_for()
-    service.end()
-    page.get_by_role("status").get_by_text(LOST).wait_for()
-    service.begin()
-    until(page, lambda: not page.get_by_text(LOST).is_visible())
-    page.get_by_text("3 → 1 replicas, stopped or lost").wait_for()
-    assert page.get_by_text("1 → 3 replicas").is_visible(), "what the page has seen stays"
-    visit(page, service.site, "compare")
-    most_tokens(page, 3)
-    page.get_by_label("Prompt").fill("hello")
-    service.again()
-    page.get_by_role("button", name="Compare").click()
-    page.locator("#answer-B .facts").wait_for()
     page.goto("about:blank")

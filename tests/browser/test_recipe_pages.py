@@ -15,7 +15,6 @@ import pytest
 from recipes.customer_service.customers import EXAMPLES
 from recipes.customer_service.service import serving
 from recipes.customer_service.shop import TOOLS
-from recipes.law.words import SYSTEM
 from recipes.medicine import rules
 from recipes.medicine.words import SYSTEM as ASSESSES
 from recipes.named import named
@@ -161,21 +160,4 @@ def test_what_a_page_asks_is_token_for_token_what_the_recipe_taught(
             forms.canonical(row)["messages"], model.tokenizer, model.config, template=model.chat_template, answers=False
         )
         assert told(here) == model.tokenizer.decode(taught.ids)
-        page.goto("about:blank")
-
-
-def test_law_has_a_notice_of_its_own_and_tells_the_model_what_the_recipe_does(page: Page, strangers: list[str]) -> None:
-    law = next(one for one in ASSISTANTS if one.place.path == "law")
-    assert law.system == SYSTEM
-    with site(model=roomy()) as here:
-        visit(page, here, "law")
-        assert page.get_by_role("note").inner_text().startswith("This is no legal advice.")
-        most_tokens(page, 16)
-        clause = law.examples["Is there a warranty?"]["text"].split("\n")[0]
-        with here.saying(f"Not permitted: {clause}"):
-            page.locator("#chat").get_by_text("Is there a warranty?").click()
-            page.locator(".facts").wait_for()
-        page.get_by_text(f"Not permitted: {clause}").wait_for()
-        assert SYSTEM in told(here) and told(here).count(clause) == 1
-        assert page.get_by_role("note").is_visible()
         page.goto("about:blank")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import pytest
 from PIL import Image
 
-from shoal import Model
 from shoal.inputs.chat import Encoded
 from tests.browser.driving import most_tokens, until, visit, words
 from tests.browser.runs import ENDED, LIVE, evaluation, say, step
@@ -91,15 +90,6 @@ def test_three_answers_one_after_another_and_stop_ends_them_all(page: Page, open
     assert len(answers(page)[0].locator(".answer").inner_text()) > 1, "what had come stays"
 
 
-def test_an_empty_prompt_and_one_that_does_not_fit_say_so(page: Page, open_site: Site) -> None:
-    visit(page, open_site, "compare")
-    page.get_by_role("button", name="Compare").click()
-    page.get_by_role("alert").get_by_text("Write a prompt first.").wait_for()
-    page.get_by_label("Prompt").fill("Too much. " * 200)
-    page.get_by_role("button", name="Compare").click()
-    page.locator("#answer-B").get_by_text("does not fit the model's 384 tokens of context").wait_for()
-
-
 def test_a_running_training_is_followed_live(page: Page, open_site: Site, runs_folder: Path) -> None:
     page.goto(f"{open_site.url}/ui/training")
     page.get_by_role("heading", name=LIVE).wait_for()
@@ -112,13 +102,6 @@ def test_a_running_training_is_followed_live(page: Page, open_site: Site, runs_f
     page.get_by_label(f"{ENDED} · done").check()
     page.get_by_role("heading", name=ENDED).wait_for()
     assert "done" in page.locator(".run").inner_text()
-
-
-def test_a_service_without_runs_says_how_to_show_some(page: Page, strangers: list[str]) -> None:
-    with site() as bare:
-        page.goto(f"{bare.url}/ui/training")
-        page.get_by_text("shoal serve --model DIR --runs runs").wait_for()
-        page.goto("about:blank")
 
 
 def test_the_service_page_follows_what_the_engine_counts(page: Page, open_site: Site) -> None:
@@ -146,56 +129,4 @@ def test_the_service_page_says_when_a_replica_was_lost(page: Page, strangers: li
         alone.client.told = {"num_replicas": 1.0, "num_replicas_starting": 1.0}
         page.get_by_text("fish: 1 of 2 replicas lost, another starts, with 0 running, 0 waiting").wait_for()
         assert page.get_by_text("None was added, stopped or lost.").count() == 0
-        page.goto("about:blank")
-
-
-def test_while_no_word_comes_a_comparison_says_for_how_long(page: Page, open_site: Site) -> None:
-    visit(page, open_site, "compare")
-    page.get_by_label("Prompt").fill("hello")
-    with open_site.held(0):
-        page.get_by_role("button", name="Compare").click()
-        for name in "AB":
-            page.locator(f"#answer-{name}").get_by_text("Waiting for the first word… 4 s").wait_for()
-        page.get_by_role("button", name="Stop").click()
-        page.get_by_role("button", name="Compare").wait_for()
-    assert [answer.locator(".facts").inner_text() for answer in answers(page)[:2]] == ["stopped"] * 2
-
-
-def test_int8_stands_beside_fp32_and_the_service_page_tells_the_models_apart(page: Page, strangers: list[str]) -> None:
-    with site(beside=Model.from_preset("test", seed=3).quantized()) as both:
-        page.goto(f"{both.url}/ui/compare")
-        page.get_by_text("2 models: fish, minnow · INT8").wait_for()
-        most_tokens(page, 3)
-        page.get_by_label("Prompt").fill("hello")
-        page.get_by_role("button", name="Compare").click()
-        for answer in answers(page)[:2]:
-            assert "depth full (4 of 4 layers) · 3 tokens" in answer.locator(".facts").inner_text()
-        assert len(both.client.requests) == len(both.last.requests) == 1
-        page.goto(f"{both.url}/ui/service")
-        page.get_by_text("2 models: fish, minnow · INT8").wait_for()
-        for name in ("fish", "minnow"):
-            row = page.get_by_role("region", name="Models at present").get_by_role("row", name=name)
-            assert row.get_by_role("cell").all_inner_texts()[:3] == ["1", "0", "0"]  # replicas, running, waiting
-        ended = page.get_by_role("row", name="ended by length").get_by_role("cell")
-        until(page, lambda: ended.all_inner_texts() == ["1", "1"])
-        page.goto("about:blank")
-
-
-def test_a_model_of_another_size_brings_the_choices_of_its_own_depths(page: Page, strangers: list[str]) -> None:
-    with site(beside=Model.from_preset("tiny", seed=3)) as both:
-        page.goto(f"{both.url}/ui/compare")
-        page.get_by_text("2 models: fish, minnow").wait_for()
-        depths = [page.get_by_label(f"Depth of {name}") for name in "AB"]
-        assert [depth.input_value() for depth in depths] == ["full, 4 of 4 layers", "full, 8 of 8 layers"]
-        page.get_by_label("Model of A").click()
-        page.get_by_role("option", name="minnow").click()
-        until(page, lambda: depths[0].input_value() == "full, 8 of 8 layers")
-        visit(page, both)
-        most_tokens(page, 7)
-        page.get_by_label("middle, 2 of 4 layers").check()
-        page.get_by_label("Model").click()
-        page.get_by_role("option", name="minnow").click()
-        page.get_by_label("middle, 4 of 8 layers").wait_for()
-        assert page.get_by_label("middle, 4 of 8 layers").is_checked()
-        assert page.get_by_label("number input for Most tokens").input_value() == "7"
         page.goto("about:blank")

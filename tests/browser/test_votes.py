@@ -142,16 +142,6 @@ def test_what_was_asked_without_leave_to_keep_it_is_not_kept_and_the_page_says_h
         page.goto("about:blank")
 
 
-@pytest.mark.drill
-def test_of_a_service_that_captures_nothing_there_are_no_buttons(page: Page, open_site: Site) -> None:
-    visit(page, open_site)
-    most_tokens(page, 4)
-    answered(page, "Hello?")
-    page.wait_for_timeout(2000)  # buttons would be there by now
-    assert page.locator(".votes").count() == 1 and page.locator(".votes button:visible").count() == 0
-    assert httpx.get(f"{open_site.url}/v1/shoal/feedback").json()["captured"] is False
-
-
 def feedback(here: Site) -> float:
     """Votes that were taken."""
     lines = httpx.get(f"{here.url}/metrics").text.splitlines()

@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer.main
-from typer.core import TyperGroup
 
 from shoal import Model, cli
 from shoal.errors import ConfigError
@@ -55,20 +53,6 @@ def test_help_exits_with_0(words: str, capsys: pytest.CaptureFixture[str]) -> No
     assert "Usage" in capsys.readouterr().out
 
 
-def test_what_is_called_is_built_and_nothing_else() -> None:
-    """All of it where nothing is, which is then told what there is."""
-    for words in COMMANDS:
-        for given in (words.split(), [*words.split(), "--help"]):
-            built = typer.main.get_command(cli.app.only(given))
-            for word in words.split():
-                assert isinstance(built, TyperGroup) and [*built.commands] == [word]
-                built = built.commands[word]
-    for given in ([], ["--help"], ["--version"], ["pretrian"]):
-        assert cli.app.only(given) is cli.app
-    (bench,) = cli.app.only(["bench", "decod"]).registered_groups
-    assert bench.typer_instance is not None and len(bench.typer_instance.registered_commands) > 9
-
-
 @pytest.mark.parametrize("words", COMMANDS)
 def test_help_says_what_each_option_is_and_what_happens_without_it(words: str) -> None:
     """A default is printed by typer, or stands in brackets; a number says of what."""
@@ -79,11 +63,6 @@ def test_help_says_what_each_option_is_and_what_happens_without_it(words: str) -
             assert re.search(UNITS, option.help, re.IGNORECASE), f"{name}: of what?"
         if option.default is None and not option.help.startswith("Stop after") and option.names[0] not in WITHOUT:
             assert re.search(r"\[.+\]", option.help), f"{name}: what is the default?"
-
-
-def test_what_stands_in_brackets_is_shown() -> None:
-    """Help that is read as markup loses it."""
-    assert cli.app.rich_markup_mode is None
 
 
 @pytest.mark.parametrize(

@@ -28,14 +28,3 @@ def too_long(text: str) -> Iterator[str]:
 
 def test_nothing_is_long_without_a_reason() -> None:
     assert [f"{path.relative_to(ROOT)}: {what}" for path in FILES for what in too_long(path.read_text())] == []
-
-
-def test_what_is_long_is_found() -> None:
-    body = "    pass\n" * FUNCTION
-    assert list(too_long(f"def f():\n{body}")) == [f"f: {FUNCTION + 1} lines"]
-    assert list(too_long(f"class A:\n    async def g(self):\n{body.replace('    ', '        ')}")) == ["g: 61 lines"]
-    assert list(too_long(f"# long: a table of cases\n@cached\ndef f():\n{body}")) == []
-    assert list(too_long(f"# long:\ndef f():\n{body}")) == [f"f: {FUNCTION + 1} lines"], "a reason has words"
-    assert list(too_long(f"def f():\n{body[:-9]}")) == []
-    assert list(too_long("x = 1\n" * (MODULE + 1))) == [f"the module: {MODULE + 1} lines"]
-    assert list(too_long("# long: one grammar, read as one\n" + "x = 1\n" * MODULE)) == []

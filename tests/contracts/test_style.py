@@ -7,14 +7,10 @@ import io
 import re
 import tokenize
 from collections.abc import Iterator
-from pathlib import Path
 
-import pytest
-
-from tests.contracts.test_repository import ROOT, name_of, tracked
+from tests.contracts.test_repository import name_of, tracked
 
 SOURCES = [path for path in tracked() if path.suffix == ".py"]
-PACKAGE = ROOT / "platform" / "shoal"
 TOOLS = r"\s*(fmt|type|noqa|ruff|mypy)\b"
 FOR_TOOLS = re.compile("#" + TOOLS)
 # a line that may close a bracket of an earlier one and end in a comment: begun by it, or by the end of a long string
@@ -22,17 +18,7 @@ MAY_BE_TORN = re.compile(rf"^(\s*[)\]}}]|.*(\"\"\"|''')\s*[)\]}}]).*#(?!{TOOLS})
 
 # without such a line a module, as ruff formats it, need not be taken apart, which takes seconds for all of them
 BELOW = re.compile(rf"=\s*[(\\].*\n(\s*#.*\n)*[\s(]*[\w.\"'-].*#(?!{TOOLS})")  # a value below its name, and a comment
-UNDER_ANOTHER = re.compile(r"\bshoal\b[^\n]*\bas\b|\bshoal[\w.]* import \([^)]*\bas\b")
 SETS_TIME = re.compile(r"setattr\(\s*[^\n]*\btime\b")
-
-# what stands once: a pattern of it, and where
-ONCE = {
-    "the sum of a file": (r"file_digest\(", "machine.py"),
-    "writing aside": (r"getpid\(\)\}\.tmp", "machine.py"),
-    "the line of an error": (r"str\((?:error|inner|first)\)(?:\.strip\(\))?\.splitlines\(\)", "errors.py"),
-    "the cores": (r"sched_getaffinity|cpu_count", "machine.py"),
-    "the cores but one": (r"cores\(\) - 1", "machine.py"),
-}
 
 
 def nodes(source: str, only: re.Pattern[str]) -> Iterator[ast.AST]:
@@ -76,21 +62,6 @@ def bracketed(source: str) -> list[int]:
     return [line for line in below if line in comments]
 
 
-def renamed(source: str) -> list[int]:
-    """Lines that import a module of ours under another name than its own."""
-    found = []
-    for node in nodes(source, UNDER_ANOTHER):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "shoal":
-            place = ROOT.joinpath("platform", *str(node.module).split("."))
-            modules = [a for a in node.names if (place / f"{a.name}.py").is_file() or (place / a.name).is_dir()]
-        elif isinstance(node, ast.Import):
-            modules = [a for a in node.names if a.name.partition(".")[0] == "shoal"]
-        else:
-            continue
-        found += [node.lineno for a in modules if a.asname not in (None, a.name)]
-    return found
-
-
 def clocks_of_all(source: str) -> list[int]:
     """Lines of a test that set what is in the module `time` itself."""
     found = []
@@ -109,35 +80,6 @@ def test_no_comment_is_torn_from_what_it_explains() -> None:
     assert [f"{name_of(path)}:{line}" for path in SOURCES for line in torn(path.read_text("utf-8"))] == []
 
 
-def test_a_module_goes_by_one_name() -> None:
-    """Another name is another word of the glossary, or none: rename the module, or import what is used of it."""
-    assert [f"{name_of(path)}:{line}" for path in SOURCES for line in renamed(path.read_text("utf-8"))] == []
-
-
 def test_no_test_sets_the_clock_of_all() -> None:
     """A service beside it would wait for a time that does not come: `tests.clocks.tells` sets that of one module."""
     assert [f"{name_of(path)}:{line}" for path in SOURCES for line in clocks_of_all(path.read_text("utf-8"))] == []
-
-
-@pytest.mark.parametrize("what", ONCE)
-def test_a_helper_stands_once(what: str) -> None:
-    pattern, home = ONCE[what]
-    found = {
-        str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if re.search(pattern, path.read_text("utf-8"))
-    }
-    assert found == {home}
-
-
-def test_the_checks_see_what_they_are_for() -> None:
-    assert torn("x = f(\n    1,\n)  # why\n") == [3] and torn("x = f(\n    1\n) + g(2)  # why\n") == [3]
-    assert torn("x = [  # why\n    1,\n]\ny = (1)  # why\nz = (\n    1,  # why\n)  # fmt: skip\n") == []
-    assert torn('x: str = (\n    ""  # why\n)\n') == [2] and torn('x = (\n    "long"\n)\n') == []
-    assert renamed("from shoal.model import checkpoint as page\nimport shoal.page as drawing\n") == [1, 2]
-    assert renamed("from shoal import presets as presets\nfrom shoal.config import load as load_config\n") == []
-    assert clocks_of_all('p.setattr(m.time, "sleep", f)\np.setattr("a.time.time", f)\np.setattr(time, "time", f)') == [
-        1,
-        2,
-        3,
-    ]
-    assert clocks_of_all('p.setattr("a.time", f)\np.setattr(a, "time", f)') == []
-    assert all(Path(PACKAGE / home).is_file() for _, home in ONCE.values())

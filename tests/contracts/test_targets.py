@@ -144,36 +144,3 @@ def test_of_every_plane_by_itself_make_test_keeps_a_test_of_each_file() -> None:
     """Where one takes long it is a drill, and a quicker one stays beside it (CONTRIBUTING.md)."""
     units = [file for file in FILES if file.startswith("tests/unit/")]
     assert [file for file in units if (found := drilled((ROOT / file).read_text())) and all(found)] == []
-
-
-def test_a_drill_is_one_with_all_its_cases() -> None:
-    case = '@pytest.mark.parametrize("a", [1, pytest.param(2, marks=pytest.mark.drill)])\ndef test_a(a): ...\n'
-    assert drilled(f"{case}@pytest.mark.drill\n@pytest.mark.timeout(9)\ndef test_b(): ...\n") == [
-        False,
-        True,
-    ]
-    assert drilled(f"pytestmark = pytest.mark.drill\n{case}def helper(): ...\n") == [True]
-
-
-def test_the_marks_of_a_test_are_found() -> None:
-    text = """
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
-@pytest.mark.drill
-@pytest.mark.parametrize("a", [1])
-async def test_a(): ...
-class TestB:
-    def test_b(self): ...
-def helper(): ...
-"""
-    assert dict(marked(text)) == {"test_a": {"ray", "timeout", "drill", "parametrize"}, "test_b": {"ray", "timeout"}}
-
-
-def test_what_a_command_selects_is_understood() -> None:
-    makefile = (
-        'A = ray\nRUN = python -m pytest --ignore=tests/c\ntest: x  ## y\n\t@$(RUN) -n 2 -m "not ($(A))" || s=$?\n'
-    )
-    ((target, words),) = commands(makefile)
-    assert target == "test"
-    assert selects(words, "tests/a/test_b.py", set()) and not selects(words, "tests/a/test_b.py", {"ray"})
-    assert not selects(words, "tests/c/test_b.py", set()), "it is ignored"
-    assert not selects(["tests/a"], "tests/c/test_b.py", set()) and selects(["tests/a"], "tests/a/test_b.py", {"ray"})

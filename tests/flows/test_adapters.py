@@ -6,7 +6,6 @@ import asyncio
 import json
 import shutil
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -217,29 +216,6 @@ def test_requests_that_come_while_a_name_is_given_other_weights_get_some_of_them
             assert reloaded.result() > 2
         assert answers[0] != answers[1]
         assert all(tokens in answers for tokens in said)
-
-
-@pytest.mark.drill
-def test_an_engine_keeps_what_is_dropped_until_the_last_answer_with_it_is_over(tmp_path: Path) -> None:
-    with served(tmp_path, "a", "b") as service:
-
-        def kept() -> set[str]:
-            return {*service.engine.adapters}
-
-        body = {"model": "a", "prompt": PROMPT, "max_tokens": 60, "ignore_eos": True, "stream": True}
-        refused = service.http.post("/v1/completions", json={**body, "max_tokens": 10**6})
-        with service.http.stream("POST", "/v1/completions", json=body) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            first = kept()
-            assert (refused.status_code, answer.status_code) == (400, 200)
-            assert service.unload("a").status_code == 200
-            assert kept() == first and len(first) == 2
-        deadline = time.monotonic() + 60
-        while len(kept()) > 1:
-            assert time.monotonic() < deadline, "it is kept for good"
-            time.sleep(0.1)
-        assert service.tokens("b") == wanted(service, tmp_path / "b")
 
 
 def test_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from shoal import Model, assistant
 from shoal.data.alone import alone
-from shoal.errors import ResourceError, UsageError
+from shoal.errors import ResourceError
 from shoal.evaluate import own_words
 from shoal.model import described
 from shoal.stages.stage import out
@@ -165,11 +165,6 @@ def test_agreement_is_the_share_of_places_where_an_exit_would_say_the_same(tmp_p
         same = [model.logits(row, name).argmax(-1) == model.logits(row).argmax(-1) for row in rows]
         assert share == pytest.approx(float(torch.cat(same).float().mean()), abs=1e-6), name
     assert list(shares) == [name for name in model.config.exit_names if name != "full"]
-
-
-def test_a_number_of_minutes_below_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--adapt"):
-        assistant.run(tmp_path / "run", stay=False, port=1, console=out, adapt=-1)
 
 
 def test_a_port_in_use_is_told_before_anything_is_fetched(tmp_path: Path) -> None:

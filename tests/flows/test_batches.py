@@ -20,7 +20,7 @@ from shoal import Engine, Model, Request
 from shoal.api import auth, json_text
 from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
-from shoal.api.batches import lines, worker
+from shoal.api.batches import worker
 from shoal.api.batches.inside import Inside, Reply
 from shoal.api.batches.lines import Log
 from shoal.api.batches.store import Store
@@ -433,77 +433,6 @@ def test_two_services_on_one_folder_run_a_batch_once(model: Model, tmp_path: Pat
         with serving(model, tmp_path) as third:
             assert two.batches.cancel(slow.id).status in ("cancelling", "cancelled")
             assert ended(client_of(third), slow).status == "cancelled"
-
-
-@pytest.mark.drill
-def test_who_runs_batches_keeps_the_lock_whatever_fails(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else another would run the batches that still run: two would write into one file."""
-    oldest, failed, other = Store.oldest, list[bool](), Store(tmp_path, Limits())
-    news = worker.Worker._news
-
-    def fails(self: Store, ended: Any) -> Any:
-        if len(failed) < 2:
-            raise OSError(errno.EMFILE, "Too many open files")
-        return oldest(self, ended)
-
-    async def looked(self: Any, seconds: float) -> None:
-        if seconds == 0.01:
-            failed.append(other.lock() is None)
-        await news(self, seconds)
-
-    with serving(model, tmp_path) as thread:
-        client = client_of(thread)
-        batch = started(client, jsonl(*(chat(str(i), 200, ignore_eos=True) for i in range(20))))
-        until(lambda: counts(client.batches.retrieve(batch.id))[1] > 0)
-        monkeypatch.setattr(worker, "LOCK_SECONDS", 0.01)
-        monkeypatch.setattr(worker.Worker, "_news", looked)
-        monkeypatch.setattr(Store, "oldest", fails)
-        assert counts(ended(client, batch)) == (20, 20, 0) and until(lambda: len(failed) == 2)
-        assert all(failed) and other.lock() is None
-
-
-def test_batches_that_have_ended_keep_no_new_one_waiting(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After a restart a new one is begun in one look, however many there are."""
-    with serving(model, tmp_path) as thread:
-        client = client_of(thread)
-        for batch in [started(client, b"{}\n") for _ in range(5)]:
-            ended(client, batch)
-    monkeypatch.setattr(worker, "POLL_SECONDS", 1000.0)
-    with serving(model, tmp_path) as thread:
-        client = client_of(thread)
-        assert ended(client, started(client, b"{}\n")).status == "completed"
-
-
-@pytest.mark.drill
-def test_a_bug_ends_a_batch_and_keeps_what_was_answered(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And a line that was a request before the service was changed is told as one that is none."""
-    answered = lines.answered
-
-    def fails(line_id: str, custom_id: str, *given: Any) -> bytes:
-        if custom_id == "9":
-            raise ZeroDivisionError
-        return answered(line_id, custom_id, *given)
-
-    with serving(model, tmp_path) as thread:
-        client = client_of(thread)
-        monkeypatch.setattr(lines, "answered", fails)
-        batch = ended(client, started(client, jsonl(*(chat(str(i)) for i in range(12)))))
-        assert batch.status == "failed" and "internal error" in batch.errors.data[0].message
-        assert len(rows(client, batch.output_file_id)) == counts(batch)[1] > 0
-        monkeypatch.setattr(lines, "answered", answered)
-        slow = started(client, jsonl(*(chat(str(i), 100, ignore_eos=True) for i in range(30)), chat("x" * 400)))
-        until(lambda: counts(client.batches.retrieve(slow.id))[1] > 0)
-    with serving(model, tmp_path, body_bytes=400) as thread:
-        client = client_of(thread)
-        batch = ended(client, slow)
-        assert (batch.status, counts(batch)) == ("completed", (31, 30, 1))
-        assert rows(client, batch.error_file_id)[None]["error"]["code"] == "line_too_long"
 
 
 def upload(url: str, content: bytes, kind: str = "multipart/form-data; boundary=b") -> httpx.Response:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.canary import PATTERNS, WORSE, canary, trial_of
-from shoal.errors import UsageError
-from shoal.progress import results
+from benchmarks.canary import PATTERNS, WORSE, trial_of
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -20,8 +18,3 @@ def test_one_that_is_worse_goes_and_an_equal_one_stays_whatever_the_traffic(patt
 def test_of_equal_ones_five_in_a_hundred_go_at_most(pattern: str) -> None:
     """Of 60 trials the promise of 5 % lets chance make 6."""
     assert sum(trial_of(pattern, 0.0, seed, 30, 30)[0] for seed in range(60)) <= 6
-
-
-def test_a_pattern_that_there_is_not_is_refused() -> None:
-    with pytest.raises(UsageError, match="patterns"):
-        canary(results(), patterns=("holidays",))

@@ -159,30 +159,6 @@ def test_what_the_bucket_does_not_have_stays_on_the_disk_and_past_its_bound_rows
     assert sorted(Capture(uri).rows()["id"].to_pylist()) == ["new", "old"]
 
 
-def test_what_went_to_make_room_does_not_come_again_with_each_text_or_vote_that_is_asked_for(
-    s3: Service, uri: str, on: Callable[[str], None]
-) -> None:
-    on("gateway")
-    capture = Capture(uri, create=True)
-    before = now_ms() - 3 * 86_400_000
-    made = Writer(capture, Bounds(max_bytes=1), start=False)
-    made.put(Row("old", before))
-    made.close()
-    texts = Texts(capture, wall=lambda: before)
-    for number in (1, 2):
-        texts.put("", None, [{"role": "user", "content": "hi"}], {"id": f"{ID}{number}", **COMPLETION}, {})
-    capture.sent()
-    made.tidy()
-    assert capture.days() == [] and capture.days("texts") == []
-    assert not Votes(capture).knows("unknown") and texts.get("", ID + "7") is None
-    assert capture.days() == [] and capture.days("texts") == [], "it would be on the disk until the next count"
-    assert Texts(capture).get("", ID + "1") is not None and len([*capture.folder.glob("texts/*/chat*.json")]) == 1
-    capture.sent()
-    assert len([name for name in names(s3, uri) if name.startswith(("rows/", "texts/"))]) == 3
-    capture.fresh()  # who reads all has all
-    assert len(capture.rows()) == 1 and len([*Texts(capture).all()]) == 2
-
-
 def test_days_that_are_too_old_go_from_the_bucket_as_well(s3: Service, uri: str, on: Callable[[str], None]) -> None:
     on("gateway")
     capture = Capture(uri, create=True)
@@ -208,17 +184,6 @@ def test_a_start_needs_the_bucket_once(s3: Service, uri: str, on: Callable[[str]
     Capture(uri, create=True)
     s3.slow = 10**9
     Writer(Capture(uri, create=True), start=False).close()
-
-
-def test_another_version_is_refused(s3: Service, uri: str, on: Callable[[str], None]) -> None:
-    bucket, _ = split(uri)
-    client = s3.client
-    client.put_object(Bucket=bucket, Key="captured/salt", Body=b"00" * 32)
-    client.put_object(Bucket=bucket, Key=f"captured/{ABOUT}", Body=b'{"format": "shoal.capture", "version": 2}')
-    on("gateway")
-    for create in (True, False):
-        with pytest.raises(DataError, match=r"shoal.capture 2'; allowed: shoal.capture 1"):
-            Capture(uri, create=create)
 
 
 def test_what_leads_elsewhere_is_not_fetched(s3: Service, uri: str, on: Callable[[str], None]) -> None:

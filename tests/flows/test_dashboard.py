@@ -74,24 +74,6 @@ def test_every_alert_can_ring_and_says_what_to_do(rule: dict[str, Any], said: se
         assert any(label in known for name, known in labels.items() if name in names[0]), label
 
 
-def test_what_is_asked_of_training_has_its_labels() -> None:
-    """A label that no metric has matches nothing, and an alert on it never rings."""
-    for expression in [rule["expr"] for rule in RULES] + ASKED:
-        for name, wanted in re.findall(r"(ray_shoal_train_\w+)\{([^}]*)\}", expression):
-            for label in re.findall(r"(\w+)\s*=~?", wanted):
-                assert label in (*OF_TRAINING[name], train_metrics.RUN), expression
-        for group in re.findall(r"by \(([^)]*)\) \((?:\w+\()*ray_shoal_train_", expression):
-            names = [name for name in re.findall(NAME, expression) if name in OF_TRAINING]
-            known = {train_metrics.RUN, *(label for name in names for label in OF_TRAINING[name])}
-            assert set(group.replace(" ", "").split(",")) <= known, expression
-
-
-def test_every_counter_and_latency_of_the_engine_is_on_it(said: set[str]) -> None:
-    families = {re.sub("_(bucket|sum|count)$", "", name) for name in said if not name.endswith("_created")}
-    missing = {name for name in families if not any(shown(name, expression) for expression in ASKED)}
-    assert missing <= {"shoal:request_time_per_output_token_seconds"}  # the time between tokens says it
-
-
 def shown(family: str, expression: str) -> bool:
     return any(
         re.fullmatch(f"({name})(_bucket)?", family) or name == f"{family}_bucket"

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import random
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,19 +20,14 @@ from shoal.engine.events import Guide
 from shoal.errors import ConfigError
 from shoal.inputs.chat import Encoded
 from shoal.inputs.media import to_patches
-from shoal.inputs.tokenizer import Tokenizer
 from shoal.model import int8
-from shoal.model.adapters import Adapter, kept, product
+from shoal.model.adapters import product
 from shoal.model.block import Attention
 from shoal.model.cpu import fused
 from shoal.model.gpu import launch, sparse, trial
-from shoal.model.net import Net
 from shoal.model.paged import paged_attention, write_kv
 from shoal.model.router import Router
-from tests.adapters import linears
 from tests.pretend_gpu import OnGpu, pretended
-
-PLATFORM = Path(__file__).parents[2] / "platform" / "shoal"
 
 
 def model_of(precision: str) -> Model:
@@ -96,13 +88,6 @@ def test_a_model_moves_with_all_that_it_holds() -> None:
         assert model.router is not None
         held = {**model.net.state_dict(), **model.router.state_dict()}
         assert {tensor.device for tensor in held.values()} == {gpu} == {model.device, model.forbidden().device}
-
-
-def test_nothing_moves_a_part_of_a_model() -> None:
-    """The engine's replicas moved the network alone, and the default request ended the engine."""
-    parts = re.compile(r"\b(?:net|router)\.(?:to|cuda)\(")
-    found = [path.name for path in PLATFORM.rglob("*.py") for _ in parts.findall(path.read_text(encoding="utf-8"))]
-    assert found == ["model.py"] * 3
 
 
 def test_on_a_gpu_a_model_is_bf16_and_what_decides_is_fp32() -> None:
@@ -263,51 +248,6 @@ def test_a_kernel_that_does_not_fit_the_device_ends_nothing(
     assert [record.getMessage().startswith(said) for record in caplog.records] == [True] * (when != "never")
 
 
-@pytest.mark.parametrize(
-    "when", ["serving", *(pytest.param(each, marks=pytest.mark.drill) for each in ("loading", "never"))]
-)
-def test_a_kernel_of_adapters_that_does_not_fit_ends_nothing(
-    when: str, some_kernels: list[Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Each linear of a layer is tried with one before sizes follow from the kernels, though adapters come later."""
-
-    def answers(model: Model, refused: bool = False) -> list[list[int]]:
-        made, draw, pairs = Engine(model, units=200), torch.Generator().manual_seed(0), {}
-        some_faults.extend([refusal()] * refused)
-        for name, linear in linears(model).items():
-            sizes = linear.weight.shape[::-1]  # type: ignore[union-attr, index]
-            a, b = (torch.randn(2, size, generator=draw) / size**0.5 for size in sizes)  # type: ignore[union-attr]
-            pairs[name] = kept(linear, a.to(model.device), b.to(model.device))
-        name = made.load_adapter(Adapter("one", pairs))
-        sampling = Sampling(temperature=0, max_tokens=3)
-        asked = [Request([40 + i] * 20, sampling, depth="full", adapter=each) for i, each in enumerate((name, ""))]
-        return [done.tokens for done in made.generate(asked)]
-
-    def thin(x: Tensor, *given: Any) -> None:
-        tried.add((x.shape[-1], given[-1].shape[-1]))
-        if some_faults:
-            raise some_faults[-1]
-        add_thin(x, *given)
-
-    def rows(_: Any, device: torch.device, *__: Any) -> int:
-        sized.append((launch.able(device), len(tried)))
-        return 48
-
-    some_faults, tried, sized, add_thin = list[Exception](), set[tuple[int, int]](), list[Any](), launch.add_thin
-    want = answers(model_of("fp32"))
-    monkeypatch.setattr(launch, "add_thin", thin)
-    monkeypatch.setattr(engine, "default_rows", rows)
-    caplog.set_level(logging.WARNING)
-    with pretended() as gpu:
-        some_faults += [refusal()] * (when == "loading")
-        assert answers(model_of("fp32").to(gpu), when == "serving") == want
-        assert launch.able(gpu) == (when == "never")
-    shapes = {linear.weight.shape for linear in linears(model_of("fp32")).values()}  # type: ignore[union-attr]
-    assert sized[0] == (when != "loading", 1 if when == "loading" else len(shapes))
-    said = "decoding and training on cuda:0 go on without Triton's kernels: out of resource: shared memory"
-    assert [record.getMessage().startswith(said) for record in caplog.records] == [True] * (when != "never")
-
-
 def test_whole_rows_go_on_without_a_kernel_that_does_not_fit(
     some_kernels: list[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,57 +274,6 @@ def test_whole_rows_go_on_without_a_kernel_that_does_not_fit(
         got = model.logits(ids)
         assert gpu in launch.GIVEN_UP
     assert torch.allclose(got.held if isinstance(got, OnGpu) else got, want, atol=1e-5)
-
-
-def test_who_still_tries_a_gpu_does_not_bring_back_what_another_thread_gave_up(
-    some_kernels: list[Exception], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its answer, that the small kernel runs, would be kept: each step would be refused, and tried again with them."""
-    norm = launch.rms_norm
-
-    def tried(x: Tensor, *given: Any) -> Tensor:
-        launch.give_up(x.device, refusal())
-        return norm(x, *given)
-
-    monkeypatch.setattr(launch, "rms_norm", tried)
-    with pretended() as gpu:
-        assert not launch.able(gpu) and not launch.able(gpu)
-
-
-def test_a_gpu_that_is_named_without_its_number_is_given_up_as_well(
-    some_kernels: list[Exception], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As `shoal bench train` names it: tensors that lie there say cuda:0, and are asked for that."""
-
-    def attend(*_: Any) -> Tensor:
-        raise refusal()
-
-    monkeypatch.setattr(sparse, "attend", attend)
-    with pretended() as gpu:
-        trial.of_training(model_of("fp32").config, 64, torch.device("cuda"), low=True, alone=True)
-        assert {gpu} == launch.GIVEN_UP and not launch.able(gpu)
-
-
-def test_a_kernel_of_an_exit_that_does_not_fit_ends_no_loading(
-    some_kernels: list[Exception], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An exit of its own width has the activation at a width that no layer has."""
-    config = dataclasses.replace(model_of("fp32").config, exit_ffn=80)
-    swiglu = launch.swiglu
-
-    def narrow(both: Tensor) -> Tensor:
-        if both.shape[-1] == 2 * config.exit_ffn:
-            raise refusal()
-        return swiglu(both)
-
-    model = Model(config, Net(config).init_(3), Tokenizer.bytes_only())
-    asked = [Request([40] * 20, Sampling(temperature=0, max_tokens=3), depth=1)]
-    want = [done.tokens for done in Engine(model, units=200).generate(asked)]
-    monkeypatch.setattr(launch, "swiglu", narrow)
-    with pretended() as gpu:
-        made = Engine(model.to(gpu), units=200, max_batch_tokens=48)
-        assert not launch.able(gpu), "before sizes follow from the kernels"
-        assert [done.tokens for done in made.generate(asked)] == want
 
 
 def test_an_int8_kernel_that_does_not_fit_a_shape_leaves_it_to_others(

@@ -4,7 +4,6 @@ there, and none of anybody else is lost."""
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import pytest
 from shoal.cli import main
 from shoal.data.sources.s3 import split
 from shoal.loop import forget
-from shoal.loop.bucket import Bucket
 from shoal.loop.capture import Capture, now_ms
 from shoal.loop.cut import RECENT, TRAIN, cut
 from shoal.loop.parts import write_part
@@ -133,22 +131,6 @@ def test_who_is_forgotten_on_another_machine_while_a_cut_is_made_is_not_in_it(
     assert main(["curate", "--capture", gateway.bucket.uri, "--out", str(tmp_path / "cut"), "--heldout", "0"]) == 0
     found = "".join((tmp_path / "cut" / name).read_text() for name in (TRAIN, RECENT))
     assert "secret 1?" not in found and "secret 2?" in found
-
-
-def test_what_was_sent_is_known_after_a_power_cut(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "gateway"))
-    bucket = Bucket(uri)
-    with bucket._alone() as state:
-        name = state["name"]
-    seen, real = list[str](), os.fsync
-    monkeypatch.setattr("os.fsync", lambda number: (seen.append(os.readlink(f"/proc/self/fd/{number}")), real(number)))
-    with bucket._alone():
-        pass
-    assert not seen, "nothing is written where nothing was sent"
-    with bucket._alone() as state:
-        assert state["name"] == name
-        state["left"] = ["rows/day=2026-11-27"]
-    assert "/..bucket.json." in seen[0] and seen[1:] == [str(bucket.folder)]
 
 
 def test_a_vote_that_comes_while_another_machine_forgets_is_not_lost(

@@ -294,18 +294,6 @@ def test_a_client_that_offers_http_2_is_answered_in_http_1(slow: Service) -> Non
     assert reply.status_code == 200
 
 
-def test_no_answer_waits_for_an_acknowledgement(monkeypatch: pytest.MonkeyPatch) -> None:
-    listeners, bind = [], uvicorn.Config.bind_socket
-
-    def kept(config: uvicorn.Config) -> socket.socket:
-        listeners.append(bind(config))
-        return listeners[0]
-
-    monkeypatch.setattr(uvicorn.Config, "bind_socket", kept)
-    with running(Model.from_preset("test", seed=3)):
-        assert listeners[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)  # what it accepts inherits it
-
-
 def tasks(service: Service) -> int:
     """How many tasks the server's loop holds."""
 

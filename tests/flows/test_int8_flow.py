@@ -1,7 +1,6 @@
 """Property 26 on a model trained here: training's rounding is the kernel's, and INT8 costs little."""
 
 import dataclasses
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,6 @@ from shoal.errors import CheckpointError, ResourceError
 from shoal.evaluate.int8_cost import AGREEMENT, int8_cost, said, too_far
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model import files, int8
-from shoal.model.checkpoint import read
 from shoal.model.linears import fake_quantize_
 from shoal.model.net import Net
 from shoal.train import log
@@ -72,21 +70,6 @@ def test_int8_costs_little_and_training_with_it_no_more_than_rounding_alone(
     assert quantized.rounded["fp32"]["text"]["full"] != quantized.rounded["post-training"]["text"]["full"]
 
 
-@pytest.mark.drill
-def test_without_a_teacher_the_same_training_leads_away_from_the_model(
-    data: Path, trained: Path, quantized: FitResult
-) -> None:
-    """At a rate at which it shows: what the corpus says changes more tokens than rounding does."""
-
-    def agreement(**more: float) -> float:
-        out = str(data.parent / f"far-{more['distill']:g}")
-        plan = quantize_plan(str(trained), str(data), out, steps=20, batch_tokens=768, learning_rate=1e-3, **more)
-        rows = int8_cost(Model.load(trained), Model.load(fit(plan).out), data, rows=16)
-        return sum(row["int8_agreement"] for row in rows) / len(rows)
-
-    assert agreement(distill=0.0) < agreement(distill=quantize_plan(str(trained), str(data), "").train.distill)
-
-
 def test_a_run_that_learnt_from_another_model_is_not_gone_on_with(
     data: Path, drawn: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -139,17 +122,6 @@ def test_a_resumed_quantising_run_ends_as_if_nothing_had_happened(data: Path, tr
     assert (resumed.bpb, resumed.rounded) == (calm.bpb, calm.rounded)
     a, b = (Path(result.out, "model.safetensors").read_bytes() for result in (calm, resumed))
     assert a == b
-
-
-def test_another_scheme_is_refused_by_name(drawn: dict[str, Path], tmp_path: Path) -> None:
-    model = Model.load(drawn["int8"])
-    model.save(tmp_path / "other")
-    path = tmp_path / "other" / "config.json"
-    values = json.loads(path.read_text())
-    assert values["int8_scheme"] == 1 and values["quantization_config"]["quant_method"] == "compressed-tensors"
-    path.write_text(json.dumps(values | {"int8_scheme": 2}))
-    with pytest.raises(CheckpointError, match=r"int8_scheme: got 2; allowed: 1; quantise the fp32 model"):
-        read(tmp_path / "other")
 
 
 def test_a_machine_that_fails_the_self_test_refuses_int8_or_falls_back(

@@ -73,13 +73,6 @@ def test_one_command_leaves_two_models_frozen_suites_and_a_report(folder: Path) 
     assert len(uses) == 1 and json.loads(uses[0])["recipe"] == "customer-service"
 
 
-def test_the_report_begins_with_what_a_rule_does_better(folder: Path) -> None:
-    """Seconds of training lose to twenty keywords, and it says so before any figure."""
-    report = json.loads((folder / "report.json").read_text("utf-8"))
-    first = next(line for line in (folder / "report.md").read_text("utf-8").splitlines()[1:] if line)
-    assert first == f"- {report['weak'][0]}" and "the model loses to the" in first
-
-
 def test_the_same_command_goes_on_where_it_was(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

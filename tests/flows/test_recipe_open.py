@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from recipes.footprint import footprint
 from recipes.law.licences import Law
 from shoal import Model, cli, presets
 from shoal.config import Preset
@@ -100,16 +99,6 @@ def test_each_model_of_the_report_was_served_alone_and_measured(both: Path, fres
     assert "resident, MB" in (fresh / "report.md").read_text("utf-8")
 
 
-def test_the_choice_of_the_router_stands_beside_its_layers(fresh: Path) -> None:
-    rows = json.loads((fresh / "report.json").read_text("utf-8"))["depths"]
-    auto = [row for row in rows if row["depth"] == "auto"]
-    assert auto and all(abs(sum(row["chosen"].values()) - 1) < 1e-9 for row in auto)
-    layers = {"shallow": 1, "middle": 2, "full": 4}
-    for row in auto:
-        used = [layers[name] / 4 for name, share in row["chosen"].items() if share]
-        assert min(used) - 1e-9 <= row["layers"] <= max(used) + 1e-9
-
-
 def test_another_run_beside_it_makes_the_report_anew_and_trains_nothing(
     both: Path, imported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,26 +120,3 @@ def test_what_cannot_stand_beside_each_other_is_refused_before_anything_is_made(
     ):
         assert recipe(out, *more) != 0 and not out.exists()
         assert said in capsys.readouterr().err
-
-
-def test_a_folder_that_cannot_be_served_costs_the_report_a_line_and_not_itself(tmp_path: Path) -> None:
-    from recipes.run import _footprint
-
-    found = _footprint(tmp_path)
-    assert list(found) == ["failed"] and "shoal.cli serve --no-ray" in found["failed"]
-
-
-def test_a_service_that_was_measured_has_ended(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import subprocess
-
-    started = []
-
-    class Popen(subprocess.Popen):  # type: ignore[type-arg]
-        def __init__(self, *given: object, **more: object) -> None:
-            super().__init__(*given, **more)  # type: ignore[call-overload]
-            started.append(self)
-
-    monkeypatch.setattr(subprocess, "Popen", Popen)
-    found = footprint(fresh / "int8", fresh / "policy.yaml")
-    assert found["disk_bytes"] == sum(path.stat().st_size for path in (fresh / "int8").rglob("*") if path.is_file())
-    assert [process.poll() is not None for process in started] == [True]

@@ -20,19 +20,16 @@ from shoal import Engine, Model
 from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
 from shoal.api.capture import CaptureArgs
-from shoal.api.follow import EVIDENCE, Follower
+from shoal.api.follow import Follower
 from shoal.api.local import Changing, Here
-from shoal.api.seen import Seen
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
 from shoal.api.split import Split
-from shoal.data.alone import alone
 from shoal.engine.events import Event, Request
 from shoal.engine.front import AsyncEngine
-from shoal.errors import ConfigError, ResourceError
+from shoal.errors import ConfigError
 from shoal.loop.capture import Capture
-from shoal.loop.evidence import dumped
-from shoal.loop.release import LOCK, Release
+from shoal.loop.release import Release
 from tests.canaries import seen
 from tests.serving import in_a_thread
 from tests.unit.engine.lively import lively
@@ -340,21 +337,6 @@ def test_a_bad_canary_is_taken_back_and_no_client_sees_an_error(
         assert {version for _, version, _ in whole} == {service.release.stable().label}
 
 
-@pytest.mark.drill
-def test_an_answer_that_the_canary_began_is_ended_by_the_stable_version(
-    models: dict[str, Path], tmp_path: Path
-) -> None:
-    """Its first token is the canary's, and the rest what the stable version makes of it; the log says so."""
-    with serving(tmp_path, models, "two", Silent) as service:
-        service.many(24)
-        service.try_out(3, people=300)
-        trial = service.split.trial
-        assert trial is not None
-        begun = [answer for answer in service.many(8) if answer[1] == trial.label]
-        assert begun and all(reason == "length" for _, _, reason in begun)
-        assert seen(trial.evidence, "canary")[1] >= min(3, len(begun))
-
-
 def test_a_canary_that_does_not_start_is_taken_back(models: dict[str, Path], tmp_path: Path) -> None:
     class Broken(AsyncEngine):
         def __init__(self, *_: Any, **__: Any) -> None:
@@ -367,39 +349,6 @@ def test_a_canary_that_does_not_start_is_taken_back(models: dict[str, Path], tmp
         service.release.promote(2, why="try again")
         until(lambda: service.release.state().stable == 2)
         assert service.ask(0)[1] == service.release.version(1).label, "what served goes on, and says who it is"
-
-
-@pytest.mark.drill
-def test_a_rollback_that_meets_another_command_is_done_after_it(
-    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Meanwhile the condemned canary gets nothing."""
-    monkeypatch.setattr("shoal.loop.release.WAIT_SECONDS", 0.0)
-    with serving(tmp_path, models, "nan") as service:
-        service.try_out(3, people=300)
-        trial = service.split.trial
-        assert trial is not None
-        with alone(service.release.directory / LOCK, ResourceError("")):
-            until(lambda: bool(service.many(4)) and service.split.condemned() is not None)
-            before = seen(trial.evidence, "canary")
-            assert {version for _, version, _ in service.many(8)} == {service.release.version(1).label}
-            assert seen(trial.evidence, "canary") == before and service.release.state().canary is not None
-        until(lambda: service.release.state().canary is None and service.split.trial is None)
-
-
-@pytest.mark.drill
-def test_what_was_seen_outlives_a_gateway(models: dict[str, Path], tmp_path: Path) -> None:
-    with serving(tmp_path, models) as service:
-        service.try_out(3, people=10_000)
-        until(lambda: bool(service.many(8)) and (tmp_path / "release" / EVIDENCE).exists())
-        trial = service.split.trial
-        assert trial is not None
-        service.many(16)
-        canary = trial.canary
-        after = Seen(service.release.directory)  # of a gateway that starts, or of another
-        until(lambda: dumped(after.others(canary)) == dumped(trial.evidence.own))  # it is written now and then
-        assert trial.evidence.people(3) > 0
-        assert after.others(replace(canary, began=canary.began + 1)) == {}, "of another trial"
 
 
 @pytest.mark.parametrize(

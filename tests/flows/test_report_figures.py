@@ -20,7 +20,6 @@ from shoal import Engine, Model, Request, Sampling, presets
 from shoal.evaluate import evaluation, routing
 from shoal.inputs.chat import encode_chat
 from shoal.inputs.tokenizer import PATCH_ID, Tokenizer
-from shoal.model.net import Net
 from shoal.train.loop import fit
 from shoal.train.plan import pretrain_plan
 from tests.corpus import write_corpus
@@ -273,15 +272,3 @@ def test_what_the_tolerance_keeps_by_task(made: dict[str, Any]) -> None:
     assert shown["all together"]["loss"] == pytest.approx(np.mean(every), abs=1e-4)
     assert made["report"]["frontier"]["prompts"] == len(every)
     assert made["report"]["frontier"]["fixed"][-1]["gap"] == 0.0
-
-
-def test_bytes_of_the_weights(made: dict[str, Any]) -> None:
-    size = sum(path.stat().st_size for path in made["dir"].glob("*.safetensors"))
-    assert row(made, "weight file")["values"] == {"fish": size}
-
-
-def test_a_models_tokenizer_is_the_corpuss(made: dict[str, Any], tmp_path: Path) -> None:
-    config = presets.get("test").model
-    Model(config, Net(config).init_(0), Tokenizer.bytes_only()).save(tmp_path / "other")
-    with pytest.raises(evaluation.DataError, match="another tokenizer than other's"):
-        evaluation.compare({"other": tmp_path / "other"}, made["data"], sizes=SIZES)

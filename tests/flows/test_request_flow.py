@@ -23,11 +23,6 @@ import pytest
 from PIL import Image
 
 from shoal import Model
-from shoal.api.app import build_app
-from shoal.api.served import ServedModel
-from shoal.api.server import serving
-from shoal.api.service import Hosted
-from shoal.errors import ResourceError
 from shoal.inputs.chat import encode_chat
 from tests.flows.conftest import KEY, Service
 
@@ -46,19 +41,6 @@ def test_greedy_answers_are_the_model_s_own(service: Service, client: openai.Ope
         assert answer.usage is not None
         assert answer.usage.prompt_tokens == len(prompt.ids)
         assert answer.usage.model_extra == {"depth": depth}
-
-
-def test_a_stream_is_the_whole_answer_in_pieces(client: openai.OpenAI) -> None:
-    fields: dict[str, Any] = {"model": "fish", "messages": MESSAGES, "seed": 7, "max_tokens": 32}
-    whole = client.chat.completions.create(**fields)
-    chunks = list(client.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
-    assert chunks[0].choices[0].delta.role == "assistant"
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert text == whole.choices[0].message.content
-    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
-    assert chunks[-1].choices == []
-    assert chunks[-1].usage is not None and whole.usage is not None
-    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
 
 
 def test_an_image_changes_the_answer(client: openai.OpenAI) -> None:
@@ -105,18 +87,6 @@ def test_a_stop_string_ends_the_answer_and_is_not_in_it(service: Service, client
     assert (answer.text, answer.finish_reason) == (free[: free.index(stop)], "stop")
 
 
-def test_errors_are_the_openai_client_s_own(service: Service, client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError) as missing:
-        client.chat.completions.create(model="shark", messages=MESSAGES)
-    assert missing.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError) as long:
-        client.chat.completions.create(model="fish", messages=MESSAGES, max_tokens=9999)
-    assert long.value.code == "context_length_exceeded"
-    with pytest.raises(openai.AuthenticationError):
-        openai.OpenAI(base_url=f"{service.url}/v1", api_key="no", max_retries=0).models.list()
-    assert [model.id for model in client.models.list()] == ["fish"]
-
-
 def test_overload_gives_only_200_and_429_and_then_serves_on(service: Service, client: openai.OpenAI) -> None:
     async def burst() -> list[int]:
         limits = httpx.Limits(max_connections=40)
@@ -129,47 +99,6 @@ def test_overload_gives_only_200_and_429_and_then_serves_on(service: Service, cl
     assert set(statuses) == {200, 429}
     service.until_idle()
     assert client.completions.create(model="fish", prompt="x", max_tokens=1).choices[0].text is not None
-
-
-def test_serving_a_port_in_use_is_one_line(service: Service) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        served = ServedModel("fish", service.model.config, service.model.tokenizer)
-        app = build_app([Hosted(served, service.engine)])
-
-        async def start() -> None:
-            async with serving(app, port=taken.getsockname()[1]):
-                pass
-
-        with pytest.raises(ResourceError, match="in use"):
-            asyncio.run(start())
-
-
-@pytest.mark.drill  # the command below serves so, too
-def test_run_local_serves_a_directory_until_interrupted(tmp_path: Path) -> None:
-    Model.from_preset("test", seed=1).save(tmp_path / "model")
-    code = (
-        "from shoal.api.serve_args import ServeArgs\n"
-        "from shoal.api.server import run_local\n"
-        f"args = ServeArgs(model={str(tmp_path / 'model')!r}, name='fish')\n"
-        "run_local(args, port=0, on_ready=lambda url: print(url, flush=True))"
-    )
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-    ) as process:
-        try:
-            assert process.stdout is not None and process.stderr is not None
-            url = process.stdout.readline().strip()
-            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-            assert client.completions.create(model="fish", prompt="x", max_tokens=2).usage is not None
-            process.send_signal(signal.SIGINT)
-            assert process.wait(60) == 0
-            said = json.loads(process.stderr.read().splitlines()[-1])
-            assert (said["path"], said["status"], said["completion_tokens"]) == ("/v1/completions", 200, 2)
-        finally:
-            process.kill()
 
 
 @pytest.mark.drill

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 from contextlib import nullcontext
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -219,14 +218,6 @@ def test_a_cut_without_labels_teaches_nothing(
     assert "is not a cut" in capsys.readouterr().err
 
 
-def test_suites_that_are_not_frozen_are_told_of_before_it_is_trained(
-    release: Release, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(Retrain, "_finetune", lambda *_: pytest.fail("it was trained"))
-    assert retrain(release, folder, "--kind", "finetune", "--suites", str(tmp_path)) == 1
-    assert "holds no frozen suites" in capsys.readouterr().err
-
-
 def test_a_cut_that_trains_on_what_a_suite_asks_is_no_proof(
     release: Release, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -280,32 +271,6 @@ def test_one_that_a_job_s_stop_ends_is_no_failure(
     assert signal.getsignal(signal.SIGTERM) == before
     known = retrainings.read(release.directory)
     assert [run.outcome for run in known.runs] == ["ended"] and known.failed == 0
-
-
-@pytest.mark.drill
-def test_one_that_ends_while_it_tidies_up_counts_its_minutes_once(
-    release: Release, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A job's stop after the version was added; a folder that cannot be removed is told of, and the version is made."""
-    remove = retrainings.remove
-
-    def stopped(work: Path) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        remove(work)
-
-    monkeypatch.setattr(retrainings, "remove", stopped)
-    assert retrain(release, folder) == 130
-    known = retrainings.read(release.directory)
-    assert [run.outcome for run in known.runs] == ["unjudged"] and known.spent(datetime.now(UTC)) == 0.0
-    assert len(release.versions()) == 2
-
-    def busy(work: Path) -> None:
-        raise ResourceError(f"{work} cannot be removed")
-
-    monkeypatch.setattr(retrainings, "remove", busy)
-    assert retrain(release, folder, "--cooldown", "0") == 0
-    assert "cannot be removed" in capsys.readouterr().err
-    assert len(release.versions()) == 3
 
 
 @pytest.mark.drill

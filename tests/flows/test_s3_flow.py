@@ -60,14 +60,6 @@ def test_a_prefix_is_read_like_a_folder(s3: Service, tmp_path: Path) -> None:
     assert only.name == "a.md"
 
 
-def test_an_image_in_s3_has_the_caption_beside_it(s3: Service, tmp_path: Path) -> None:
-    Image.new("RGB", (24, 24)).save(tmp_path / "d.png")
-    s3.client.upload_file(str(tmp_path / "d.png"), "corpora", "pictures/in/d.png")
-    s3.client.put_object(Bucket="corpora", Key="pictures/in/d.txt", Body=b"a black square\n")
-    (image,) = (item for file in list_files(SourceSpec("s", "s3://corpora/pictures")) for item in read(file))
-    assert isinstance(image, Document) and (image.modality, image.text) == ("image", "a black square")
-
-
 @pytest.mark.parametrize(
     ("uri", "said"),
     [
@@ -184,13 +176,6 @@ def test_a_fetch_that_is_killed_while_it_checks_leaves_nothing_to_be_taken(
     assert not list(cache.rglob(INDEX))
     with pytest.raises(DataError, match=f"sha256 of {shard.file}"):
         remote.local(uri)
-
-
-def test_another_tokenizer_beside_the_shards_is_refused(s3: Service, corpus: Path) -> None:
-    upload(corpus, "s3://corpora/made/six", S3())
-    s3.client.put_object(Bucket="corpora", Key="made/six/tokenizer.json", Body=b"{}")
-    with pytest.raises(DataError, match=r"sha256 of tokenizer\.json"):
-        remote.local("s3://corpora/made/six")
 
 
 def test_an_index_that_names_files_elsewhere_is_refused_and_nothing_is_touched(

@@ -17,7 +17,6 @@ from shoal import presets
 from shoal.data import copies, ranged, remote
 from shoal.data.batches import PretrainBatches
 from shoal.data.documents import MODALITIES
-from shoal.data.place import Bucket
 from shoal.data.shards import SPLITS, Rows, open_index, write_index
 from shoal.errors import DataError, ResourceError
 from shoal.train.loop import fit
@@ -136,13 +135,6 @@ def test_a_bound_of_the_cache_that_is_none_is_one_line(said: str, monkeypatch: p
         remote.local(URI)
 
 
-def test_a_bucket_that_is_gone_while_a_run_reads_is_one_line(corpus: Path, tmp_path: Path, cache: Path) -> None:
-    folder = remote.local(URI)
-    (folder / ranged.ORIGIN).write_text((folder / ranged.ORIGIN).read_text().replace("corpora/", "nobody-made-this/"))
-    with pytest.raises(DataError, match="the bucket does not exist"):
-        Rows(folder, open_index(folder), "train", "text")[0]
-
-
 def test_a_block_that_is_cut_short_on_this_disk_is_fetched_anew(corpus: Path, cache: Path) -> None:
     """A machine that lost its power has the name of a file and not all of its bytes: these were taken for the shard's."""
     folder, index = remote.local(URI), open_index(corpus)
@@ -232,33 +224,6 @@ def test_a_copy_that_is_cut_short_on_this_disk_is_fetched_anew(corpus: Path, kin
     (folder / name).write_bytes(b"")
     assert remote.local(URI) == folder and (folder / name).read_bytes() == (corpus / name).read_bytes()
     assert open_index(folder) == index
-
-
-def test_a_file_that_is_cut_short_on_this_disk_is_fetched_anew(s3: Service) -> None:
-    s3.client.put_object(Bucket="corpora", Key="chats/b.jsonl", Body=b"{}\n")
-    copy = remote.local("s3://corpora/chats/b.jsonl")
-    copy.write_bytes(b"")
-    copy.with_name("b.jsonl.5eC0nD5").write_bytes(b"{")
-    assert remote.local("s3://corpora/chats/b.jsonl") == copy
-    assert copy.read_bytes() == b"{}\n" and names(copy.parent) == ["b.jsonl"]
-
-
-def test_one_whose_shards_stay_in_s3_keeps_no_part_of_them(corpus: Path, cache: Path) -> None:
-    folder = remote.local(URI)
-    shard = open_index(corpus).shards[0].file
-    shutil.copy(corpus / shard, folder / shard)
-    (folder / "index.json").unlink()  # as if it had been fetched by half
-    assert shard not in names(remote.local(URI)) and ranged.ORIGIN in names(folder)
-
-
-def test_a_corpus_that_lies_at_two_addresses_is_read_at_the_one_that_is_given(s3: Service, corpus: Path) -> None:
-    """The copy is that of its index, whichever address it came from: shards were asked for at the first for good."""
-    first = Bucket("s3://corpora/before-it-moved", s3.s3)
-    upload(corpus, first.uri, s3.s3)
-    folder = remote.local(first.uri)
-    first.remove([name for name, _ in first.sizes()])
-    assert remote.local(URI) == folder
-    assert Rows(folder, open_index(folder), "train", "text")[0][0].tolist()
 
 
 def test_a_file_that_is_replaced_while_it_is_fetched_is_not_kept_as_the_one_before(s3: Service) -> None:

@@ -160,30 +160,6 @@ def test_another_request_for_a_finished_folder_is_refused_and_leaves_it(corpus: 
 
 
 @pytest.mark.drill
-def test_an_interrupted_run_leaves_no_index_and_the_next_one_makes_it_whole(
-    corpus: tuple[Path, dict], raw: Path, tmp_path: Path
-) -> None:
-    def interrupt(what: str, done: int, total: int) -> None:
-        if what == "encode and pack" and done > 0:
-            raise KeyboardInterrupt
-
-    ask = {"sources": sources(raw), "mix": MIX, "preset": PRESET, "seed": 3}
-    with pytest.raises(KeyboardInterrupt):
-        prepare(tmp_path, **ask, on_progress=interrupt)
-    assert not (tmp_path / INDEX).exists() and list(tmp_path.glob("*.arrow"))
-    prepare(tmp_path, **ask)
-    assert (tmp_path / INDEX).read_bytes() == (corpus[0] / INDEX).read_bytes()
-    assert sorted(os.listdir(tmp_path)) == sorted(os.listdir(corpus[0]))
-
-
-@pytest.mark.drill
-def test_a_mix_is_kept_over_what_there_is(raw: Path, tmp_path: Path) -> None:
-    report = prepare(tmp_path, sources=sources(raw)[:1], mix=MIX, preset=PRESET, seed=0)
-    assert report["mix"] == {"text": 1.0} and report["left_out"] == ["code", "image"] and report["chats"] == {}
-    assert not list(tmp_path.glob("sft-*"))
-
-
-@pytest.mark.drill
 def test_sources_of_no_use_are_one_line_and_leave_no_corpus(raw: Path, tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.txt").write_bytes(b"\xff")
@@ -199,15 +175,3 @@ def test_sources_of_no_use_are_one_line_and_leave_no_corpus(raw: Path, tmp_path:
             prepare(tmp_path / "out", sources=specs, mix=MIX, preset=PRESET, seed=0)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / INDEX).exists()
-
-
-@pytest.mark.drill
-def test_a_tokenizer_that_is_given_is_used_and_belongs_to_the_request(raw: Path, tmp_path: Path) -> None:
-    given = Tokenizer.train(["the crew mended the net before the tide"] * 9, 290)
-    given.save(tmp_path / "given.json")
-    ask = {"sources": sources(raw)[:1], "mix": MIX, "preset": PRESET, "seed": 0}
-    prepare(tmp_path / "out", **ask, tokenizer=tmp_path / "given.json")
-    assert Tokenizer.load(tmp_path / "out" / TOKENIZER).sha256 == given.sha256
-    assert open_index(tmp_path / "out").tokenizer_sha256 == given.sha256
-    with pytest.raises(DataError, match="other tokenizer"):
-        prepare(tmp_path / "out", **ask)

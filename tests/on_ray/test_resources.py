@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -55,27 +54,6 @@ def test_a_temporary_folder_too_deep_for_sockets_is_told_before_ray_starts(
     with pytest.raises(ResourceError, match="set TMPDIR to a shorter path"), local_ray():
         raise AssertionError("it started")
     assert not list(deep.iterdir())
-
-
-@pytest.mark.parametrize("ends", [None, KeyboardInterrupt])
-def test_logs_are_kept_where_they_are_asked_for(tmp_path: Path, ends: type[BaseException] | None) -> None:
-    """A Ray's folder has them in one for its session, and a link to that."""
-    with suppress(KeyboardInterrupt), resources._session_folder(tmp_path / "kept") as folder:
-        logs = Path(folder) / "session_1" / "logs"
-        logs.mkdir(parents=True)
-        (logs / "worker-1.err").write_text("a line")
-        (Path(folder) / "session_latest").symlink_to(logs.parent)
-        if ends is not None:
-            raise ends
-    assert not Path(folder).exists()
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["session_1"]
-    assert (tmp_path / "kept" / "session_1" / "worker-1.err").read_text() == "a line"
-
-
-def test_a_folder_for_logs_that_cannot_be_is_told_first(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ResourceError, match="for logs"), local_ray(logs=tmp_path / "file" / "logs"):
-        raise AssertionError("it started")
 
 
 @pytest.mark.smoke

@@ -10,7 +10,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any, NamedTuple
 
 import httpx
 import pytest
-import ray
 from PIL import Image
 
 from shoal import Model
@@ -201,33 +199,3 @@ def test_both_services_say_what_the_policy_adds(urls: tuple[str, str], name: str
         assert answer.status == 200 and b"Beware." in answer.body
         assert (b"Swim: shark." in answer.body) == (name == "raised")
         assert (answer.headers.get("x-shoal-depth") == "shallow") == (name == "raised")
-
-
-@pytest.mark.parametrize(
-    "given", [b"x" * 5000, b"z\xc3\xbc", b"\xff", b"a b"], ids=["long", "utf-8", "latin-1", "space"]
-)
-def test_a_request_id_that_is_none_is_answered_with_one_that_is_made(urls: tuple[str, str], given: bytes) -> None:
-    for url in urls:
-        headers = {b"Authorization": b"Bearer rich", b"X-Request-Id": given}
-        reply = httpx.get(f"{url}/v1/models", headers=headers, timeout=60)
-        assert reply.status_code == 200
-        assert re.fullmatch(r"[0-9a-f]{32}", reply.headers["x-request-id"])
-        assert len(reply.headers.get_list("x-request-id")) == 1
-
-
-def test_the_gateway_too_writes_a_line_a_request_and_no_text(urls: tuple[str, str]) -> None:
-    ask(urls[1], {**chat(), "headers": {"X-Request-Id": "line-1"}})
-    logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
-
-    def lines() -> list[str]:
-        """That are whole."""
-        texts = [file.read_text(errors="replace") for file in logs.glob("worker-*")]
-        return [line for text in texts for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-    end = time.monotonic() + 60
-    while not any('"id": "line-1"' in line for line in lines()):
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    (said,) = [json.loads(line) for line in lines() if '"id": "line-1"' in line]
-    assert (said["path"], said["status"], said["model"], said["completion_tokens"]) == (CHAT, 200, "fish", 12)
-    assert not any("How deep" in line for line in lines())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -21,16 +20,13 @@ import httpx
 import openai
 import psutil
 import pytest
-import ray
 import torch
-from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 from shoal import Engine, Model, Request, Sampling
 from shoal.api.chunks import token_name
 from shoal.api.fresh import EVERY_SECONDS, PATIENCE_SECONDS
 from shoal.api.serve_args import ServeArgs
 from shoal.errors import CheckpointError, ResourceError
-from shoal.inputs.chat import encode_chat
 from shoal.loop.capture import Capture
 from shoal.model.cost import kv_bytes_stored
 from shoal.on_ray import serve
@@ -204,27 +200,6 @@ def test_greedy_tokens_over_http_are_the_model_s_own(service: Service, name: str
     assert answer.choices[0].text == model.tokenizer.decode(naive)
 
 
-@pytest.mark.drill
-def test_the_depth_field_is_respected_and_reported(service: Service) -> None:
-    exits = Model.load(service.directories["int8"]).config.exit_names
-    texts, ran = set(), service.metrics("int8")
-    for depth, layers in exits.items():
-        for given in (depth, layers):
-            body = {"model": "int8", "messages": MESSAGES, "temperature": 0, "max_tokens": 12, "depth": given}
-            reply = httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=120)
-            assert (reply.headers["x-shoal-depth"], reply.json()["usage"]["depth"]) == (depth, depth)
-            texts.add(reply.json()["choices"][0]["message"]["content"])
-    names = [f"requests_depth_{layers}_total" for layers in exits.values()]
-    wanted = [ran[name] + 2 for name in names]
-
-    def told_of_all() -> bool:
-        now = service.metrics("int8")
-        return [now[name] for name in names] == wanted
-
-    until(told_of_all)
-    assert len(texts) > 1
-
-
 def test_each_request_leaves_a_captured_row_with_what_its_replica_said(service: Service, captured: Path) -> None:
     answer = service.client.completions.create(model=NAMES[0], prompt="the deep sea", max_tokens=9, temperature=0)
     until(lambda: answer.id in Capture(captured).rows()["id"].to_pylist())
@@ -248,49 +223,6 @@ def test_a_stored_response_is_gone_on_from_and_what_was_deleted_is_not(service: 
     service.client.responses.delete(first.id)
     with pytest.raises(openai.BadRequestError, match="is stored no more"):
         service.client.responses.create(**ask, input="so", previous_response_id=second.id)
-
-
-def test_a_stream_has_the_shape_that_openai_gives_it(service: Service) -> None:
-    body = {"model": "fp32", "messages": MESSAGES, "temperature": 0, "max_tokens": 12, "stream": True}
-    body |= {"stream_options": {"include_usage": True}, "depth": "middle"}
-    with httpx.stream("POST", f"{service.url}/v1/chat/completions", json=body, timeout=120) as reply:
-        assert reply.headers["content-type"].startswith("text/event-stream")
-        events = [line for line in reply.iter_lines() if line]
-    assert all(event.startswith("data: ") for event in events)
-    assert events[-1] == "data: [DONE]"
-    chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
-    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
-    assert len({chunk["id"] for chunk in chunks}) == 1
-    first, *pieces, last, usage = chunks
-    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    assert (last["choices"][0]["delta"], last["choices"][0]["finish_reason"]) == ({}, "length")
-    assert (usage["choices"], usage["usage"]["completion_tokens"], usage["usage"]["depth"]) == ([], 12, "middle")
-    model = Model.load(service.directories["fp32"])
-    prompt = encode_chat(MESSAGES, model.tokenizer, model.config, template=model.chat_template)
-    text = "".join(piece["choices"][0]["delta"]["content"] for piece in pieces)
-    assert text == model.tokenizer.decode(model.generate_naive(prompt, 12, depth="middle"))
-
-
-@pytest.mark.parametrize(
-    ("more", "status", "param", "says"),
-    [
-        ({"depht": "full"}, 400, "depht", "did you mean 'depth'?"),
-        ({"depth": "abyss"}, 400, "depth", "shallow"),
-        ({"temperature": -1}, 400, "temperature", "0 to 100"),
-        ({"max_tokens": 100_000}, 400, "max_tokens", "context"),
-        ({"functions": [{"name": "f"}]}, 400, "functions", "use tools"),
-        ({"model": "whale"}, 404, "model", "does not exist"),
-    ],
-)
-def test_a_wrong_request_gets_the_openai_envelope(
-    service: Service, more: dict[str, Any], status: int, param: str, says: str
-) -> None:
-    body = {"model": "fp32", "messages": MESSAGES, **more}
-    reply = httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=120)
-    error = reply.json()["error"]
-    assert (reply.status_code, error["param"]) == (status, param)
-    assert says in error["message"]
-    assert error.keys() == {"message", "type", "param", "code"}
 
 
 @pytest.mark.drill
@@ -339,29 +271,6 @@ def test_a_port_in_use_is_one_line(service: Service) -> None:
 def test_a_second_service_on_one_ray_is_refused(service: Service) -> None:
     with pytest.raises(ResourceError, match="already running"):
         serve.run(serve_config(ServeArgs(model=str(service.directories["fp32"])), port=free_port()), blocking=False)
-
-
-@pytest.mark.drill
-def test_a_killed_controller_loses_none_of_the_models(service: Service) -> None:
-    """Streams of both go on without it; the one that Ray starts in its place knows both, and mends what is lost of either."""
-    bodies = [
-        {"model": n, "prompt": "x", "max_tokens": 300, "seed": 7, "extra_body": {"ignore_eos": True}} for n in NAMES
-    ]
-    whole = [service.client.completions.create(**body).choices[0].text for body in bodies]  # type: ignore[call-overload]
-    streams = [service.client.completions.create(**body, stream=True) for body in bodies]  # type: ignore[call-overload]
-    texts = [next(stream).choices[0].text for stream in streams]
-    ray.kill(ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE), no_restart=False)
-    for number, stream in enumerate(streams):
-        texts[number] += "".join(piece.choices[0].text for piece in stream)
-    assert texts == whole
-    before = {name: replicas(f"EngineReplica-{name}") for name in NAMES}
-    for (process,) in before.values():
-        process.send_signal(signal.SIGKILL)
-    assert [service.client.completions.create(**body).choices[0].text for body in bodies] == whole  # type: ignore[call-overload]
-    for name, (old,) in before.items():
-        until(lambda name=name: service.metric(name, "num_replicas") == 1)  # type: ignore[misc]
-        assert [process.pid for process in replicas(f"EngineReplica-{name}")] != [old.pid]
-    assert httpx.get(f"{service.url}/ready").status_code == 200
 
 
 @pytest.mark.drill

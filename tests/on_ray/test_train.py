@@ -17,10 +17,9 @@ import ray
 from shoal import Model, cli, presets
 from shoal.errors import CheckpointError, ConfigError, DataError, ResourceError, ShoalError
 from shoal.on_ray.train import train
-from shoal.on_ray.train_metrics import PREFIX, Exported
+from shoal.on_ray.train_metrics import PREFIX
 from shoal.train import log
 from shoal.train.loop import fit
-from shoal.train.metrics import FAMILIES
 from shoal.train.plan import FitPlan, finetune_plan, pretrain_plan
 from tests.corpus import write_chats, write_corpus
 
@@ -125,22 +124,6 @@ def test_a_run_tells_ray_its_numbers(calm: Path) -> None:
         str(calm), lambda found: others <= found.keys() and found.get(f"ray_{PREFIX}tokens_total") == tokens
     )
     assert found[f"ray_{PREFIX}starts_total"] == 1 <= found[f"ray_{PREFIX}checkpoints_total"]
-
-
-@pytest.mark.drill
-def test_what_was_said_once_is_there_while_the_run_lasts(calm: Path) -> None:
-    """All of the table but warnings and evaluations between updates, for longer than Ray keeps what nobody says again."""
-    wanted = {
-        f"ray_{PREFIX}{name}" + "_total" * (family.kind == "counter")
-        for name, family in FAMILIES.items()
-        if name not in ("warnings", "heldout_bpb")
-    }
-    with Exported("calm, told again") as exported:
-        for record in log.read(calm):
-            exported(record)
-        until_told("calm, told again", lambda found: wanted <= found.keys())
-        time.sleep(25)  # Ray keeps them for 20
-        assert until_told("calm, told again", lambda found: wanted <= found.keys())[f"ray_{PREFIX}step"] == STEPS
 
 
 @pytest.mark.smoke

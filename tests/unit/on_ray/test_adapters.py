@@ -109,19 +109,6 @@ def test_where_one_refuses_it_nobody_is_asked_for_it(second: object, message: st
     assert client._place("new") == ("new", "")
 
 
-def test_all_are_told_what_is_known_what_is_held_and_as_of_when() -> None:
-    handle = Handle([says("new"), says(ActorDiedError())])
-    client = ReplicaClient(handle, may_be_none=False, reads="r")  # type: ignore[arg-type]
-    asyncio.run(client.keep_adapters({"new": "there"}, {"old": "here"}, 7))
-    assert handle.asked == [(number, "keep_adapters", {"new": "there"}, ["old"], 7) for number in (0, 1)]
-    assert client._place("new") == ("new", "there") and client._place("old") == ("old", "here")
-
-
-def test_where_the_first_refuses_it_nobody_else_is_asked() -> None:
-    answer, handle, _ = loaded(says(CheckpointError("it is broken")), says("new"))
-    assert isinstance(answer, CheckpointError) and handle.asked == [(0, "load_adapter", "dir")]
-
-
 def test_a_call_says_which_adapter_it_wants_and_from_where() -> None:
     handle = Handle([])
     client = ReplicaClient(handle, may_be_none=False, reads="r")  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from shoal.api.serve_args import ServeArgs
 from shoal.loop.canary_state import Canary
 from shoal.loop.release import Release, State
 from shoal.on_ray import canary
-from shoal.on_ray.canary import LOCK, OnServe
+from shoal.on_ray.canary import OnServe
 
 
 class Serve:
@@ -85,12 +85,3 @@ def test_nobody_ends_the_canary_that_is_on_trial_nor_what_is_none_of_the_service
     on_trial(monkeypatch, None)
     gateway(tmp_path)._delete()
     assert [*serve.applications] == ["shoal", "other-canary-3"]
-
-
-def test_where_there_is_no_canary_nothing_is_written_into_the_folder(
-    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It may be one that gateways can only read."""
-    on_trial(monkeypatch, None)
-    gateway(tmp_path)._delete()
-    assert not (tmp_path / LOCK).exists()

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import threading
 import traceback
-import weakref
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Any, cast
-from unittest.mock import AsyncMock
+from typing import Any
 
 import grpc
 import pytest
@@ -26,11 +23,10 @@ from shoal import Model, Request, presets
 from shoal.api.serve_args import ServeArgs
 from shoal.data import models
 from shoal.engine.events import Event, Finished, Token
-from shoal.engine.metrics import Samples, sample
 from shoal.errors import EngineDeadError, QueueFullError, RequestError, ShoalError
 from shoal.on_ray.calls import Begun, OtherModelError, Wanted
 from shoal.on_ray.clients import ReplicaClient, as_shoal_error
-from shoal.on_ray.engines import LEAVE_SECONDS, EngineReplica
+from shoal.on_ray.engines import EngineReplica
 from shoal.on_ray.failover import LOSSES
 from tests.s3 import service
 
@@ -315,25 +311,6 @@ def test_a_model_is_served_while_any_replica_is_well(
     assert asyncio.run(asyncio.wait_for(ask(), 60)) == 0
 
 
-def test_where_no_replica_answers_a_scrape_says_none_and_what_this_gateway_counted(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """An alert on no replicas could not fire on a number that is missing, and a counter that is away begins anew."""
-    monkeypatch.setattr(ReplicaClient, "_starting", AsyncMock(return_value={}))  # which asks Serve
-
-    async def stats(resumed: int, *answers: object) -> Samples:
-        handle: Any = Asked(*answers)
-        client = ReplicaClient(handle, may_be_none=False, reads="r")
-        client._resumed = resumed
-        return await client.stats()
-
-    none = asyncio.run(stats(3, ActorDiedError(), ActorDiedError()))
-    assert none == {sample("num_replicas"): 0.0, sample("requests_resumed"): 3.0}
-    running = sample("num_requests_running")
-    one = asyncio.run(stats(0, ActorDiedError(), {running: 2.0}))
-    assert one == {running: 2.0, sample("num_replicas"): 1.0, sample("requests_resumed"): 0.0}
-
-
 class Engine:
     """As much of an engine as a replica needs to change its weights."""
 
@@ -424,77 +401,6 @@ def test_a_change_that_fails_keeps_what_serves_and_is_told_until_it_is_mended(di
         await changed(replica, directories["one"])  # what serves already
         assert (await replica.stats())["weights_update_refused"] == 0
 
-    asyncio.run(work())
-
-
-@pytest.mark.parametrize(
-    "what", ["gone", "adapters", *(pytest.param(each, marks=pytest.mark.drill) for each in ("changed", "info"))]
-)
-def test_an_engine_that_is_loaded_and_then_not_taken_is_closed(
-    what: str, directories: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its threads would hold its memory, of a GPU too, as long as the replica lives: and a release is tried again and again."""
-    place, made = tmp_path / "model", list[Engine]()
-    shutil.copytree(directories["two"], place)
-
-    class Late(Changing):
-        def _load(self, directory: str) -> Any:
-            engine = super()._load(directory)
-            if directory == str(place):
-                made.append(engine)
-                if what in ("gone", "changed"):
-                    shutil.rmtree(place)
-                if what == "changed":
-                    shutil.copytree(directories["broken"], place)
-                if what == "adapters":
-                    replica._adapters.load_known = AsyncMock(side_effect=EngineDeadError("no store"))  # type: ignore[method-assign]
-                if what == "info":
-                    engine.info = AsyncMock(side_effect=EngineDeadError("dead"))
-            return engine
-
-    async def work() -> None:
-        await changed(replica, directories["one"])
-        first = replica._weights
-        await changed(replica, str(place))
-        assert (replica._weights, (await replica.stats())["weights_update_refused"]) == (first, 1)
-
-    replica = Late(ServeArgs(model=directories["one"]), directories["one"])
-    asyncio.run(work())
-    assert [each.closed for each in made] == [True] and not cast(Engine, replica._serving).closed
-
-
-def test_what_an_engine_that_left_had_of_a_gpu_is_given_back(
-    directories: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Once nothing holds it, also of weights that are refused: torch keeps it, and another process of that GPU has none."""
-    made, given, go_on = list[weakref.ref[Any]](), list[int](), threading.Event()
-
-    class Noted(Changing):
-        def _load(self, directory: str) -> Any:
-            engine = Engine()
-            made.append(weakref.ref(engine))
-            if "broken" in directory:
-                raise MemoryError(engine)
-            return engine
-
-    class Slow:
-        def put(self, directory: str) -> None:
-            assert directory == directories["one"] or go_on.wait(20)
-
-    def empty() -> None:
-        given.append(sum(each() is not None for each in made))
-        go_on.set()
-
-    async def work() -> None:
-        replica = Noted(ServeArgs(model=directories["one"]), directories["one"])
-        replica._last = Slow()  # type: ignore[assignment]
-        for name in ("one", "two", "broken"):
-            await changed(replica, directories[name])
-            while replica._ending:
-                await asyncio.wait(replica._ending)
-        assert given == [1, 1], "the engine that serves, and no other"
-
-    monkeypatch.setattr(torch.cuda, "empty_cache", empty)
     asyncio.run(work())
 
 
@@ -598,61 +504,6 @@ def test_an_engine_that_leaves_takes_the_streams_that_began_with_its_weights(dir
         other = Wanted("", "another tokenizer")
         (refused,) = [item async for events in replica.generate(Request("z"), other) for item in events]
         assert isinstance(refused, Finished) and isinstance(refused.error, OtherModelError)
-
-    asyncio.run(work())
-
-
-def test_an_engine_that_leaves_ends_its_embeddings_first(directories: dict[str, str]) -> None:
-    """Two sets of weights give vectors that cannot be compared."""
-    begun, go_on = asyncio.Event(), asyncio.Event()
-
-    class Pooling(Engine):
-        async def embed(self, prompts: list[list[int]], depth: str | int, **whose: str) -> list[list[float]]:
-            begun.set()
-            await go_on.wait()
-            return [[float(self.closed)]] * len(prompts)
-
-    class Held(Changing):
-        def _load(self, directory: str) -> Any:
-            return Pooling()
-
-    async def work() -> None:
-        replica = Held(ServeArgs(model=directories["one"]), directories["one"])
-        await changed(replica, directories["one"])
-        asked = asyncio.create_task(replica.embed([[1], [2]], "full", anything(replica)))
-        await begun.wait()
-        await changed(replica, directories["two"])
-        await asyncio.sleep(3 * LEAVE_SECONDS)
-        assert replica._ending
-        go_on.set()
-        weights, vectors = await asked
-        assert weights and vectors == [[0.0], [0.0]]
-        await asyncio.wait(replica._ending)
-        assert not +replica._running
-
-    asyncio.run(work())
-
-
-def test_weights_that_could_not_be_kept_for_others_serve_all_the_same(directories: dict[str, str]) -> None:
-    """The engine before them leaves, and what is told of them is true."""
-
-    class Lost:
-        def put(self, directory: str) -> None:
-            raise RuntimeError("no cluster's head")
-
-        def get(self) -> str | None:
-            return None
-
-    async def work() -> None:
-        replica = Changing(ServeArgs(model=directories["one"]), directories["one"])
-        await changed(replica, directories["one"])
-        first, before = replica._weights, cast("Engine", replica._engine)
-        replica._last = Lost()  # type: ignore[assignment]
-        await changed(replica, directories["two"])
-        assert replica._weights != first and (await replica.stats())["weights_update_refused"] == 0
-        while replica._ending:
-            await asyncio.sleep(0.01)
-        assert before.closed
 
     asyncio.run(work())
 

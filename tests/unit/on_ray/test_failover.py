@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from functools import cache
@@ -405,29 +404,12 @@ def at_100() -> Progress:
     return Progress(AUTO, Pin(), "", began=100.0, last=100.0)
 
 
-def test_what_is_sent_first_is_the_request_itself() -> None:
-    assert at_100().to_send(103.0) is AUTO
-
-
-def test_before_its_first_token_a_request_is_sent_again_before_others_with_what_is_left_of_its_time() -> None:
-    progress = at_100()
-    progress.losses = 1
-    assert progress.to_send(104.0) == dataclasses.replace(AUTO, id="r.1.0.0", deadline=6.0, priority=2)
-
-
 def test_what_may_wait_for_all_others_still_may_where_it_goes_on() -> None:
     """Such as a shadow, which else kept its place and its units from live requests."""
     for priority, sooner in ((LATER, LATER), (LATER + 1, LATER), (LATER - 1, LATER - 2), (0, -1)):
         progress = at_100()
         progress.request, progress.losses = dataclasses.replace(AUTO, priority=priority), 1
         assert progress.to_send(104.0).priority == sooner
-
-
-def test_a_request_that_was_only_refused_is_another_call_too_with_what_is_left_of_its_time() -> None:
-    """No replica was lost and none was waited for: the one that has other weights may still hold the first."""
-    progress = at_100()
-    progress.refuse(other_weights("a"))
-    assert progress.to_send(104.0) == dataclasses.replace(AUTO, id="r.0.0.1", deadline=6.0, priority=2)
 
 
 def test_after_it_the_depth_is_the_one_that_the_first_replica_chose_and_the_answer_goes_on() -> None:
@@ -451,45 +433,6 @@ def test_an_answer_whose_tolerance_is_measured_takes_along_what_it_has_spent() -
     progress.losses = 1
     rest = progress.to_send(102.0)
     assert (rest.answer, rest.depth, rest.quality_tolerance, rest.spent, rest.ran) == ((65, 66), 4, 0.2, 0.35, 9)
-
-
-def test_what_had_begun_at_another_version_keeps_its_beginning_when_its_replica_is_lost() -> None:
-    begun = dataclasses.replace(AUTO, answer=(63, 64), depth=2, routed=True)
-    progress = Progress(begun, Pin(), "", began=100.0, last=100.0)
-    progress.take(Token("r", 65, "x", depth=2), 101.0)
-    progress.losses = 1
-    rest = progress.to_send(102.0)
-    assert (rest.answer, rest.depth, rest.routed, rest.quality_tolerance) == ((63, 64, 65), 2, True, 0.2)
-
-
-def test_patience_is_what_is_left_of_the_time_or_a_minute_from_the_last_event_and_no_less_than_none() -> None:
-    ended, endless = at_100(), Progress(LONG, Pin(), "", began=100.0, last=130.0)
-    assert [ended.patience(now) for now in (100.0, 104.0, 110.0, 115.0)] == [10.0, 6.0, 0.0, 0.0]
-    assert [endless.patience(now) for now in (130.0, 189.5, 190.0, 200.0)] == [60.0, 0.5, 0.0, 0.0]
-
-
-def test_without_a_deadline_there_is_none_left() -> None:
-    progress = Progress(LONG, Pin(), "", began=100.0, last=100.0)
-    progress.losses = 1
-    assert progress.to_send(1e9).deadline is None
-
-
-@pytest.mark.parametrize(("told_at", "first"), [([101.0, 103.0], 1.0), ([], 4.5)])
-def test_times_of_an_end_are_counted_from_the_beginning(told_at: list[float], first: float) -> None:
-    progress = at_100()
-    for now in told_at:
-        progress.take(Token("r", 65, "x", depth=2), now)
-    progress.losses = 1
-    sent = progress.to_send(104.0)
-    end = progress.take(Finished(sent.id, "length", first_token_seconds=0.5, total_seconds=2.0), 106.0)
-    assert end == Finished("r", "length", first_token_seconds=first, total_seconds=6.0)
-
-
-def test_what_the_first_replica_says_is_left_as_it_is() -> None:
-    progress = at_100()
-    progress.to_send(101.0)
-    for event in (Token("r", 65, "x", depth=2), Finished("r", "length", first_token_seconds=0.5, total_seconds=2.0)):
-        assert progress.take(event, 104.0) is event
 
 
 class Clock:
@@ -544,82 +487,6 @@ TOKEN, END = Token("x", 65, "a", depth=2), Finished("x", "length")
 DEAD, FULL = (Finished("x", "error", error=error) for error in (EngineDeadError("dead"), QueueFullError("full")))
 
 
-def test_the_pauses_of_tries_in_a_row_grow_and_begin_anew_after_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first after a loss is the shortest; a replica that refuses, or is full, is not asked again as soon."""
-    slept, resumed, lost = list[float](), list[int](), EngineDeadError("lost")
-
-    async def sleep(seconds: float) -> None:
-        slept.append(seconds)
-
-    monkeypatch.setattr(failover, "PAUSES", PAUSES)
-    monkeypatch.setattr(failover, "LOSSES", 3)
-    monkeypatch.setattr(failover, "asyncio", SimpleNamespace(sleep=sleep))
-    patient = QueueFullError("full")
-    patient.retry_after = 7.0
-    refusals = [[[DEAD]] for _ in range(5)]
-    replicas = Told(
-        [[[DEAD]], [[TOKEN], lost], *refusals, [patient], [QueueFullError("full")], [[TOKEN], lost], [[END]]]
-    )
-    tokens, end = asyncio.run(
-        read(unbroken(replicas.stream, LONG, on_resume=lambda: resumed.append(len(replicas.got))))
-    )
-    assert slept == [0.25, 0.1, 0.5, 1.0, 2.0, 2.0, 2.0, 7.0, 2.0, 0.1] and (len(tokens), end.reason) == (2, "length")
-    assert {event.request for event in (*tokens, end)} == {LONG.id}
-    assert resumed == [2, 10], "once a loss, and not for a replica that did nothing"
-    assert [request.id.removeprefix(LONG.id) for request, _ in replicas.got] == [
-        "", ".0.1.0", ".1.1.0", ".1.2.0", ".1.3.0", ".1.4.0", ".1.5.0", ".1.6.0", ".1.7.0", ".1.8.0", ".2.1.0",
-    ]  # fmt: skip
-
-
-def test_a_replica_of_other_weights_is_passed_over_without_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    slept = list[float]()
-
-    async def sleep(seconds: float) -> None:
-        slept.append(seconds)
-
-    monkeypatch.setattr(failover, "asyncio", SimpleNamespace(sleep=sleep))
-    replicas = Told([[[Finished("x", "error", error=other_weights(name))]] for name in "ab"] + [[[END]]])
-    asyncio.run(read(unbroken(replicas.stream, LONG)))
-    assert [(request.id, wanted.avoid) for request, wanted in replicas.got] == [
-        (LONG.id, set()), (f"{LONG.id}.0.0.1", {"a"}), (f"{LONG.id}.0.0.2", {"a", "b"}),
-    ]  # fmt: skip
-    assert not slept
-
-
-def test_a_loss_after_many_refusals_waits_as_long_as_any_try(monkeypatch: pytest.MonkeyPatch) -> None:
-    slept = list[float]()
-
-    async def sleep(seconds: float) -> None:
-        slept.append(seconds)
-
-    monkeypatch.setattr(failover, "PAUSES", PAUSES)
-    monkeypatch.setattr(failover, "asyncio", SimpleNamespace(sleep=sleep))
-    replicas = Told([*[[[DEAD]]] * 6, [EngineDeadError("lost")], [[END]]])
-    asyncio.run(read(unbroken(replicas.stream, LONG)))
-    assert slept == [0.25, 0.5, 1.0, 2.0, 2.0, 2.0, 2.0]
-
-
-@pytest.mark.parametrize("apart", [True, False], ids=["apart", "together"])
-@pytest.mark.parametrize("end", ["dead", "cancelled"])
-def test_a_request_that_ends_two_replicas_in_the_middle_of_its_answer_is_given_up(
-    end: str, apart: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Whether the end comes with a token or alone: that is no refusal, and none is asked a third time."""
-
-    async def sleep(seconds: float) -> None: ...
-
-    monkeypatch.setattr(failover, "asyncio", SimpleNamespace(sleep=sleep))
-    last = DEAD if end == "dead" else Finished("x", "cancelled")
-    replicas, resumed = Told([[[TOKEN], [last]] if apart else [[TOKEN, last]]] * 4), list[int]()
-    caplog.set_level(logging.WARNING)
-    with pytest.raises(EnginesLostError, match="2 engine replicas were lost while they had this request") as caught:
-        asyncio.run(read(unbroken(replicas.stream, LONG, on_resume=lambda: resumed.append(len(replicas.got)))))
-    assert caught.value.status == 500, "nobody is asked to come back with it"
-    assert [len(request.answer) for request, _ in replicas.got] == [0, 1] and resumed == [1]
-    told = [record.getMessage() for record in caplog.records]
-    assert [line.partition(" tokens: ")[0].rpartition(" ")[2] for line in told] == ["1"]
-
-
 def test_a_replica_that_gives_a_request_back_at_once_has_not_begun_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it says of its weights binds nobody: others may answer. Beside a token it does, in the same list or before."""
     of = {name: Begun(name, name) for name in ("old", "new")}
@@ -656,12 +523,3 @@ def test_a_stream_that_ends_without_an_end_is_a_loss() -> None:
     with pytest.raises(EngineDeadError, match="ended the stream without finishing"):
         asyncio.run(read(unbroken(replicas.stream, LONG)))
     assert [len(request.answer) for request, _ in replicas.got] == [0, 1]
-
-
-def test_a_replica_that_refuses_a_request_again_ends_it_for_there_is_no_other() -> None:
-    progress = at_100()
-    for name in "ab":
-        progress.refuse(other_weights(name))
-    assert progress.wanted().avoid == {"a", "b"} and progress.call == "r.0.0.2"
-    with pytest.raises(OtherModelError, match=r"served no more.*send the request again"):
-        progress.refuse(other_weights("a"))

@@ -57,22 +57,3 @@ def test_a_gateway_that_has_gone_ends_no_change_of_adapters(asked: Callable[...,
     assert asyncio.run(GatewayNames(kept, lambda _: None, "app").elsewhere()) is None
     asked({"x": "folder"}, {"y": "other"})
     assert asyncio.run(GatewayNames(kept, lambda _: None, "app").elsewhere()) == {"x": "folder", "y": "other"}
-
-
-def test_who_leaves_while_gateways_are_asked_is_not_kept(asked: Callable[..., None]) -> None:
-    class Never(Asked):
-        async def _fetch_replica_results_async(self) -> list[_Answer]:
-            await asyncio.Event().wait()
-            return []
-
-    async def leave() -> None:
-        kept: Any = None
-        gateways._all_of = lambda application: Never()  # type: ignore[assignment]
-        task = asyncio.create_task(GatewayNames(kept, lambda _: None, "app").elsewhere())
-        await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    asked()
-    asyncio.run(leave())

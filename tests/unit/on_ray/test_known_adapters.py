@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,45 +93,6 @@ def test_no_change_is_lost_however_many_gateways_change_at_once(head: Head) -> N
     by_number = sorted(made, key=lambda state: state.number)
     assert all(one.at < later.at for one, later in itertools.pairwise(by_number))
     assert len(head.held) == known_adapters.KEPT, "older ones go"
-
-
-def test_one_that_slept_while_its_entry_came_and_went_tries_again(head: Head) -> None:
-    slow, others = KnownAdapters(ServeArgs(model="m")), KnownAdapters(ServeArgs(model="m"))
-    slept = []
-
-    def change(known: Mapping[str, Known]) -> Mapping[str, Known]:
-        if not slept:
-            slept.append(True)
-            for number in range(known_adapters.KEPT + 1):
-                others.change(lambda _, number=number: {"other": Known("o", "o", number)})  # type: ignore[misc]
-        return adding("slow")(known)
-
-    assert slow.change(change).number == known_adapters.KEPT + 2
-    assert others.get().known.keys() == {"other", "slow"}
-
-
-def test_an_answer_that_was_lost_is_no_other_gateway_s_change(head: Head) -> None:
-    names = KnownAdapters(ServeArgs(model="m"))
-    names.get()
-    head.again = True
-
-    def once(known: Mapping[str, Known]) -> Mapping[str, Known]:
-        assert "a" not in known, "it was taken for somebody else's"
-        return adding("a")(known)
-
-    assert names.change(once).known.keys() == {"a"} == names.get().known.keys()
-
-
-def test_a_refusal_keeps_nothing(head: Head) -> None:
-    names = KnownAdapters(ServeArgs(model="m"))
-    before = names.change(adding("a"))
-
-    def refuses(known: Mapping[str, Known]) -> Mapping[str, Known]:
-        raise ValueError("no")
-
-    with pytest.raises(ValueError, match="no"):
-        names.change(refuses)
-    assert names.get() == before
 
 
 def test_a_head_that_is_away_is_a_line(head: Head) -> None:

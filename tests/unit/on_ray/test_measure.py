@@ -39,17 +39,6 @@ def test_a_gpu_that_no_node_has_and_none_can_get_is_refused(monkeypatch: pytest.
         workers([10], True)
 
 
-@pytest.mark.parametrize(("whole", "cpus"), [(False, 1.0), (True, 8.0)])
-def test_a_large_piece_has_the_cpus_of_a_machine(monkeypatch: pytest.MonkeyPatch, whole: bool, cpus: float) -> None:
-    asked: list[dict[str, float]] = []
-    sizes = [{"memory": 2.0**40}, {"memory": 2.0**40, "CPU": 8.0}, {"memory": 2.0**40, "CPU": 2.0}]
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 10})
-    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Labels": {}, "Resources": some} for some in sizes])
-    monkeypatch.setattr("shoal.on_ray.measure.each", lambda *args, **given: asked.append(given) or [])
-    list(workers([10], whole=whole)([]))
-    assert [given["num_cpus"] for given in asked] == [cpus]
-
-
 def on(monkeypatch: pytest.MonkeyPatch, *machines: tuple[float, float]) -> list[dict[str, float]]:
     """Machines of so many GiB of memory and CPUs; what is asked of them, once it is."""
     asked: list[dict[str, float]] = []

@@ -16,17 +16,15 @@ import pytest
 from shoal import presets
 from shoal.data import needs, order, parts, tables
 from shoal.data.documents import SourceSpec
-from shoal.data.kept import digest, digest_of_list
+from shoal.data.kept import digest_of_list
 from shoal.data.needs import Work
-from shoal.data.operators.pipeline import Operators
 from shoal.data.order import RowOrder
 from shoal.data.pack import Row
 from shoal.data.parts import Packed, split_files
 from shoal.data.shards import INDEX, Index, Shard, ShardWriter, open_index, read_index, write_index
 from shoal.data.sources.files import Entry, File, Local, list_files
-from shoal.data.sources.s3 import S3
-from shoal.on_ray.corpus_tasks import TASKS_OF_BANDS, Decision
-from shoal.on_ray.prepare import WORK, _Job, _stamps, prepare
+from shoal.on_ray.corpus_tasks import TASKS_OF_BANDS
+from shoal.on_ray.prepare import WORK, _stamps, prepare
 
 FIFTH = 0.2
 SPEC = SourceSpec("web", "s3://ocean/raw")
@@ -129,13 +127,6 @@ def test_rows_fill_files_as_is_said(tmp_path: Path, rows: int) -> None:
     assert work.shards(6 * length * rows, 6 * length, most) == len(list(tmp_path.glob("*.arrow")))
 
 
-def test_memory_of_source_files_is_as_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, most, _ = taken(lambda: split_files(files(1000, 10**7, monkeypatch)))
-    assert most / 1000 == pytest.approx(needs.FILE, rel=FIFTH)
-    _, most, plan = taken(lambda: split_files(files(500, 10**9, monkeypatch)))
-    assert most / 2000 == pytest.approx(needs.PIECE, rel=FIFTH) and sum(map(len, plan)) == 2000
-
-
 def test_what_is_said_of_source_files_takes_no_memory_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was 1,800 bytes of each, 18 GB of ten million, before the index was written."""
 
@@ -144,21 +135,6 @@ def test_what_is_said_of_source_files_takes_no_memory_for_each(monkeypatch: pyte
         return taken(lambda: digest_of_list(_stamps(some)))[1]
 
     assert most(8192) < 1.1 * most(2048) < 4e6
-
-
-def test_memory_of_parts_is_as_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    plan = split_files(files(1000, 10**7, monkeypatch))
-    preset = presets.get("test")
-    decision = Decision(tables.Parts(tmp_path, 1000), "0" * 32, Operators(), 10)
-
-    def ask() -> Any:
-        job = _Job(tmp_path, [SPEC], plan, [], [], None, {}, preset, 0, Operators(), S3(), demo=False)
-        keys = [digest(key, {}) for key in job.keys]
-        packs = [(decision, number, [], preset.model, 0, digest(key, "")) for number, key in enumerate(keys)]
-        return job, keys, [{"job": pack, "number": number} for number, pack in enumerate(packs)]
-
-    held, _, _ = taken(ask)
-    assert held / len(plan) == pytest.approx(needs.PART, rel=FIFTH)
 
 
 def shard(part: int, number: int) -> Shard:
@@ -198,9 +174,3 @@ def test_memory_of_a_rank_is_as_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     rows = RowOrder({"text": 1.0}, {"text": 2**21}, seed=5)
     _, most, _ = taken(lambda: [rows.at(position) for position in range(2**16, 9 * 2**17, 2**17)])
     assert most + 4 * 2**17 == pytest.approx(said["order"], rel=FIFTH)
-
-
-def test_memory_of_names_in_s3_is_as_is_said() -> None:
-    keys = [f"made/here/.prepare/{part:05}{suffix}" for part in range(1000) for suffix in (".arrow", ".fingerprints")]
-    held, _, _ = taken(lambda: {key[len("made/here/") :]: 10**9 + at for at, key in enumerate(keys)})
-    assert held / len(keys) == pytest.approx(needs.OBJECT, rel=FIFTH)

@@ -14,9 +14,8 @@ from PIL import Image
 from shoal import presets
 from shoal.data.documents import SourceSpec
 from shoal.data.operators.pipeline import Operators
-from shoal.data.shards import INDEX
 from shoal.errors import DataError
-from shoal.on_ray.prepare import NAMED, WORK, _alone, prepare
+from shoal.on_ray.prepare import NAMED, WORK, prepare
 
 PROSE = "Note {}: the crew mended net {} before the tide came in, and slept until the morning.\n"
 
@@ -109,26 +108,3 @@ def test_a_corpus_inside_its_own_source_is_none_of_it(raw: Path) -> None:
     assert prepare(out, **ask(raw)) == report
     assert sum(report["documents"][split]["text"] for split in ("train", "heldout")) == 6
     assert "read" not in report["drops"]
-
-
-def test_a_corpus_that_another_command_just_finished_is_taken_as_it_is(raw: Path, tmp_path: Path, monkeypatch) -> None:
-    out, alone, held = tmp_path / "out", _alone, []
-
-    def beaten(work: Path) -> Any:
-        if not held:  # between the first look and the lock
-            held.append(work)
-            prepare(out, **ask(raw))
-        return alone(work)
-
-    monkeypatch.setattr("shoal.on_ray.prepare._alone", beaten)
-    report = prepare(out, **ask(raw))
-    assert report == json.loads((out / "report.json").read_text()) and (out / INDEX).exists()
-    assert held and not (out / WORK).exists()
-
-
-def test_a_finished_corpus_without_its_report_is_one_line(raw: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    prepare(out, **ask(raw))
-    (out / "report.json").unlink()
-    with pytest.raises(DataError, match="is not whole"):
-        prepare(out, **ask(raw))

@@ -20,14 +20,12 @@ from shoal import presets
 from shoal.data import lease, parts, place, remote
 from shoal.data.documents import SourceSpec
 from shoal.data.lease import Lease
-from shoal.data.needs import A_RESULT, Work, put_requests
+from shoal.data.needs import put_requests
 from shoal.data.operators.pipeline import Operators
 from shoal.data.place import WORK, Bucket
-from shoal.data.publish import published
 from shoal.data.shards import INDEX, open_index
 from shoal.data.sources.s3 import S3
 from shoal.errors import DataError, ResourceError
-from shoal.on_ray.corpus_tasks import TASKS_OF_BANDS
 from shoal.on_ray.prepare import prepare
 from tests.s3 import Service, service
 
@@ -212,27 +210,6 @@ def test_a_command_that_is_killed_at_any_write_is_gone_on_with_to_the_same_bytes
     assert contents(bucket) == undisturbed
 
 
-@pytest.mark.drill
-def test_a_command_that_is_killed_while_it_completes_the_corpus_is_gone_on_with(
-    bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any], undisturbed: dict[str, bytes]
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:  # all but what makes it complete
-        patch.setattr("shoal.on_ray.prepare.publish", lambda *args: (_ for _ in ()).throw(Killed))
-        patch.setattr(Lease, "end", lambda lease: lease._over.set())
-        with pytest.raises(Killed):
-            prepare(URI, **ask, s3=s3.inside)
-    for write in itertools.count(1):
-        with pytest.MonkeyPatch.context() as patch:
-            writes = Writes(patch, left=write, after=bool(write % 2))
-            try:
-                prepare(URI, **ask, s3=s3.inside)
-                break
-            except Killed:
-                assert writes.dead
-        assert bucket.tag(INDEX) is None or contents(bucket).keys() >= undisturbed.keys()
-    assert contents(bucket) == undisturbed
-
-
 def interrupt(what: str, done: int, total: int) -> None:
     if what == "draw chats":
         raise KeyboardInterrupt
@@ -301,22 +278,6 @@ def test_two_commands_on_one_prefix_the_second_is_refused_and_a_dead_one_blocks_
 
 
 @pytest.mark.drill
-def test_a_command_whose_lease_another_took_completes_nothing(
-    bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any]
-) -> None:
-    other = Lease(bucket, "another")
-
-    def taken(what: str, done: int, total: int) -> None:
-        if what == "draw chats" and not done:
-            other.take()
-
-    with pytest.raises(DataError, match=f"another prepare took over {URI}"):
-        prepare(URI, **ask, s3=s3.inside, on_progress=taken)
-    assert bucket.tag(INDEX) is None and bucket.tag(lease.NAME) is not None
-    other.end()
-
-
-@pytest.mark.drill
 def test_tasks_of_a_command_whose_lease_another_took_write_nothing(
     bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any]
 ) -> None:
@@ -364,64 +325,6 @@ def test_a_task_that_goes_on_where_nobody_reaches_it_changes_nothing_of_the_next
         prepare(URI, **{**ask, "mix": {"text": 1.0}, "seed": 6}, s3=s3.inside)
     prepare(URI, **ask, s3=s3.inside, on_progress=late)
     assert len(refused) == len(left) >= PARTS and contents(bucket) == undisturbed
-
-
-@pytest.mark.drill
-def test_two_that_look_at_a_finished_corpus_at_once_both_find_it(
-    bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second removed what the first had just fetched, which then said that there is no prepared corpus."""
-    report, found = prepare(URI, **ask, s3=s3.inside), []
-
-    def fetched(place: place.Place) -> None:
-        published(place)
-        if not found:
-            found.append(None)
-            found.append(prepare(URI, **ask, s3=s3.inside))
-
-    monkeypatch.setattr("shoal.on_ray.prepare.published", fetched)
-    assert prepare(URI, **ask, s3=s3.inside) == report == found[1]
-
-
-@pytest.mark.drill
-def test_what_may_not_be_removed_is_one_line_and_not_left_in_silence(
-    bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any]
-) -> None:
-    """S3 answers 200, and in it what it did not do: the work folder of a corpus, as large as its text, lay there for good."""
-    never = {"Effect": "Deny", "Principal": "*", "Action": "s3:DeleteObject", "Resource": "arn:aws:s3:::ocean/*"}
-    s3.client.put_bucket_policy(Bucket="ocean", Policy=json.dumps({"Version": "2012-10-17", "Statement": [never]}))
-    try:
-        with pytest.raises(
-            DataError, match=f"{URI}: [0-9]+ objects cannot be removed: got 'AccessDenied for "
-        ) as caught:
-            prepare(URI, **ask, s3=s3.inside)
-        assert "\n" not in str(caught.value) and bucket.tag(INDEX) is not None, "the corpus is there, and can be read"
-    finally:
-        s3.client.delete_bucket_policy(Bucket="ocean")
-    prepare(URI, **ask, s3=s3.inside)
-    assert not [name for name, _ in bucket.sizes(WORK)]
-
-
-@pytest.mark.drill
-def test_as_many_requests_are_made_as_are_said(
-    bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two for each file of a task, three for each result."""
-    files, results = list[str](), list[str]()
-    put, put_text = Bucket.put, Bucket.put_text
-    monkeypatch.setattr(Bucket, "put", lambda there, file, name: files.append(name) or put(there, file, name))
-    monkeypatch.setattr(
-        Bucket,
-        "put_text",
-        lambda there, name, data, **only: results.append(name) or put_text(there, name, data, **only),
-    )
-    prepare(URI, **{**ask, "operators": Operators()}, s3=s3.inside)
-    shards = [name for name in files if name.endswith(".arrow") and WORK not in name]
-    made = [name for name in files if WORK in name] + shards
-    kept = [name for name in results if name != lease.NAME]
-    work = Work(1, 1, sum(name.endswith(".read.json") for name in kept), 1)
-    said = work.requests(60, 10_000, len(shards), 10_000, TASKS_OF_BANDS)
-    assert 2 * len(made) + A_RESULT * len(kept) == pytest.approx(said, rel=0.2)
 
 
 @pytest.mark.parametrize("size", [10, 2**23 - 1, 2**23, 20_000_000])

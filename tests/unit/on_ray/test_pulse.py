@@ -7,7 +7,6 @@ import pytest
 pytest.importorskip("ray")
 
 from shoal.on_ray.pulse import PATIENCE, SILENT_SECONDS, TICK_SECONDS, Pulse
-from shoal.on_ray.routing import eligible
 
 TICKS = int(SILENT_SECONDS / TICK_SECONDS)
 
@@ -62,36 +61,3 @@ def test_calls_at_a_silent_replica_are_cut_off_once_and_no_others() -> None:
     miss(pulse, "a")
     assert (pulse.cut_off(), cut) == (1, ["1"])
     assert (pulse.cut_off(), cut) == (0, ["1"])
-
-
-def test_a_replica_that_went_is_forgotten() -> None:
-    pulse = of("a", "b")
-    miss(pulse, "a")
-    pulse.present(["b", "c"])
-    pulse.missed("a")
-    assert pulse.silent() == frozenset()
-    pulse.present(["a", "b"])
-    assert pulse.silent() == frozenset()
-
-
-def test_a_call_goes_to_none_that_refused_it_and_to_none_that_is_silent_while_others_are_left() -> None:
-    assert eligible("abc", "a", "b") == ["c"]
-    assert eligible("abc", "", "b") == ["a", "c"]
-    assert eligible("ab", "a", "b") == ["b"]  # it may wake; the other has said no
-    assert eligible("ab", "ab", "") == ["a", "b"]  # and will say no again, which ends the call
-
-
-def test_a_call_that_cannot_be_cut_off_stops_neither_the_watch_nor_the_others() -> None:
-    cut: list[str] = []
-
-    def broken() -> None:
-        cut.append("broken")
-        raise RuntimeError("no such task")
-
-    pulse = of("a", "b")
-    for call, cuts in (("first", broken), ("second", lambda: cut.append("second"))):
-        pulse.opened(call, cuts)
-        pulse.sent(call, "a")
-    miss(pulse, "a")
-    assert pulse.cut_off() == 2 and cut == ["broken", "second"]
-    assert pulse.cut_off() == 0

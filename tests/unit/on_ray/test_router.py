@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import Counter
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,36 +90,6 @@ def test_replicas_are_asked_one_question_at_a_time_for_as_long_as_there_are_any(
         assert router._watching is not watching
         lively.answers.clear()
         await until(lambda: lively.open == 1)
-        router._watching.cancel()
-
-    asyncio.run(run())
-
-
-def test_who_watches_cuts_off_the_calls_of_a_silent_replica_and_knows_how_long_an_answer_usually_takes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """By a clock that goes on by 15 seconds with each look at it."""
-    now = [0.0]
-
-    def later() -> float:
-        now[0] += 15.0
-        return now[0]
-
-    monkeypatch.setattr("shoal.on_ray.routing.TICK_SECONDS", 0.005)
-    monkeypatch.setattr("shoal.on_ray.routing.time", SimpleNamespace(monotonic=later))
-
-    async def run() -> None:
-        router, (_, silent) = made("a", "b")
-        cut: list[str] = []
-        await until(lambda: len(router._pulse._usual) == 2)
-        assert {router._pulse._limit(name) for name in "ab"} == {150.0}, "ten times the 15 s that each took"
-        for call, name in (("1", "a"), ("2", "b")):
-            router._pulse.opened(call, lambda call=call: cut.append(call))
-            router._pulse.sent(call, name)
-        silent.answers.clear()
-        router._pulse._usual.clear()
-        await until(lambda: cut)
-        assert cut == ["2"]
         router._watching.cancel()
 
     asyncio.run(run())
@@ -238,41 +207,5 @@ def test_of_requests_of_one_moment_only_those_are_let_in_that_there_is_room_for(
         assert sum(isinstance(each, BackPressureError) for each in found) == 20 - 8
         assert all(isinstance(each, BackPressureError) for each in found[8:]), "who came first is in"
         router._watching.cancel()
-
-    asyncio.run(run())
-
-
-def test_who_is_refused_by_a_replica_or_goes_is_no_load_of_it() -> None:
-    async def run() -> None:
-        router, replicas = made("a", "b", queue=2)
-        for replica in replicas:
-            router.on_new_queue_len_info(replica.replica_id, 0)
-        refused, gone = pending(), pending()
-        assert await router._choose_replica_for_request(refused) is replicas[0]
-        retried = asyncio.ensure_future(router._choose_replica_for_request(refused, is_retry=True))
-        leaving = asyncio.ensure_future(router._choose_replica_for_request(gone))
-        await asyncio.sleep(0)
-        assert router._given() == {} and set(router._asked) == {id(refused), id(gone)}
-        leaving.cancel()
-        gone.future.cancel()
-        assert router._given() == {}
-        await asyncio.wait({leaving, retried})
-        assert leaving.cancelled() and not router._asked and not router._first
-        router._watching.cancel()
-
-    asyncio.run(run())
-
-
-def test_the_request_that_a_replica_was_chosen_for_is_told_from_others_of_one_call() -> None:
-    """The n choices of one HTTP request share its id."""
-
-    async def run() -> None:
-        router, _ = made()
-        some = [pending() for _ in range(3)]
-        router._pending_requests_to_fulfill.extend(some)
-        find = router._get_pending_request_matching_metadata
-        assert [find(each.metadata) for each in some] == some
-        some[1].future.set_result(None)
-        assert find(some[1].metadata) is None and find(pending().metadata) is None and find() is None
 
     asyncio.run(run())

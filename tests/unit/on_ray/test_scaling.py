@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,7 @@ from shoal.on_ray import pages
 from shoal.on_ray.engines import engine_options
 from shoal.on_ray.gateways import REQUESTS as REQUESTS_OF_ONE
 from shoal.on_ray.gateways import gateway_options
-from shoal.on_ray.scaling import CPU_USE, KV_TARGET, KV_USE, LOW, by_load, replicas, wanted
+from shoal.on_ray.scaling import CPU_USE, KV_TARGET, KV_USE, LOW, by_load, wanted
 from shoal.on_ray.serve_config import serve_config
 from tests.clocks import tells
 
@@ -146,25 +145,6 @@ def test_replicas_that_have_yet_to_start_hold_nothing() -> None:
     assert by_load(context(8, replicas=2, running=0))[0] == 1, "requests alone count then"
 
 
-def test_why_is_said_as_it_is() -> None:
-    """12 requests are one replica's target, 9 are three quarters of it, 8 are below."""
-    said = {requests: wanted(requests, 12, [], 2) for requests in (30.0, 24.0, 19.0, 17.0)}
-    assert {requests: (number, why.partition(":")[0]) for requests, (number, why) in said.items()} == {
-        30.0: (3, "more for requests"), 24.0: (2, "enough"), 19.0: (2, "enough"), 17.0: (2, "enough"),
-    }  # fmt: skip
-    assert wanted(8, 12, [], 2)[1].startswith("fewer: 8.0 requests, 12 a replica")
-    assert wanted(12, 12, [1.0], 1)[1].startswith("more for memory")
-
-
-def test_changes_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", "ray.serve"):
-        _, state = by_load(context(36))
-        by_load(context(36, state=state))
-    assert [record.getMessage() for record in caplog.records] == [
-        "EngineReplica: 1 replicas to be 3, more for requests: 36.0 requests, 12 a replica; K/V of 0.00 replicas in use"
-    ]
-
-
 def test_serve_scales_up_in_seconds_and_down_in_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Serve's own wrapper around the policy, on a clock of ours, one decision a second."""
     policy = _apply_autoscaling_config(by_load)
@@ -192,12 +172,3 @@ def test_a_fixed_number_of_replicas_does_not_scale() -> None:
     assert options(ServeArgs(min_replicas=2, max_replicas=2))["num_replicas"] == 2
     scaling = options(ServeArgs(max_replicas=3, max_batch=16))["autoscaling_config"]
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 3, 12)
-
-
-def test_serve_asks_our_policy_and_tells_it_of_the_last_six_seconds() -> None:
-    """With Serve's own 10 and 30 seconds more replicas would come that much later. Nobody is warned of what we set."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        scaling = replicas(1, 3, 12.0)["autoscaling_config"]
-    assert scaling.policy.policy_function == "shoal.on_ray.scaling:by_load"
-    assert (scaling.metrics_interval_s, scaling.look_back_period_s, scaling.upscale_delay_s) == (2.0, 6.0, 2.0)

@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from ui import compare, talk
 from ui.compare import beside
 from ui.talk import Said
 
@@ -77,16 +76,3 @@ async def test_an_error_of_one_is_raised_and_the_others_are_closed() -> None:
         async for _ in beside([s.stream() for s in sources], together=True):
             pass
     assert not sources[1].open
-
-
-def test_what_an_answer_may_lose_is_picked_beside_the_depths() -> None:
-    card = talk.Card("fish", 96, {"shallow": 1, "full": 4}, "none")
-    picked = [value for _, value in compare._depths(card)]
-    assert picked == ["auto", "shallow", "full", "within 0.05", "within 0.2"]
-    settings = [compare._settings(value, 9, 0.5, 3) for value in picked]
-    assert [(each.depth, each.tolerance) for each in settings] == [
-        ("auto", None), ("shallow", None), ("full", None), ("auto", 0.05), ("auto", 0.2),
-    ]  # fmt: skip
-    assert all((each.max_tokens, each.temperature, each.seed) == (9, 0.5, 3) for each in settings)
-    assert settings[-1].body("fish", [])["quality_tolerance"] == 0.2
-    assert len(compare._depths(talk.Card("stock", 96, {"full": 4}, "none"))) == 2, "one depth has nothing to draft with"

@@ -74,15 +74,6 @@ def test_what_is_not_known_yet_is_not_drawn() -> None:
     assert "1,200 requests were captured" in drift.show({"look": None, "fault": None, "capture": CAPTURE})
 
 
-def test_a_signal_that_never_changed_is_named_last_and_evidence_is_drawn_to_a_bound() -> None:
-    quiet = told("quiet", reference=REFERENCE)
-    quiet["look"]["signals"] = {"failed": [(25, -0.04), (50, -0.04)], "layers": [(25, 0.0), (50, 0.1)], "cut": []}
-    quiet["look"]["evidence"] = [(0.0, 25, 1.0), (1.0, 50, 1e200)]
-    page = drift.show(quiet)
-    table = page[page.index("All signals") :]
-    assert table.index("layers") < table.index("failed") and "<b>4.7</b>" in page
-
-
 def test_each_meaning_of_an_alarm_has_something_to_do() -> None:
     each = {meaning([(signal.name, shift)])[0] for signal in WATCHED for shift in (2.0, -2.0)}
     assert each == set(drift.STEPS)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from typing import Any
 
 from shoal.api.metrics import text
@@ -63,23 +61,10 @@ def test_a_model_that_says_nothing_is_not_known_beside_one_that_does() -> None:
     assert f"<td>{look.UNKNOWN}</td>" in page
 
 
-def test_a_sample_of_no_model_is_of_no_model() -> None:
-    assert readings.parse("up 1\n") == {}
-
-
 def test_what_is_not_known_is_not_shown_as_zero() -> None:
     page = show([CARD], {}, "metrics are switched off")
     assert "No metrics: metrics are switched off" in page and ">0<" not in page
     assert page.count(look.UNKNOWN) > 10 and page.count('<p class="note">Not known.</p>') == 2
-
-
-def test_what_has_not_happened_yet_is_told_from_what_is_not_known() -> None:
-    page = show([CARD], scrape(fish={sample("num_replicas"): 2, **Engine().samples((1, 2, 4))}))
-    assert page.count(f"<td>{look.NONE_YET}</td>") == 4  # latencies
-    assert f"<dt>Tokens/s now</dt><dd>{look.SOON}</dd>" in page
-    assert "<dd>2</dd>" in page and "None was added, stopped or lost.</p>" in page
-    coming = show([CARD], scrape(fish={sample("num_replicas"): 1, sample("num_replicas_starting"): 1}))
-    assert "None was added, stopped or lost. 1 of them is still starting." in coming
 
 
 def test_a_change_of_replicas_is_a_decision_of_its_model_and_its_load_is_told() -> None:
@@ -102,18 +87,6 @@ def test_a_change_of_replicas_is_a_decision_of_its_model_and_its_load_is_told() 
     )
 
 
-def test_a_replica_that_is_lost_and_started_again_is_told_though_as_many_are_wanted() -> None:
-    load = {"num_requests_running": 8.0, "num_requests_waiting": 0.0}
-    seen = readings.observe(Seen(), scrape(fish=engine(num_replicas=3, num_replicas_starting=0)), 1.0, "10:00:00")
-    again = scrape(fish=engine(num_replicas=2, num_replicas_starting=1, **load))
-    seen = readings.observe(seen, again, 2.0, "10:00:05")
-    told = ["10:00:05  fish: 1 of 3 replicas lost, another starts, with 8 running, 0 waiting"]
-    assert seen.changes == told and told[0] in service.show([CARD], again, "", "ready", Seen(), seen)
-    assert readings.observe(seen, again, 3.0, "10:00:07").changes == told, "it is told once"
-    back = scrape(fish=engine(num_replicas=3, num_replicas_starting=0))
-    assert readings.observe(seen, back, 4.0, "10:00:09").changes == told, "as it was told"
-
-
 def test_what_replicas_tell_under_their_names_is_one_number_of_their_model() -> None:
     scraped = """
 # TYPE shoal:steps counter
@@ -128,18 +101,6 @@ shoal:request_errors_total{code="429",gateway="y",model_name="fish"} 3
 """
     told = {"steps_total": 7.0, "kv_cache_usage_perc": 0.5, 'request_errors_total{code="429"}': 5.0}
     assert readings.parse(scraped) == {"fish": told}
-
-
-def test_what_a_page_remembers_of_its_readings_comes_back_and_anything_else_is_nothing() -> None:
-    seen = readings.observe(Seen(), scrape(fish=engine(num_replicas=3)), 1.0, "")
-    assert readings.remembered(json.dumps(asdict(seen))) == seen
-    assert [readings.remembered(text) for text in ("", "[]", "{", '{"other": 1}')] == [Seen()] * 4
-
-
-def test_an_engine_that_began_anew_has_no_speed_yet() -> None:
-    last, now = Seen(1.0, {"fish": 900.0}), Seen(2.0, {"fish": 5.0})
-    assert readings.speed(last, now, "fish") is None and readings.speed(last, now, "whale") is None
-    assert readings.speed(now, Seen(4.0, {"fish": 25.0}), "fish") == 10.0
 
 
 def run(**more: Any) -> training.Run:
@@ -167,23 +128,6 @@ def test_a_run_shows_where_it_is_and_no_number_that_it_does_not_have() -> None:
     assert "<td>3.000</td><td>2.000</td></tr>" in page and f"<td>{look.UNKNOWN}</td><td>1.500</td></tr>" in page
     assert "width:60.0%" in page and "16.7% image patches" in page
     assert training._label(run()) == "a/<b> · running, 50%, 1 min 15 s left"
-
-
-def test_held_out_quality_is_a_table_until_it_can_be_a_curve() -> None:
-    once = training.show(run(), [CARD], {})
-    assert "Held-out bits a byte, by depth" in once and "Held-out code, bits a byte" not in once
-    evals = run()["evals"] + [{"step": 4, "bpb": {"chat": {"full": 0.5}, "code": {"full": 1.4}}}]
-    twice = training.show(run(evals=evals), [CARD], {})
-    assert "Held-out bits a byte, by depth" not in twice
-    assert "Held-out code, bits a byte" in twice and "Held-out answers, bits a byte" in twice
-
-
-def test_a_run_that_has_just_begun_says_so() -> None:
-    empty: dict[str, list[float]] = {name: [] for name in run()["curves"]}
-    page = training.show(run(start=None, curves=empty, evals=[], step=None, eta=None), [CARD], {})
-    assert "No update yet" in page and "Not known." in page
-    tuned = training.show(run(start={"mix": {}}), [CARD], {})
-    assert "This run was given none. Read so far: 16.7% image patches." in tuned
 
 
 def test_names_cannot_write_markup() -> None:

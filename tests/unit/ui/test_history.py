@@ -5,14 +5,10 @@ from __future__ import annotations
 import json
 import re
 
-import gradio as gr
 import pytest
 
 from ui import bubbles, history, talk
-from ui.app import build
-from ui.assistants import ASSISTANTS
 from ui.talk import Said
-from ui.uploads import Uploads
 
 SHOWN = [
     {"role": "user", "content": [{"type": "text", "text": "a < b?"}]},
@@ -110,13 +106,3 @@ def test_the_export_reads_well_and_trains_well() -> None:
         {"role": "user", "content": "a < b?"},
         {"role": "assistant", "content": "yes & no"},
     ]
-
-
-@pytest.mark.drill
-def test_what_is_saved_comes_from_the_page_as_it_stood_at_one_moment() -> None:
-    """A key that the server remembers may be that of a conversation which the page shows only later: it would lose its text."""
-    url = "http://127.0.0.1:9/v1"  # where nothing answers
-    pages = build(url, None, "/ui", talk.client(url), Uploads([]))
-    saves = [event for event in pages.fns.values() if event.name == "save"]
-    assert len(saves) == len(ASSISTANTS)
-    assert not any(isinstance(given, gr.State) for event in saves for given in event.inputs)

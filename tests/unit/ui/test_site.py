@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ui import site
-from ui.talk import Card, Words
+from ui.talk import Card
 
 
 @pytest.mark.parametrize(("chosen", "kept"), [("shallow", "shallow"), ("deep", "auto"), ("auto", "auto")])
@@ -21,12 +21,3 @@ def test_the_choices_of_depth_say_what_adapted_exits_are_worth() -> None:
     assert "shallow, 1 of 4 layers, full depth's word at 36% of places" in labels and "full, 4 of 4 layers" in labels
     assert "for 2 minutes" in update["info"] and "shoal assistant --adapt 60" in update["info"]
     assert not site.depths_of(Card("fish", 384, {"shallow": 1, "full": 4}, "none"), "auto")["info"]
-
-
-def test_a_model_s_words_are_those_of_the_page_that_it_was_made_for_alone() -> None:
-    made = Words("medicine", "You assess.", ("I cough.",), "full")
-    card = Card("fish", 384, {"shallow": 1, "full": 4}, "none", words=made)
-    assert site.words_of(card, "medicine") is made and site.words_of(card, "law") is None
-    assert site.words_of(Card("fish", 384, {"full": 4}, "none"), "medicine") is None
-    label, value = site.depths_of(card, "auto", made.depth)["choices"][0]
-    assert value == "auto" and "full by the service's policy" in label

@@ -14,11 +14,3 @@ def test_no_rule_is_one_that_gradio_breaks() -> None:
     for selector in selectors:
         assert not re.search(r"\([^()]*,", selector) or selector.startswith("@"), f"a comma in brackets: {selector}"
         assert ".dark" not in selector or selector == ".dark", f"what differs in the dark is a variable: {selector}"
-
-
-def test_every_variable_of_ours_is_set_for_light_and_dark_where_it_differs() -> None:
-    css = CSS.read_text(encoding="utf-8")
-    light, dark = (
-        set(re.findall(r"(--[\w-]+):", css.split(f"{name} {{")[1].split("}")[0])) for name in (".contain", ".dark")
-    )
-    assert dark < light and light - dark == {"--panel"}, "the panel is Gradio's, which knows of the dark"

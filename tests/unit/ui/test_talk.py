@@ -225,18 +225,6 @@ def test_what_fits_is_asked_for_where_more_does_not_and_nothing_else_is_asked_tw
     assert "does not fit the model's 384 tokens" in states[-1].fault and len(asked) == 2
 
 
-def test_a_connection_that_breaks_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Breaks(httpx.AsyncByteStream):
-        async def __aiter__(self) -> AsyncIterator[bytes]:
-            choice = {"index": 0, "delta": {"content": "one"}, "finish_reason": None}
-            yield f"data: {json.dumps({'choices': [choice]})}\n\n".encode()
-            raise httpx.ReadError("gone")
-
-    kind = {"content-type": "text/event-stream"}
-    states, _ = first_of([httpx.Response(200, headers=kind, stream=Breaks())], monkeypatch)
-    assert (states[-1].text, states[-1].fault) == ("one", "The server does not answer; is it still running?")
-
-
 def test_what_has_come_is_shown_and_shown_again_though_nothing_follows() -> None:
     """Two pieces within `SHOWN_EVERY`, and then the server is silent for longer than the test waits. Without a further state
     Gradio would not find out that nobody reads any more."""
@@ -285,14 +273,6 @@ def test_a_request_holds_what_was_set_and_leaves_the_rest_to_the_server() -> Non
     assert "quality_tolerance" not in talk.Settings("full", 9, tolerance=0.1).body("fish", asked)  # the API takes one
     by_policy = talk.Settings("", 9, tolerance=0.1).body("fish", asked)
     assert "depth" not in by_policy and by_policy["quality_tolerance"] == 0.1
-
-
-def test_what_is_typed_for_a_number_is_one_or_nothing_or_refused() -> None:
-    assert talk.number("Seed", " ", whole=True) is None
-    assert talk.number("Seed", "7", whole=True) == 7 and talk.number("Tolerance", "0.25") == 0.25
-    for text, whole in (("1.5", True), ("-1", True), ("x", False), ("nan", False), ("inf", False)):
-        with pytest.raises(ValueError, match=r"^Seed is '.*', but must be a"):
-            talk.number("Seed", text, whole=whole)
 
 
 @pytest.mark.parametrize("picture", [False, True])
