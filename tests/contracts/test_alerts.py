@@ -9,7 +9,6 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -141,18 +140,6 @@ def test_each_alert_rings_when_it_has_to_and_not_before(promtool: str, tmp_path:
         yaml.safe_dump({"rule_files": [str(DOCS / "alerts.yaml")], "evaluation_interval": "5m", "tests": tests})
     )
     assert "SUCCESS" in run(promtool, "test", "rules", file)
-
-
-def test_a_run_that_has_ended_need_not_save(promtool: str, tmp_path: Path) -> None:
-    series = {f"{TRAIN}ended{RUN}": "0x10 1x60", f"{TRAIN}checkpoint_timestamp_seconds{RUN}": "0x60"}
-    test: dict[str, Any] = {
-        "interval": "5m",
-        "input_series": [{"series": one, "values": values} for one, values in series.items()],
-        "alert_rule_test": [{"eval_time": "3h", "alertname": "ShoalTrainNotSaved", "exp_alerts": []}],
-    }
-    file = tmp_path / "tests.yaml"
-    file.write_text(yaml.safe_dump({"rule_files": [str(DOCS / "alerts.yaml")], "tests": [test]}))
-    run(promtool, "test", "rules", file)
 
 
 def test_prometheus_reads_what_the_dashboard_asks(promtool: str, tmp_path: Path) -> None:

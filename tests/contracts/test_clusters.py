@@ -100,17 +100,6 @@ def test_the_aws_cluster_is_careful() -> None:
     assert all(r["CidrIp"].endswith("/32") for r in rule["IpRanges"])
 
 
-def test_the_disks_of_the_aws_cluster_hold_what_is_kept_on_them() -> None:
-    """Copies of a corpus, of models, and what `prepare` works on, each up to SHOAL_CACHE_BYTES, beside 25 GB of software. By
-    default that is 206 GB and these."""
-    cluster = aws()
-    lines = [*cluster["head_start_ray_commands"], *cluster["worker_start_ray_commands"]]
-    (bound,) = {re.search(r" SHOAL_CACHE_BYTES=(\d+) ", line)[1] for line in lines if "ray start" in line}  # type: ignore[index]
-    for node in cluster["available_node_types"].values():
-        (disk,) = node["node_config"]["BlockDeviceMappings"]
-        assert disk["Ebs"]["VolumeSize"] * 1e9 >= 25e9 + 3 * int(bound)
-
-
 def test_pods_have_a_bound_on_what_they_keep() -> None:
     cluster, service = kuberay()
     for spec in (cluster["spec"], service["spec"]["rayClusterConfig"]):

@@ -20,7 +20,6 @@ from shoal.errors import ResourceError
 from shoal.evaluate import own_words
 from shoal.model import described
 from shoal.stages.stage import out
-from shoal.train.loop import fit
 from shoal.train.plan import FitPlan, adapt_plan
 
 DATA = Path(__file__).parents[1] / "data" / "open"
@@ -125,37 +124,6 @@ def test_exits_that_learn_for_longer_or_are_left_out_are_made_again(
     assert torch.equal(base.logits(ids), given.logits(ids)), "full depth is what was imported"
     learned = [json.loads(line)["messages"] for line in (root / "own.jsonl").read_text().splitlines()]
     assert 6 <= len(learned) <= 18 and all([m["role"] for m in chat] == ["user", "assistant"] for chat in learned)
-
-
-@pytest.mark.drill
-@pytest.mark.parametrize("written", [False, True])
-def test_exits_that_were_learning_on_when_they_were_killed_are_not_lost(
-    written: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`written`: after the run had left its model, and before it was known what that is worth."""
-    source, root = checkpoint(tmp_path), tmp_path / "run"
-    monkeypatch.setattr(assistant, "_serve", lambda *_, **__: None)
-
-    def run(adapt: float) -> None:
-        assistant.run(root, stay=False, port=0, console=Console(width=999), source=str(source), adapt=adapt)
-
-    def killed(plan: FitPlan) -> None:
-        if written:
-            fit(plan)
-        raise KeyboardInterrupt
-
-    run(0.01)
-    kept = Model.load(root / "exits").net.state_dict()
-    for adapt in (0.01, 0.02):
-        with monkeypatch.context() as patch:
-            patch.setattr(assistant, "fit", killed)
-            with pytest.raises(KeyboardInterrupt):
-                run(0.02)
-        run(adapt)
-        given = Model.load(root / "exits")
-        assert given.source is not None and given.source["adapted"]["minutes"] == adapt
-        same = all(torch.equal(kept[name], tensor) for name, tensor in given.net.state_dict().items())
-        assert same == (adapt == 0.01)
 
 
 def test_agreement_is_the_share_of_places_where_an_exit_would_say_the_same(tmp_path: Path) -> None:

@@ -10,15 +10,11 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from shoal import Engine, Model, Request, Sampling
 from shoal.errors import ConfigError, ContextLengthError, QueueFullError, RequestError
-from shoal.inputs.chat import Encoded, encode_chat
-from shoal.inputs.media import to_patches
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model.router import fit_router
 
@@ -77,54 +73,6 @@ def test_a_mixed_batch_gives_each_request_its_own_tokens(
     assert engine.stats()["kv_cache_usage_perc"] == 0
     if "units" in limits:
         assert engine.stats()["num_preemptions_total"] > 0
-
-
-def test_a_prefix_that_is_cached_changes_no_token(fp32: Model) -> None:
-    engine, shared = Engine(fp32), prompts(1, 64, seed=5)[0] * 3
-    for tail in ([], [40], [50, 51]):
-        for depth in DEPTHS:
-            (answer,) = engine.generate([greedy(shared[:70] + tail, depth, 8)])
-            assert answer.tokens == fp32.generate_naive(shared[:70] + tail, 8, depth=depth, ignore_eos=True)
-    assert engine.stats()["prefix_cache_hits_total"] > 0
-
-
-def test_two_images_never_share_what_is_cached(fp32: Model) -> None:
-    engine = Engine(fp32)
-
-    def ask(value: int) -> Encoded:
-        image = to_patches(Image.fromarray(np.full((12, 12, 3), value, dtype=np.uint8)), fp32.config)
-        return Encoded([*image.tokens(), *fp32.tokenizer.encode("which?")], [image])
-
-    for value in (0, 255, 0, 255):
-        (answer,) = engine.generate([greedy(ask(value), "full", 6)])
-        assert answer.tokens == fp32.generate_naive(ask(value), 6, ignore_eos=True)
-
-
-def test_a_chat_is_continued_as_its_template_says(fp32: Model) -> None:
-    prompt = encode_chat([{"role": "user", "content": "hi"}], fp32.tokenizer, fp32.config)
-    (answer,) = Engine(fp32).generate([Request(prompt, Sampling(temperature=0, max_tokens=8))])
-    assert answer.text == fp32.tokenizer.decode(fp32.generate_naive(prompt, 8))
-
-
-def test_a_seeded_sample_does_not_depend_on_its_batch_mates(fp32: Model) -> None:
-    sampling = Sampling(temperature=0.9, top_p=0.95, top_k=40, seed=11, max_tokens=12, ignore_eos=True)
-    request = Request(prompts(1)[0], sampling)
-    (alone,) = Engine(fp32).generate([request])
-    crowd = [Request(prompt, Sampling(seed=i, max_tokens=20)) for i, prompt in enumerate(prompts(7, seed=2))]
-    together = Engine(fp32, max_batch_tokens=40).generate([*crowd, Request(request.prompt, sampling)])
-    assert together[-1].tokens == alone.tokens
-
-
-def test_logprobs_are_those_of_the_whole_model(fp32: Model) -> None:
-    prompt = prompts(1)[0]
-    sampling = Sampling(temperature=0, max_tokens=5, ignore_eos=True, logprobs=3)
-    (answer,) = Engine(fp32).generate([Request(prompt, sampling, depth="middle")])
-    logits = fp32.logits([*prompt, *answer.tokens], depth="middle").masked_fill(fp32.forbidden(), -torch.inf)
-    whole = torch.log_softmax(logits.double(), -1)
-    for i, entry in enumerate(answer.logprobs):
-        row = whole[len(prompt) - 1 + i]
-        assert entry.logprob == pytest.approx(row[entry.token].item(), abs=1e-4)
-        assert [token for token, _ in entry.top] == row.topk(3).indices.tolist()
 
 
 def test_the_router_decides_the_same_from_fresh_and_from_cached_pages(fp32: Model) -> None:

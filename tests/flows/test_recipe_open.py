@@ -91,32 +91,9 @@ def test_what_serves_is_the_imported_model_tuned_and_rounded(both: Path, importe
     assert not (both / "fresh").exists() and not (both / "learn-2").exists(), "the last lesson alone"
 
 
-def test_each_model_of_the_report_was_served_alone_and_measured(both: Path, fresh: Path) -> None:
-    for folder in (both, fresh):
-        for cost in json.loads((folder / "report.json").read_text("utf-8"))["costs"].values():
-            assert cost["served"]["resident_bytes"] > 50e6 and cost["served"]["ready_s"] > 0
-            assert cost["served"]["disk_bytes"] > cost["bytes"]
-    assert "resident, MB" in (fresh / "report.md").read_text("utf-8")
-
-
 def test_another_run_beside_it_makes_the_report_anew_and_trains_nothing(
     both: Path, imported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shoal.on_ray.train.train", lambda plan, **how: pytest.fail("it trained again"))
     assert recipe(both, "--model", str(imported)) == 0
     assert "fp32" not in json.loads((both / "report.json").read_text("utf-8"))["costs"]
-
-
-def test_what_cannot_stand_beside_each_other_is_refused_before_anything_is_made(
-    imported: Path, fresh: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "x"
-    for more, said in (
-        (["--beside", str(fresh)], "give --model as well"),
-        (["--model", str(imported), "--beside", str(tmp_path)], "a run of law from fresh weights with seed 0"),
-        (["--model", str(imported), "--beside", str(fresh), "--seed", "3"], "with seed 3"),
-        (["--model", str(fresh / "model")], "an imported model"),
-        (["--model", str(tmp_path)], "config.json"),
-    ):
-        assert recipe(out, *more) != 0 and not out.exists()
-        assert said in capsys.readouterr().err

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -166,24 +164,6 @@ def test_what_is_replayed_says_how_far_to_go_and_too_few_rows_leave_the_router_t
     assert all(torch.equal(one, other) for one, other in zip(router.parameters(), before.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(("least", "trained"), [(0, "lora_rank=8"), (10**12, "all weights")])
-def test_of_large_weights_thin_matrices_are_trained(
-    release: Release,
-    folder: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    least: int,
-    trained: str,
-) -> None:
-    def finetune(**given: Any) -> Any:
-        raise UsageError("a test ends here", got=", ".join(given["settings"]) or "all weights")
-
-    monkeypatch.setattr("shoal.stages.retrain.LORA_BYTES", least)
-    monkeypatch.setattr("shoal.stages.retrain.Finetune", finetune)
-    assert retrain(release, folder, "--kind", "finetune") == 2
-    assert f"a test ends here: got '{trained}'" in " ".join(capsys.readouterr().err.split())
-
-
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -198,24 +178,6 @@ def test_a_retraining_that_cannot_be_says_so_before_it_begins(
     assert retrain(release, folder, *more) == 2
     assert said in capsys.readouterr().err
     assert len(release.versions()) == 1
-
-
-def test_a_cut_without_labels_teaches_nothing(
-    release: Release, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bare = tmp_path / "bare"
-    shutil.copytree(folder, bare)
-    manifest = json.loads((bare / "cut.json").read_text())
-    (bare / "train.jsonl").write_text("")
-    manifest["sha256"]["train.jsonl"] = sha256_of(bare / "train.jsonl")
-    (bare / "cut.json").write_text(json.dumps(manifest))
-    assert retrain(release, bare, "--kind", "finetune") == 1
-    assert "rows with labels" in capsys.readouterr().err
-    (bare / "train.jsonl").write_text((folder / "recent.jsonl").read_text())
-    assert retrain(release, bare, "--kind", "finetune") == 1
-    assert "not what it was" in capsys.readouterr().err
-    assert retrain(release, tmp_path / "none") == 2
-    assert "is not a cut" in capsys.readouterr().err
 
 
 def test_a_cut_that_trains_on_what_a_suite_asks_is_no_proof(
@@ -260,17 +222,6 @@ def test_what_an_earlier_cut_held_out_is_not_learned_and_what_nobody_goes_on_wit
     asked = [json.loads(line)["messages"][0]["content"] for line in (tmp_path / "second/train.jsonl").open()]
     assert second["left_out"] == sum(one in held for one in asked) > 20
     assert release.version(3).lineage["left_out"] == second["left_out"]
-
-
-def test_one_that_a_job_s_stop_ends_is_no_failure(
-    release: Release, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(routing, "refit", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
-    before = signal.getsignal(signal.SIGTERM)
-    assert retrain(release, folder) == 130
-    assert signal.getsignal(signal.SIGTERM) == before
-    known = retrainings.read(release.directory)
-    assert [run.outcome for run in known.runs] == ["ended"] and known.failed == 0
 
 
 @pytest.mark.drill

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,7 @@ import pytest
 from shoal.api.auth import ApiKeys
 from shoal.api.capture import CaptureArgs
 from shoal.loop.looked import FOLDER, STATE
-from shoal.loop.tell import write_metrics
-from tests.unit.loop.test_watch import Service, reran, watch
+from tests.unit.loop.test_watch import Service, watch
 
 pytestmark = pytest.mark.anyio
 Connect = Callable[..., httpx.AsyncClient]
@@ -94,23 +91,3 @@ async def test_a_file_that_cannot_be_read_is_told_and_breaks_nothing_else(
             assert told["look"] is None and "cannot be read" in told["fault"]
         scraped = (await http.get("/metrics")).raise_for_status().text
     assert "drift_state" not in scraped and "shoal:capture_rows" in scraped
-
-
-async def test_a_scrape_tells_what_the_command_writes(connect: Connect, service: Service, tmp_path: Path) -> None:
-    service.serve(800)
-    service.serve(200, up=1.5)
-    reran(service, 0.02, 150)
-    write_metrics(watch(service).look(service.now), tmp_path / "drift.prom")
-    async with connect(capture=given(service)) as http:
-        scraped = (await http.get("/metrics")).text
-    figures = re.compile(r"^(shoal:(?:drift|regret)_\S+) (\S+)$", re.MULTILINE)
-    written = {name: float(value) for name, value in figures.findall((tmp_path / "drift.prom").read_text())}
-    told = {name: float(value) for name, value in figures.findall(scraped)}
-    looked = [each.pop("shoal:drift_looked_timestamp_seconds") for each in (told, written)]
-    assert min(looked) > 1.7e9 and max(looked) - min(looked) < 600  # by either an alert rings where nobody looks
-    assert set(told) == set(written) and 'shoal:drift_shift_sd{signal="prompt_surprisal"}' in told
-    ended = json.loads((Path(given(service).folder) / "watch/watch.json").read_text())["report"]["reference"]["ended"]
-    for each in (told, written):
-        assert each["shoal:drift_reference_timestamp_seconds"] == datetime.fromisoformat(ended).timestamp()
-    assert 'shoal:regret_nats{bound="low"}' in told
-    assert all(told[name] == pytest.approx(value, rel=1e-4) for name, value in written.items())

@@ -116,16 +116,6 @@ async def test_embeddings_take_turns(model: Model, monkeypatch: pytest.MonkeyPat
         await engine.close()
 
 
-async def test_the_last_call_of_who_has_most_gives_its_place(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = AsyncEngine(Engine(model, max_queue=3))
-    try:
-        many = [("a", "", 100 + 10 * i) for i in range(3)]
-        order = await in_turn(engine, monkeypatch, [*many, ("b", "", 200), ("a", "", 190)])
-        assert order == [100, 200, 101, 201, 110, 111, -1, -1]  # 120 gave its place, 190 found none
-    finally:
-        await engine.close()
-
-
 URL = "/v1/embeddings"
 
 

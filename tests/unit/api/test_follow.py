@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from shoal.cli import main
 from shoal.engine.events import Token
 from shoal.errors import DataError, EngineDeadError
 from shoal.loop import again
-from shoal.loop.canary import advanced
 from shoal.loop.canary_state import Canary
 from shoal.loop.evidence import Evidence
 from shoal.loop.release import Release
@@ -181,21 +179,6 @@ def test_a_version_that_somebody_removed_keeps_no_other_from_serving(release: Re
     run(work)
 
 
-def test_what_condemned_a_canary_stands_when_another_gateway_takes_its_next_step(release: Release) -> None:
-    async def work() -> None:
-        one = follower(release)
-        release.begin(why="try")
-        await one.look()
-        condemn(one)
-        canary = release.state().canary
-        assert canary is not None
-        release.step(advanced(canary, "now"), why="another gateway was first")
-        await one.look()
-        assert release.state().canary is None and one._split.trial is None
-
-    run(work)
-
-
 def test_a_canary_that_is_taken_back_while_it_is_loaded_gets_nothing(release: Release) -> None:
     async def work() -> None:
         deploys = Deploys()
@@ -225,32 +208,6 @@ def test_a_canary_that_does_not_go_is_ended_again_and_one_of_a_gateway_before_as
             await one.look()
         await one.look()
         assert deploys.running == 0
-
-    run(work)
-
-
-def test_a_version_that_is_tried_again_is_not_condemned_by_what_it_did_the_first_time(release: Release) -> None:
-    async def work() -> None:
-        one = follower(release)
-        release.begin(why="try")
-        await one.look()
-        trial = one._split.trial
-        assert trial is not None
-        add(trial.evidence, "canary", 9, 0, failures=9)
-        condemn(one)
-        await one.look()
-        assert release.state().canary is None
-        await one.look()
-        release.begin(3, why="it was the machine")
-        await one.look()
-        trial = one._split.trial
-        assert trial is not None and seen(trial.evidence, "canary") == (0, 0)
-        add(trial.evidence, "canary", 7, 0)
-        await one.look()
-        again = follower(release)  # a gateway that starts anew goes on with what was seen of the same step
-        await again.look()
-        assert again._split.trial is not None and seen(again._split.trial.evidence, "canary") == (7, 0)
-        assert replace(trial.canary) == again._split.trial.canary
 
     run(work)
 
@@ -311,24 +268,6 @@ def test_a_step_takes_as_many_requests_of_all_gateways_as_of_one_and_is_taken_on
         trial = second._split.trial
         assert trial is not None and trial.evidence.people(1) == 299 and seen(trial.evidence, "canary")[0] == 499
         assert trial.decided[0] == "wait"
-
-    run(work)
-
-
-def test_what_a_gateway_saw_before_it_ended_counts_and_what_it_saw_of_another_trial_does_not(release: Release) -> None:
-    async def work() -> None:
-        first, second = await two(release)
-        saw(first, 4, failures=4)
-        await first.look()
-        third = follower(release)  # in the place of the first
-        await third.look()
-        saw(third, 4, failures=4)
-        await third.look()
-        assert release.state().canary is None
-        release.begin(3, why="it was the machine")  # the same version, before the second looks again
-        await second.look()
-        trial = second._split.trial
-        assert trial is not None and seen(trial.evidence, "canary") == (0, 0)
 
     run(work)
 

@@ -165,15 +165,6 @@ async def test_nothing_is_dropped_while_one_does_not_say_what_it_holds(two: Two)
     assert not engines.has
 
 
-async def test_what_an_engine_refuses_is_known_nowhere_and_dropped(two: Two) -> None:
-    one, other, names, engines = two
-    await other.adapters.load("a", "a")
-    one.client.refuses = "it is broken"
-    with pytest.raises(RequestError, match=r"^broken: it is broken$"):
-        await one.adapters.load("b", "broken")
-    assert [*names.state.known] == ["a"] and [*engines.has] == ["a"]
-
-
 async def test_who_was_not_told_looks_once_a_second(two: Two) -> None:
     one, other, names, _ = two
     names.gateways.remove(other.adapters)

@@ -18,7 +18,7 @@ from shoal import config
 from shoal.api.app import build_app
 from shoal.api.bodies import Message
 from shoal.api.noticed import Notice, without_notice
-from shoal.api.policy import ChatPage, Policy
+from shoal.api.policy import Policy
 from shoal.api.serve_args import ServeArgs
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
@@ -179,14 +179,6 @@ async def test_a_guided_object_stays_one_with_the_notice_and_what_raises_it(
     assert json.loads(text) == wanted and next(iter(json.loads(text))) == "notice"
 
 
-@pytest.mark.parametrize("cut", ['{"urgency": "to', "[1]", ""])
-async def test_what_is_no_object_has_it_in_words(noticed: httpx.AsyncClient, engine: Scripted, cut: str) -> None:
-    engine.reply = cut
-    answer = await ask(noticed, FLAGGED, response_format={"type": "json_object"})
-    said = answer.json()["choices"][0]["message"]["content"]
-    assert said == f"{NOTICE}\nCall for help now: chest pain.\n\n{cut}"
-
-
 @given(
     level=st.sampled_from([*LEVELS, "", None, 3]),
     said=st.lists(st.sampled_from(["chest pain.", "high fever.", "no chest pain.", "a cough."]), max_size=4),
@@ -331,34 +323,6 @@ async def test_a_workload_has_its_depth_unless_the_request_has_one(
     assert engine.requests[-1].depth == depth
     known = asked.get("metadata", {}).get("workload") in ("tracking", "diagnosis")
     assert ("metadata" in answer.headers.get("X-Shoal-Unused", "")) == ("metadata" in asked and not known)
-
-
-async def test_responses_have_workloads_and_completions_the_depth_of_the_rest(
-    noticed: httpx.AsyncClient, engine: Scripted
-) -> None:
-    body = {"model": "fish", "input": PLAIN, "max_output_tokens": 4, "metadata": {"workload": "diagnosis"}}
-    assert (await noticed.post("/v1/responses", json=body)).status_code == 200
-    assert engine.requests[-1].depth == "full"
-    await noticed.post("/v1/completions", json={"model": "fish", "prompt": PLAIN})
-    assert engine.requests[-1].depth == "middle"
-
-
-async def test_places_of_log_probabilities_leave_room_for_it(noticed: httpx.AsyncClient) -> None:
-    body = {"model": "fish", "prompt": "ab", "max_tokens": 4, "logprobs": 1}
-    choice = (await noticed.post("/v1/completions", json=body)).json()["choices"][0]
-    assert choice["logprobs"]["text_offset"][0] == len(NOTICE) + 2
-    assert choice["text"][len(NOTICE) + 2 :] == "Hell"
-
-
-async def test_a_card_has_the_words_of_the_page_that_the_model_was_made_for(
-    engine: Scripted, served: ServedModel
-) -> None:
-    page = ChatPage("medicine", "You assess.", ("I cough.",))
-    told = {"path": "medicine", "system": "You assess.", "examples": ["I cough."], "depth": "full"}
-    for one, wanted in ((Policy(depth="full", page=page), told), (Policy(), None)):
-        app = build_app([Hosted(dataclasses.replace(served, policy=one), engine)])
-        http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
-        assert (await http.get("/v1/models")).json()["data"][0].get("page") == wanted
 
 
 async def test_a_policy_of_depths_alone_says_nothing(engine: Scripted, served: ServedModel) -> None:

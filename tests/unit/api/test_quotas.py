@@ -239,24 +239,6 @@ async def test_a_client_that_leaves_while_it_is_counted_takes_no_place_along() -
     assert await admitted(gateways.keys[1]) == 1
 
 
-async def test_a_request_that_comes_just_before_the_end_of_another_is_not_refused() -> None:
-    """A client that has read the last word of its answer may ask another gateway before its own has told the count."""
-    gateways = Gateways("alpha at_once=1")
-    await gateways.keys[1].admitted()
-    gateways.keys[1].leave()
-    await asyncio.sleep(0)
-    assert await admitted(gateways.keys[0]) == 1
-    calls = gateways.wire.calls
-
-    def end() -> None:
-        if gateways.wire.calls == calls + 2:  # the first found no place
-            gateways.wire.count.leave("gateway-0", gateways.keys[0].line)
-
-    gateways.wire.meanwhile = end
-    await gateways.keys[1].admitted()
-    assert gateways.wire.calls == calls + 2
-
-
 async def test_what_is_refused_after_it_was_counted_counts_at_no_gateway() -> None:
     both = Gateways("k requests=3 tokens=100")
     for _ in range(9):

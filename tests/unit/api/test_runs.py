@@ -64,14 +64,6 @@ async def test_a_run_has_its_start_curves_evaluations_and_end(
     assert (await http.get("/v1/shoal/runs/first/pretrain")).json()["end"]["steps"] == 2
 
 
-async def test_a_long_run_is_thinned_to_its_first_and_last_and_few_between(
-    connect: Callable[..., httpx.AsyncClient], root: Path
-) -> None:
-    write(root / "long", START, *(step(n) for n in range(1, 2001)))
-    steps = (await connect(runs=root).get("/v1/shoal/runs/long")).json()["curves"]["step"]
-    assert (steps[0], steps[-1]) == (1, 2000) and len(steps) <= runs.MOST_POINTS + 1 and steps == sorted(steps)
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -101,33 +93,6 @@ async def test_links_are_not_listed(connect: Callable[..., httpx.AsyncClient], r
     http = connect(runs=root)
     assert {run["name"] for run in (await http.get("/v1/shoal/runs")).json()["data"]} == {"first/pretrain", "now"}
     assert (await http.get("/v1/shoal/runs/file")).status_code == 404
-
-
-async def test_what_cannot_be_shown_is_refused_in_one_line(
-    connect: Callable[..., httpx.AsyncClient], root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write(root / "other").write_text('{"loss": 1}\n[1]\n\xff')
-    http = connect(runs=root)
-    answer = await http.get("/v1/shoal/runs/other")
-    assert answer.status_code == 400 and "not the metrics of a training run" in answer.json()["error"]["message"]
-    assert (await http.get("/v1/shoal/runs")).status_code == 200
-    monkeypatch.setattr(runs, "MOST_BYTES", 10)
-    assert (await http.get("/v1/shoal/runs/now")).status_code == 413
-
-
-async def test_a_torn_line_is_counted_and_the_rest_is_shown(
-    connect: Callable[..., httpx.AsyncClient], root: Path
-) -> None:
-    """JSON of other programs too: a number that is none must not end the answer."""
-    path = root / "now" / "metrics.jsonl"
-    odd = b'{"kind": "step", "st\n' + b'{"kind": "step", "step": 3, "loss": NaN, "rate": 1e999}\n' + b"7\n\xff\n"
-    path.write_bytes(path.read_bytes() + odd)
-    http = connect(runs=root)
-    answer = await http.get("/v1/shoal/runs/now")
-    assert answer.status_code == 200
-    assert answer.json()["unreadable"] == 3 and answer.json()["curves"]["step"] == [1, 2, 3]
-    listed = {run["name"]: run for run in (await http.get("/v1/shoal/runs")).json()["data"]}
-    assert listed["now"]["step"] == 3
 
 
 async def test_there_are_no_runs_unless_a_folder_is_given(http: httpx.AsyncClient) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import random
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +12,7 @@ import pytest
 from shoal.api.meter import Meter
 from shoal.api.split import Note, Split
 from shoal.api.trial import Trial
-from shoal.engine.events import LATER, Event, Finished, FinishReason, Request, Signals, Token
+from shoal.engine.events import LATER, Event, Finished, Request, Token
 from shoal.engine.metrics import Samples, sample
 from shoal.errors import (
     ContextLengthError,
@@ -304,59 +301,6 @@ def test_one_person_counts_once_whatever_becomes_of_her_conversations(named: boo
         assert seen(trial.evidence, "canary", "down")[1] == (0 if named else 1)
 
     asyncio.run(work())
-
-
-class Sure(Engine):
-    """One that says how sure it is of an answer, where it is asked, and ends as `reasons` has it."""
-
-    def __init__(self, mean: float, reasons: Sequence[FinishReason] = ("stop",)) -> None:
-        super().__init__(100)
-        self.mean, self.reasons, self.draws = mean, itertools.cycle(reasons), random.Random(mean)
-
-    async def batches(self, request: Request, on_begun: Any = None) -> AsyncGenerator[list[Event], None]:
-        async for events in super().batches(request, on_begun):
-            if isinstance(events[-1], Finished):
-                told = Signals(answer_nll=self.draws.gauss(self.mean, 0.5)) if request.signals else None
-                yield [replace(events[-1], reason=next(self.reasons), signals=told)]
-            else:
-                yield events
-
-
-def in_turns(stable: Engine, canary: Engine, count: int, talk: Callable[[int], str]) -> Trial:
-    """`count` requests to each in turns, after some that were before the trial; as many of its first as condemn it."""
-    made = split(canary)
-    made.stable, trial = stable, made.trial  # type: ignore[assignment]
-    assert trial is not None
-    turn = itertools.count()
-    trial.pace.is_slow = lambda first, token: None  # type: ignore[method-assign]
-    trial.takes = lambda conversation: next(turn) % 2 > 0  # type: ignore[method-assign]
-
-    async def work() -> None:
-        for number in range(count):
-            for each in "sc":
-                note = Note(conversation=f"{each} {talk(number)}".encode())
-                await read(made, Request([5], id="r"), note)
-            if made.condemned() is not None:
-                return
-
-    asyncio.run(work())
-    return trial
-
-
-def test_answers_that_the_canary_is_far_less_sure_of_take_it_back() -> None:
-    bad = in_turns(Sure(1.0), Sure(1.5), 200, str)
-    assert bad.decided[0] == "back" and "unsure answers: " in bad.decided[1]
-    assert seen(bad.evidence, "canary")[0] < 100
-    good = in_turns(Sure(1.0), Sure(1.1), 200, str)
-    assert good.decided[0] != "back" and seen(good.evidence, "canary", "unsure")[0] > 150
-
-
-def test_answers_that_do_not_end_take_it_back_unless_the_stable_ones_do_not_either() -> None:
-    ends, cut = Sure(1.0, ("stop", "stop", "stop", "length")), Sure(1.0, ("length",))
-    bad = in_turns(ends, cut, 100, str)
-    assert bad.decided[0] == "back" and "cut answers: " in bad.decided[1]
-    asked_so = in_turns(Sure(1.0, ("stop", *["length"] * 9)), cut, 300, str)
-    assert asked_so.decided[0] != "back" and seen(asked_so.evidence, "canary", "cut") == (300, 300)
 
 
 def test_a_vote_on_an_answer_of_another_gateway_is_counted_there() -> None:

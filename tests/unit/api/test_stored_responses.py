@@ -200,15 +200,6 @@ async def test_a_key_sees_what_it_stored_and_nothing_else(client: Any) -> None:
     assert (await client("shop-key").responses.retrieve(mine.id)).id == mine.id
 
 
-async def test_a_chat_is_no_response_and_a_response_no_chat(shop: openai.AsyncOpenAI) -> None:
-    chat = await shop.chat.completions.create(model="fish", messages=[{"role": "user", "content": "a"}], store=True)
-    mine = await shop.responses.create(**ASK)
-    for call in (shop.chat.completions.retrieve(mine.id), shop.responses.retrieve(chat.id)):
-        with pytest.raises(openai.NotFoundError):
-            await call
-    assert [each.id async for each in shop.chat.completions.list()] == [chat.id]
-
-
 @pytest.mark.parametrize(("texts", "key"), [(False, "shop-key"), (True, "plain-key")])
 async def test_where_operator_or_key_keep_no_texts_it_is_one_clear_line(
     connect: Connect, folder: Path, texts: bool, key: str, engine: Any
@@ -270,17 +261,6 @@ async def test_any_gateway_finds_what_another_answered(connect: Connect, folder:
         assert third.status_code == 200
         assert (await other.delete(f"{URL}/{first['id']}")).json()["deleted"] is True
         assert (await one.get(f"{URL}/{first['id']}")).status_code == 404
-
-
-async def test_rows_of_a_chain_are_one_conversation(shop: openai.AsyncOpenAI, folder: Path) -> None:
-    first = await shop.responses.create(**{**ASK, "input": "I am jo@sea.com"})
-    second = await shop.responses.create(**ASK, previous_response_id=first.id)
-    await shop.responses.create(**{**ASK, "store": False}, previous_response_id=second.id)
-    await shop.responses.create(**ASK)
-    rows = Capture(folder).rows().to_pylist()
-    one, two, three, other = [row["conversation"] for row in rows]
-    assert one == two == three != other
-    assert [row["stored"] for row in rows] == [True, True, None, True]
 
 
 async def test_a_text_that_the_disk_does_not_take_costs_nobody_an_answer(connect: Connect, folder: Path) -> None:

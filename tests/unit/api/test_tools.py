@@ -250,33 +250,6 @@ class TestGuiding:
         named = offer(tools=[LOG, LOOK], tool_choice=NAMED).guide
         assert named == Guide("json_schema", json.dumps(LOG["function"]["parameters"]))
 
-    def test_references_of_a_tool_are_into_its_own_schema(self) -> None:
-        """Two tools define the same name, and one is a tree of itself."""
-        trees = [tool(name, at={"$ref": "#/$defs/place"}) for name in ("log", "look")]
-        for each, place in zip(trees, ("sea", "sky"), strict=True):
-            each["function"]["parameters"] |= {"$defs": {"place": {"enum": [place]}}, "required": ["at"]}
-            each["function"]["parameters"]["properties"]["next"] = {"$ref": "#"}
-        guide = offer(tools=trees, tool_choice="required").guide
-        assert guide is not None
-
-        def call(name: str, **arguments: Any) -> str:
-            return json.dumps({"name": name, "arguments": arguments})
-
-        for good in (call("log", at="sea"), call("look", at="sky", next={"at": "sky"})):
-            assert follows(guide, good)
-        for bad in (call("log", at="sky"), call("look", at="sky", next={"at": "sea"})):
-            assert not follows(guide, bad)
-        assert not follows(guide, call("log", at="sea", next={"name": "log", "arguments": {"at": "sea"}}))
-
-    @pytest.mark.parametrize("choice", ["required", NAMED])
-    def test_arguments_are_an_object_whatever_the_parameters_leave_open(self, choice: Any) -> None:
-        guide = offer(
-            tools=[{"type": "function", "function": {"name": "log", "parameters": {}}}], tool_choice=choice
-        ).guide
-        assert guide is not None
-        whole = "{}" if choice is NAMED else '{"name": "log", "arguments": {}}'
-        assert follows(guide, whole) and not follows(guide, whole.replace("{}", "7"))
-
     def test_free_answers_are_guided_where_a_tool_is_strict_and_only_inside_calls(self) -> None:
         assert offer(tools=[LOG]).guide is None
         guide = offer(tools=[tool("log", strict=True, n={"enum": [12, 34]}), LOOK]).guide
@@ -332,13 +305,6 @@ class TestToolsBesideAFormat:
                 assert not follows(guide, bad)
         await http.post(URL, json={**BODY, "tools": [LOG], "response_format": {"type": "json_object"}})
         assert follows(engine.requests[-1].sampling.guided, '{"any": [1]}')
-
-    async def test_where_a_call_is_forced_the_format_waits(self, http: httpx.AsyncClient, engine: Any) -> None:
-        for choice in ("required", NAMED):
-            for fields in ({}, {"response_format": SHAPED}):
-                await http.post(URL, json={**BODY, "tools": [LOG], "tool_choice": choice, **fields})
-            first, second = engine.requests[-2:]
-            assert first.sampling.guided == second.sampling.guided is not None
 
     @pytest.mark.parametrize("stream", [False, True])
     async def test_both_kinds_of_answer_are_read(self, http: httpx.AsyncClient, engine: Any, stream: bool) -> None:

@@ -6,12 +6,10 @@ import asyncio
 import threading
 import traceback
 from collections.abc import AsyncGenerator
-from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-import torch
 
 pytest.importorskip("ray")
 
@@ -19,16 +17,14 @@ from grpc.aio import AioRpcError, Metadata
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
-from shoal import Model, Request, presets
+from shoal import Model, Request
 from shoal.api.serve_args import ServeArgs
-from shoal.data import models
 from shoal.engine.events import Event, Finished, Token
 from shoal.errors import EngineDeadError, QueueFullError, RequestError, ShoalError
 from shoal.on_ray.calls import Begun, OtherModelError, Wanted
 from shoal.on_ray.clients import ReplicaClient, as_shoal_error
 from shoal.on_ray.engines import EngineReplica
 from shoal.on_ray.failover import LOSSES
-from tests.s3 import service
 
 WANTED = Wanted("call", "")
 
@@ -402,59 +398,6 @@ def test_a_change_that_fails_keeps_what_serves_and_is_told_until_it_is_mended(di
         assert (await replica.stats())["weights_update_refused"] == 0
 
     asyncio.run(work())
-
-
-def test_weights_that_do_not_fit_a_gpu_are_refused_in_one_line(
-    directories: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def on_gpu(model: Model, dtype: str) -> Model:
-        if replicas[0]._engine is not None:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
-        return model
-
-    async def work() -> None:
-        args = ServeArgs(model=directories["one"], gpus=1, threads=1)
-        replicas.append(Replica(args, directories["one"]))
-        for name in ("one", "two"):
-            await changed(replicas[0], directories[name])
-        await replicas[0]._serving.close()
-
-    replicas = list[Replica]()
-    monkeypatch.setattr(Model, "on_gpu", on_gpu)
-    asyncio.run(work())
-    (line,) = [record.getMessage() for record in caplog.records if "stay as they are" in record.getMessage()]
-    assert "CUDA out of memory. Tried to allocate 2.00 GiB." in line and "gpu_share" in line and "\n" not in line
-
-
-@pytest.mark.drill
-def test_a_replica_serves_the_model_at_an_address_of_s3_and_the_one_that_takes_its_place(
-    directories: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    uri = "s3://ocean/model"
-
-    async def work() -> None:
-        replica = EngineReplica(ServeArgs(model=uri, threads=1), uri)
-        await replica.reconfigure({"model": uri})
-        first, same = (
-            replica._weights,
-            EngineReplica(ServeArgs(model=directories["one"], threads=1), directories["one"]),
-        )
-        await same.reconfigure({"model": directories["one"]})
-        assert (first, replica._reads) == (same._weights, same._reads), "those of the same model in a folder"
-        models.put(Path(directories["two"]), uri)
-        await changed(replica, uri)
-        assert replica._weights != first
-        for each in (replica, same):
-            await each._serving.close()
-
-    with service() as s3:
-        s3.client.create_bucket(Bucket="ocean")
-        monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "gateway"))
-        models.put(Path(directories["one"]), uri)
-        assert ServeArgs(model=uri).served(uri).config == presets.get("test").model
-        assert not list((tmp_path / "gateway").rglob("*.safetensors")), "who speaks HTTP fetches no weights"
-        monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "replica"))
-        asyncio.run(work())
 
 
 def test_a_replica_that_starts_takes_what_was_loaded_last(directories: dict[str, str]) -> None:

@@ -154,15 +154,6 @@ def test_the_corpus_is_that_of_a_folder_and_nothing_else_is_left(
     assert open_index(remote.local(URI, s3.inside)).documents == report["documents"]
 
 
-@pytest.mark.drill
-def test_no_file_of_a_machine_is_needed_by_another_or_twice(
-    bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any], undisturbed: dict[str, bytes]
-) -> None:
-    machines.after = shutil.rmtree  # each task is the last that its machine did
-    prepare(URI, **ask, s3=s3.inside)
-    assert contents(bucket) == undisturbed
-
-
 class Writes:
     """Ends a command before its write number `left`, or in the middle of it, when the object is there and nobody knows."""
 
@@ -246,20 +237,6 @@ def test_a_part_that_was_changed_there_is_made_again(
 
 
 @pytest.mark.drill
-def test_a_shard_that_is_not_what_its_part_says_is_one_line_and_no_corpus(
-    bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any]
-) -> None:
-    def cut(what: str, done: int, total: int) -> None:
-        if what == "draw chats" and not done:
-            bucket.put_text(min(name for name, _ in bucket.sizes() if name.startswith("heldout-")), b"short")
-
-    with pytest.raises(DataError, match=f"{URI}: shard heldout-.*got '5 bytes'") as caught:
-        prepare(URI, **ask, s3=s3.inside, on_progress=cut)
-    assert "\n" not in str(caught.value) and bucket.tag(INDEX) is None
-    prepare(URI, **ask, s3=s3.inside)
-
-
-@pytest.mark.drill
 def test_two_commands_on_one_prefix_the_second_is_refused_and_a_dead_one_blocks_nobody(
     bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,39 +269,6 @@ def test_tasks_of_a_command_whose_lease_another_took_write_nothing(
         prepare(URI, **ask, s3=s3.inside, on_progress=taken)
     assert "\n" not in str(caught.value) and not [name for name, _ in bucket.sizes() if name.endswith("-000.arrow")]
     other.end()
-
-
-@pytest.mark.drill
-def test_a_task_that_goes_on_where_nobody_reaches_it_changes_nothing_of_the_next_command(
-    bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any], undisturbed: dict[str, bytes], monkeypatch
-) -> None:
-    """Of a node that was given up: it wrote shards of another request under the same names, as long to the byte."""
-    each, left = machines.each, list[Any]()
-
-    def given_up(task: Any, jobs: Any, sizes: Any, what: str, on_progress: Any) -> Iterator[Any]:
-        if what == "encode and pack" and not left:
-            left.extend((task, job) for job in jobs)
-            raise KeyboardInterrupt
-        yield from each(task, jobs, sizes, what, on_progress)
-
-    refused = []
-
-    def late(what: str, done: int, total: int) -> None:
-        if what == "draw chats" and not done:
-            for task, job in left:
-                with (
-                    monkeypatch.context() as here,
-                    pytest.raises(DataError, match="another prepare took over") as caught,
-                ):
-                    here.setenv("SHOAL_CACHE", str(machines.folders[0]))
-                    task(*job)
-                refused.append(caught)
-
-    monkeypatch.setattr("shoal.on_ray.prepare.each", given_up)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(URI, **{**ask, "mix": {"text": 1.0}, "seed": 6}, s3=s3.inside)
-    prepare(URI, **ask, s3=s3.inside, on_progress=late)
-    assert len(refused) == len(left) >= PARTS and contents(bucket) == undisturbed
 
 
 @pytest.mark.parametrize("size", [10, 2**23 - 1, 2**23, 20_000_000])
