@@ -84,29 +84,6 @@ def test_stop_ends_the_answer_and_frees_the_engine(page: Page, open_site: Site) 
 
 
 @pytest.mark.drill
-def test_while_no_word_comes_the_page_says_for_how_long_and_a_stop_leaves_two_questions_apart(
-    page: Page, open_site: Site
-) -> None:
-    cancelled = open_site.stat("requests_cancelled_total")
-    visit(page, open_site)
-    most_tokens(page, 300)
-    with open_site.held(0):
-        ask(page, "Are you there?")
-        page.get_by_text("Waiting for the first word, 4 s").wait_for()
-        page.get_by_label("Stop").click()
-        page.get_by_text("Stopped before the first word.").wait_for()
-        page.get_by_label("Submit").wait_for()
-    until(page, lambda: open_site.stat("requests_cancelled_total") == cancelled + 1)
-    most_tokens(page, 4)
-    assert page.get_by_text("Waiting for the first word").count() == 0
-    ask(page, "And now?")
-    page.locator(".facts").nth(1).wait_for()
-    assert [text.strip() for text in page.locator(".message.user").all_inner_texts()] == ["Are you there?", "And now?"]
-    assert page.locator(".message.bot").count() == 2
-    assert "Are you there?" not in told(open_site), "a question without an answer is not heard"
-
-
-@pytest.mark.drill
 def test_a_page_that_was_left_in_the_middle_of_an_answer_says_so(page: Page, open_site: Site) -> None:
     visit(page, open_site)
     most_tokens(page, 300)

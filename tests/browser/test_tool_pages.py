@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
 pytestmark = [pytest.mark.browser, pytest.mark.drill]
-
-LOST = re.compile(r"depth full \(4 of 4 layers.*\) · 30 tokens · .* · lost (\S+) of (\S+) nats a token · first after ")
 
 
 def answers(page: Page) -> list[Locator]:
@@ -47,25 +44,6 @@ def test_one_prompt_is_answered_at_two_depths_side_by_side(page: Page, open_site
     assert sorted(str(request.depth) for request in sent) == ["full", "shallow"]
     assert {request.sampling.seed for request in sent} == {1}
     assert all(isinstance(request.prompt, Encoded) and len(request.prompt.images) == 1 for request in sent)
-
-
-def test_what_an_answer_may_lose_is_picked_and_what_it_lost_stands_below_it(page: Page, open_site: Site) -> None:
-    visit(page, open_site, "compare")
-    page.get_by_text("Below the answer stands what it lost, never more").wait_for()
-    most_tokens(page, 30)
-    allowed, before = (0.05, 0.2), len(open_site.client.requests)
-    for name, nats in zip("AB", allowed, strict=True):
-        page.get_by_label(f"Depth of {name}").click()
-        page.get_by_role("option", name=f"auto, may lose {nats:g} nats a token").click()
-        until(page, lambda: page.get_by_role("option").count() == 0)  # its list fades out
-    page.get_by_label("Prompt").fill("Which fish?")
-    page.get_by_role("button", name="Compare").click()
-    for answer, nats in zip(answers(page), allowed, strict=False):
-        facts = answer.locator(".facts").inner_text()
-        found = LOST.match(facts)
-        assert found and float(found[2]) == nats and 0 <= float(found[1]) <= nats, facts
-    sent = [(request.depth, request.quality_tolerance) for request in open_site.client.requests[before:]]
-    assert sorted(sent) == [("auto", nats) for nats in allowed]
 
 
 def test_three_answers_one_after_another_and_stop_ends_them_all(page: Page, open_site: Site) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +23,6 @@ pytestmark = pytest.mark.browser
 
 KEEP = "Keep what is written here, so that the model can learn from it"
 BETTER = "Write the better answer"
-FORGED = """<div class="votes kept answer-chatcmpl-1" role="group"><button class="up" title="Good answer">x</button></div>
-<dialog open id="better-answer">y</dialog>"""
 
 
 def answered(page: Page, text: str, count: int = 1) -> None:
@@ -81,35 +78,6 @@ def test_a_better_answer_is_written_without_a_mouse_and_becomes_a_row_to_learn_f
         {"role": "user", "content": "Where is my kettle?"},
         {"role": "assistant", "content": "It comes tomorrow, <b>by</b> noon."},
     ]
-
-
-@pytest.mark.drill
-def test_of_a_service_that_keeps_no_texts_there_are_thumbs_alone_and_a_vote_that_is_not_taken_says_why(
-    page: Page, strangers: list[str], tmp_path: Path
-) -> None:
-    folder = tmp_path / "captured"
-    with site(capture=CaptureArgs(str(folder))) as here:
-        visit(page, here)
-        most_tokens(page, 4)
-        with here.saying(FORGED):
-            answered(page, "Hello?")
-        assert page.locator(".votes").count() == page.locator(".votes button:visible").count() - 1 == 1
-        assert page.locator("#better-answer").count() == 0, "what a model says is no part of the page"
-        assert not page.get_by_label(KEEP).is_visible() and not page.get_by_text(BETTER).is_visible()
-        votes, up = Votes(Capture(folder)), page.get_by_label("Good answer")
-        up.click()
-        page.get_by_label("Bad answer").click()
-        page.get_by_label("Good answer").click()  # before any was taken
-        until(page, lambda: [one.rating for one in votes.all()] == ["up"] and feedback(here) == 3)
-        up.click()
-        page.get_by_text("Taken back.").wait_for()
-        assert votes.all() == [] and up.get_attribute("aria-pressed") == "false"
-        (answer,) = Capture(folder).rows()["id"].to_pylist()
-        (folder / "forgotten.jsonl").write_text(json.dumps({"id": answer}) + "\n")
-        up.click()
-        page.get_by_role("status").get_by_text("The service does not know this answer any more.").wait_for()
-        assert up.get_attribute("aria-pressed") == "false", "what was not taken is not shown as taken"
-        page.goto("about:blank")
 
 
 @pytest.mark.drill

@@ -1,4 +1,4 @@
-"""What the formatter cannot see: comments that it tore off, modules under other names, and helpers that were written again."""
+"""What the formatter cannot see: comments that it tore off, and the clock of all threads set by a test."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -191,31 +190,6 @@ def test_a_stream_ends_with_the_adapter_that_it_began_with(tmp_path: Path) -> No
                     tokens += choices[0].get("token_ids") or [] if choices else []
         assert tokens == wanted(service, tmp_path / "a", 60)
         assert service.http.post("/v1/completions", json={"model": "a", "prompt": "x"}).status_code == 404
-
-
-def test_requests_that_come_while_a_name_is_given_other_weights_get_some_of_them(tmp_path: Path) -> None:
-    with served(tmp_path) as service:
-        answers = []
-        for seed in (1, 2):
-            directory = write(service.folder / f"{seed}", service.model, seed)
-            answers.append(wanted(service, directory, 2))
-        assert service.load("new", "1").status_code == 200
-        over = threading.Event()
-
-        def reload() -> int:
-            times = 0
-            while not over.is_set():
-                times += 1
-                assert service.load("new", f"{1 + times % 2}", load_inplace=True).status_code == 200
-            return times
-
-        with ThreadPoolExecutor(7) as pool:
-            reloaded = pool.submit(reload)
-            said = [*pool.map(lambda _: service.tokens("new", max_tokens=2), range(90))]
-            over.set()
-            assert reloaded.result() > 2
-        assert answers[0] != answers[1]
-        assert all(tokens in answers for tokens in said)
 
 
 def test_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:

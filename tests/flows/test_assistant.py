@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from shoal import Model, assistant
 from shoal.data.alone import alone
 from shoal.errors import ResourceError
 from shoal.evaluate import own_words
-from shoal.model import described
 from shoal.stages.stage import out
-from shoal.train.plan import FitPlan, adapt_plan
 
 DATA = Path(__file__).parents[1] / "data" / "open"
 SECONDS = 600  # after which a process that should have ended is ended
@@ -85,45 +80,6 @@ def test_open_weights_become_an_assistant_and_a_second_call_goes_on(tmp_path: Pa
     worth = worth_of(0.01)
     assert worth in first and worth in second and f"shoal assistant --root {root} --adapt 60" in first
     assert Model.load(root / "int8", verify=True).config.exit_names == {"shallow": 2, "middle": 4, "full": 6}
-
-
-@pytest.mark.drill
-def test_exits_that_learn_for_longer_or_are_left_out_are_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source, root = checkpoint(tmp_path), tmp_path / "run"
-    monkeypatch.setattr(assistant, "_serve", lambda *_, **__: None)
-    monkeypatch.setattr(own_words, "ASKED", 16)  # tokens
-    monkeypatch.setattr(own_words, "ANSWERED", 64)
-
-    def made(adapt: float) -> str:
-        assistant.run(root, stay=False, port=0, console=Console(width=999), source=str(source), adapt=adapt)
-        return capsys.readouterr().out
-
-    begun = list[tuple[str, float]]()
-
-    def planned(model: str, *given: Any, minutes: float, **more: Any) -> FitPlan:
-        begun.append((Path(model).name, round(minutes, 3)))
-        return adapt_plan(model, *given, minutes=minutes, **more)
-
-    monkeypatch.setattr(assistant, "adapt_plan", planned)
-    for adapt, done in ((0.01, 0), (0.02, 1), (0.01, 3), (0, 1)):
-        text = made(adapt)
-        assert text.count("done before") == done, (adapt, text)
-        worth = "after 0.02 minutes an exit" if done else "after 0.01 minutes an exit"
-        assert (worth in text) == (adapt > 0) and ("--adapt 60" in text) == (adapt > 0)
-        exits = {"shallow": 2, "middle": 4, "full": 6} if adapt else {"full": 6}
-        assert Model.load(root / "int8", verify=True).config.exit_names == exits
-    assert begun == [("model", 0.01), ("exits.before", 0.01)], "they go on from where they were"
-    assert not (root / "exits.before").exists()
-    given, base = Model.load(root / "exits", verify=True), Model.load(root / "model")
-    assert given.source is not None and given.source["adapted"]["minutes"] == 0.02
-    assert set(given.source["adapted"]["agreement"]) == {"shallow", "middle"}
-    assert described.adapted(root / "exits") == given.source["adapted"] and described.adapted(root / "model") is None
-    ids = base.tokenizer.encode("The tide waits.")
-    assert torch.equal(base.logits(ids), given.logits(ids)), "full depth is what was imported"
-    learned = [json.loads(line)["messages"] for line in (root / "own.jsonl").read_text().splitlines()]
-    assert 6 <= len(learned) <= 18 and all([m["role"] for m in chat] == ["user", "assistant"] for chat in learned)
 
 
 def test_agreement_is_the_share_of_places_where_an_exit_would_say_the_same(tmp_path: Path) -> None:

@@ -135,30 +135,6 @@ def test_rows_go_to_the_bucket_by_themselves_and_wait_where_it_does_not_answer(
     assert len(Capture(uri).rows()) == 51
 
 
-def test_what_the_bucket_does_not_have_stays_on_the_disk_and_past_its_bound_rows_are_counted(
-    s3: Service, uri: str, on: Callable[[str], None]
-) -> None:
-    on("gateway")
-    capture = Capture(uri, create=True)
-    before = now_ms() - 3 * 86_400_000
-    made = Writer(capture, Bounds(max_bytes=1), start=False)
-    made.put(Row("old", before))
-    made.put(Row("new", now_ms()))
-    made._closed.append(made._journal)
-    made._make_parts()
-    made._journal = made._open()
-    made.tidy()
-    made.put(Row("late", now_ms()))
-    assert sorted(capture.rows()["id"].to_pylist()) == ["new", "old"] and made.dropped["bound"] == 1
-    capture.sent()
-    made.tidy()
-    assert capture.rows()["id"].to_pylist() == ["new"], "the bucket has the old day, so its place is free"
-    capture.sent()
-    made.close()
-    on("reader")
-    assert sorted(Capture(uri).rows()["id"].to_pylist()) == ["new", "old"]
-
-
 def test_days_that_are_too_old_go_from_the_bucket_as_well(s3: Service, uri: str, on: Callable[[str], None]) -> None:
     on("gateway")
     capture = Capture(uri, create=True)

@@ -24,7 +24,7 @@ from shoal.model import int8
 from shoal.model.adapters import product
 from shoal.model.block import Attention
 from shoal.model.cpu import fused
-from shoal.model.gpu import launch, sparse, trial
+from shoal.model.gpu import launch
 from shoal.model.paged import paged_attention, write_kv
 from shoal.model.router import Router
 from tests.pretend_gpu import OnGpu, pretended
@@ -246,65 +246,3 @@ def test_a_kernel_that_does_not_fit_the_device_ends_nothing(
         assert launch.able(gpu) == (when == "never")
     said = "decoding and training on cuda:0 go on without Triton's kernels: out of resource: shared memory"
     assert [record.getMessage().startswith(said) for record in caplog.records] == [True] * (when != "never")
-
-
-def test_whole_rows_go_on_without_a_kernel_that_does_not_fit(
-    some_kernels: list[Exception], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In evaluation; and training tries them before it begins. What is no refusal is raised."""
-    ids = torch.randint(9, 265, (40,), generator=torch.Generator().manual_seed(0))
-    want = model_of("fp32").logits(ids)
-
-    def attend(*_: Any) -> Tensor:
-        raise refusal() if some_kernels else RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(sparse, "attend", attend)
-    config = model_of("fp32").config
-    with pretended() as gpu:
-        model = model_of("fp32").to(gpu)
-        with pytest.raises(RuntimeError, match="illegal"):
-            model.logits(ids)
-        with pytest.raises(RuntimeError, match="illegal"):
-            trial.of_training(config, 64, gpu, low=True, alone=False)
-        some_kernels.append(refusal())
-        trial.of_training(config, 64, gpu, low=True, alone=False)
-        assert gpu in launch.GIVEN_UP and not sparse.usable(torch.zeros(1, 64, device=gpu), config.block)
-        launch.GIVEN_UP.clear()
-        launch._tried.cache_clear()
-        got = model.logits(ids)
-        assert gpu in launch.GIVEN_UP
-    assert torch.allclose(got.held if isinstance(got, OnGpu) else got, want, atol=1e-5)
-
-
-def test_an_int8_kernel_that_does_not_fit_a_shape_leaves_it_to_others(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It passes its self-test, which has small weights, and is refused where the model's are measured."""
-
-    def picky(weight: Tensor, scale: Tensor) -> int8.Run:
-        exact = int8.KERNELS["float"](weight, scale)
-
-        def run(x: Tensor) -> Tensor:
-            if len(weight) > 100:
-                raise refusal()
-            return exact(x)
-
-        return run
-
-    caplog.set_level(logging.WARNING)
-    monkeypatch.setitem(int8.KERNELS, "triton", picky)
-    monkeypatch.setitem(int8.KERNELS, "int_mm", lambda weight, scale: 1 / 0)
-    caches = (int8.trusted, int8.choice)
-    try:
-        with pretended() as gpu:
-            for each in caches:
-                each.cache_clear()
-            assert int8.trusted(gpu) == ["triton", "float"]
-            monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-            assert int8.choice(64, 128, gpu, 1) == ("float",) * 3
-    finally:
-        for each in caches:
-            each.cache_clear()
-    assert [record.getMessage().partition(": ")[0] for record in caplog.records] == [
-        "INT8 products go on without the kernel triton"
-    ]

@@ -131,22 +131,3 @@ def test_who_is_forgotten_on_another_machine_while_a_cut_is_made_is_not_in_it(
     assert main(["curate", "--capture", gateway.bucket.uri, "--out", str(tmp_path / "cut"), "--heldout", "0"]) == 0
     found = "".join((tmp_path / "cut" / name).read_text() for name in (TRAIN, RECENT))
     assert "secret 1?" not in found and "secret 2?" in found
-
-
-def test_a_vote_that_comes_while_another_machine_forgets_is_not_lost(
-    s3: Service, uri: str, at: Callable[..., Capture], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gateway = at("gateway", create=True)
-    wrote(gateway, "abc")
-    one = at("one")
-    replace = forget._replace
-
-    def meanwhile(path: Path, lines: list[dict[str, object]]) -> None:
-        monkeypatch.setattr(forget, "_replace", replace)
-        Votes(gateway).put(Vote("of-d", "d", correction="words of d"))
-        gateway.sent()
-        replace(path, lines)
-
-    monkeypatch.setattr(forget, "_replace", meanwhile)
-    assert forget.forget(one, subject="a").votes == 1
-    assert there(s3, uri) == (["b", "c"], ["b", "c", "d"])

@@ -21,7 +21,7 @@ from shoal.train import log
 from shoal.train.plan import pretrain_plan
 from tests.corpus import write_corpus
 from tests.on_ray.autoscaled import MOST, Autoscaled, autoscaled
-from tests.on_ray.test_one_replica import Load, ask
+from tests.on_ray.load import Load, ask
 from tests.on_ray.test_serve import free_port, replicas, until
 from tests.s3 import Service, service, upload
 from tests.unit.engine.lively import lively

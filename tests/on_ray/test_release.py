@@ -16,7 +16,7 @@ from shoal.api.serve_args import ServeArgs
 from shoal.loop.release import Release
 from shoal.on_ray import serve
 from shoal.on_ray.serve_config import serve_config
-from tests.on_ray.test_one_replica import BODY, QUEUE, Load
+from tests.on_ray.load import BODY, QUEUE, Load
 from tests.on_ray.test_serve import free_port, until
 from tests.unit.engine.lively import lively
 

@@ -134,31 +134,6 @@ def kinds(service: Service) -> set[str]:
     }
 
 
-def test_a_slip_in_a_changed_file_stops_no_replica_that_starts_later(
-    service: Service, undisturbed: list[dict[str, Any]]
-) -> None:
-    """It takes what was loaded last, and so does one more; the slip is shown until it is mended."""
-    service.again(deployments=weights(service.models["second"]))
-    second = whole_of(service.models["second"], 0)
-    until(lambda: len(kinds(service)) == 1 and new_answer(service) == second, 60)
-    slip = weights(service.models["second"] / "missing")
-    service.again(deployments=slip)
-    until(lambda: service.stats().get("weights_update_refused") == 2, 60)
-    old = {process.pid for process in replicas(ENGINE)}
-    for process in replicas(ENGINE):
-        process.kill()
-    assert new_answer(service) == second
-    two_of_it(service)
-    assert not old & {process.pid for process in replicas(ENGINE)}
-    assert service.stats()["weights_update_refused"] == 2
-    service.again(deployments=[{**slip[0], "num_replicas": 3}])
-    until(lambda: service.stats().get("num_replicas") == 3, 60)
-    assert service.stats()["weights_update_refused"] == 3
-    service.again(deployments=weights(service.models["second"]))
-    until(lambda: service.stats().get("weights_update_refused") == 0 and service.stats()["num_replicas"] == 2, 60)
-    assert new_answer(service) == second
-
-
 def test_a_replica_that_is_stopped_loses_its_streams_to_the_other_and_nothing_else(
     service: Service, undisturbed: list[dict[str, Any]]
 ) -> None:

@@ -110,9 +110,11 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(scope="session")
-def served() -> ServedModel:
-    return ServedModel("fish", presets.get("test").model, Tokenizer.bytes_only())
+@pytest.fixture(scope="module")
+def served(request: pytest.FixtureRequest) -> ServedModel:
+    """Of the preset `test`, or of a module's PRESET where more must fit the context; a letter a token."""
+    preset = getattr(request.module, "PRESET", "test")
+    return ServedModel("fish", presets.get(preset).model, Tokenizer.bytes_only())
 
 
 @pytest.fixture

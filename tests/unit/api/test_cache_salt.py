@@ -10,17 +10,17 @@ from typing import Any
 import httpx
 import pytest
 
-from shoal import Engine, Model, Request, presets
+from shoal import Engine, Model, Request
 from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys, parsed
 from shoal.api.serve_args import ServeArgs
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
 from shoal.engine.front import AsyncEngine
-from shoal.inputs.tokenizer import Tokenizer
 from shoal.vllm_plugin.options import cache_salt
 
 pytestmark = pytest.mark.anyio
+PRESET = "small"  # of the model: its context holds a chat and tools
 
 Connect = Callable[..., httpx.AsyncClient]
 
@@ -33,11 +33,6 @@ GENERATES: dict[str, dict[str, Any]] = {
     "/v1/messages": {"messages": CHAT, "max_tokens": 4},
 }
 KEYS = ["ann", "bob", "cat tenant=shop", "dan tenant=shop", "eve tenant=ann"]
-
-
-@pytest.fixture(scope="module")
-def served() -> ServedModel:
-    return ServedModel("fish", presets.get("small").model, Tokenizer.bytes_only())
 
 
 async def salts(http: httpx.AsyncClient, engine: Any, path: str) -> dict[str, str]:

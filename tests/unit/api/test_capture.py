@@ -10,7 +10,6 @@ from typing import Any
 import httpx
 import pytest
 
-from shoal import presets
 from shoal.api.app import build_app
 from shoal.api.capture import CaptureArgs
 from shoal.api.served import ServedModel
@@ -19,22 +18,16 @@ from shoal.api.split import Split
 from shoal.api.trial import Trial
 from shoal.engine.events import Finished, Signals
 from shoal.errors import GenerationError
-from shoal.inputs.tokenizer import Tokenizer
 from shoal.loop.canary_state import Canary
 from shoal.loop.capture import Capture, subject
 from tests.canaries import seen
 
 pytestmark = pytest.mark.anyio
+PRESET = "small"  # of the model: its context holds a chat and tools
 Connect = Callable[..., httpx.AsyncClient]
 
 SECRET = "the sea is full of herring"
 CHAT = {"model": "fish", "messages": [{"role": "user", "content": SECRET}], "max_tokens": 9}
-
-
-@pytest.fixture(scope="module")
-def served() -> ServedModel:
-    """One whose context holds tools, a letter a token."""
-    return ServedModel("fish", presets.get("small").model, Tokenizer.bytes_only())
 
 
 @pytest.fixture

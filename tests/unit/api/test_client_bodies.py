@@ -8,11 +8,10 @@ from typing import Any
 import httpx
 import pytest
 
-from shoal import presets
 from shoal.api.served import ServedModel
-from shoal.inputs.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.anyio
+PRESET = "small"  # of the model: its context holds a chat and tools
 
 SCHEMA = {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}
 CLAUDE_CODE = {
@@ -104,12 +103,6 @@ CODEX = {
     "text": {"verbosity": "low"},
     "client_metadata": {"x-codex-installation-id": "i"},
 }
-
-
-@pytest.fixture(scope="module")
-def served() -> ServedModel:
-    """One whose context holds tools, a letter a token."""
-    return ServedModel("fish", presets.get("small").model, Tokenizer.bytes_only())
 
 
 def text_of(engine: Any, served: ServedModel) -> str:

@@ -62,28 +62,6 @@ async def test_payers_take_turns_and_who_leaves_costs_nothing() -> None:
     assert await start("last", "a") == "last"
 
 
-async def test_work_that_raises_and_a_caller_that_leaves_give_their_places_back() -> None:
-    entry, client = Entry(1), Client()
-
-    def fail() -> None:
-        raise KeyError("x")
-
-    for _ in range(3):
-        with pytest.raises(KeyError):
-            await entry.run("a", "", client.receive, fail)
-    go_on = threading.Event()
-    running = asyncio.create_task(entry.run("a", "", client.receive, lambda: go_on.wait(60)))
-    await asyncio.sleep(0.05)
-    waits = asyncio.create_task(entry.run("a", "", client.receive, lambda: None))
-    await asyncio.sleep(0)
-    running.cancel()
-    go_on.set()
-    await asyncio.wait({running})
-    waits.cancel()
-    await asyncio.wait({waits})
-    assert await asyncio.wait_for(entry.run("b", "", client.receive, lambda: 7), 60) == 7
-
-
 async def through(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What an app behind `Present` hears of a connection that brings `messages`, and then nothing."""
     coming, heard = asyncio.Queue[dict[str, Any]](), list[dict[str, Any]]()

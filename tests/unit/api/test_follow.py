@@ -192,26 +192,6 @@ def test_a_canary_that_is_taken_back_while_it_is_loaded_gets_nothing(release: Re
     run(work)
 
 
-def test_a_canary_that_does_not_go_is_ended_again_and_one_of_a_gateway_before_as_well(release: Release) -> None:
-    async def work() -> None:
-        deploys = Deploys()
-        deploys.running = 1  # of a gateway that was killed; the release has none any more
-        one = follower(release, deploys)
-        await one.look()
-        assert deploys.running == 0
-        release.begin(why="try")
-        await one.look()
-        assert deploys.running == 1
-        release.rollback(why="bad")
-        deploys.refuses = 1
-        with pytest.raises(EngineDeadError):
-            await one.look()
-        await one.look()
-        assert deploys.running == 0
-
-    run(work)
-
-
 def saw(one: Follower, people: int, failures: int = 0) -> None:
     """A gateway's canary answers so many people, of whom some get failures; the stable version as many, who get none."""
     trial = one._split.trial

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from shoal.api import fresh
-from shoal.api.fresh import EVERY_SECONDS, KNOWN_SECONDS, Fresh
+from shoal.api.fresh import EVERY_SECONDS, Fresh
 from tests.unit.api.conftest import Scripted
 
 pytestmark = pytest.mark.anyio
@@ -43,28 +43,6 @@ async def test_a_second_has_one_question_however_many_ask(now: list[float]) -> N
     await known.get()
     await all_that_can_run()
     assert await known.get() == 2 and len(asked) == 2
-
-
-async def test_a_slow_answer_is_not_waited_for_where_one_is_known(now: list[float]) -> None:
-    slow = asyncio.Event()
-    slow.set()
-    answers = iter(["first", "second"])
-
-    async def ask() -> str:
-        await slow.wait()
-        return next(answers)
-
-    known = Fresh(ask, lambda: now[0])
-    assert await known.get() == "first"
-    slow.clear()
-    now[0] += EVERY_SECONDS
-    assert [await known.get() for _ in range(3)] == ["first"] * 3
-    now[0] += KNOWN_SECONDS  # too old to be told: it is waited for, and who leaves ends it for nobody
-    waiting = [asyncio.create_task(known.get()) for _ in range(2)]
-    await all_that_can_run()
-    waiting[0].cancel()
-    slow.set()
-    assert await waiting[1] == "second"
 
 
 async def test_callers_of_metrics_models_and_probes_ask_an_engine_once(

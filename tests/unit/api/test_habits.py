@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import sys
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
-from PIL import Image
 
 from shoal.api.auth import ApiKeys
 from shoal.api.page import chat_page
@@ -117,19 +115,6 @@ class TestOtherSpellings:
         for lines in (data, base64.encodebytes(base64.b64decode(data)).decode(), data.replace("A", "A\r\n ")):
             assert (await http.post(URL, json={**BODY, "messages": image(f"{head},{lines}")})).status_code == 200
         assert len({request.prompt.images[0].sha256() for request in engine.requests}) == 1
-
-    async def test_a_gif_is_read_where_it_stands_still(self, http: httpx.AsyncClient, engine: Any) -> None:
-        frames = [Image.new("P", (12, 12), shade) for shade in (0, 1)]
-        for more, status in ((frames[1:], 400), ([], 200)):
-            file = io.BytesIO()
-            frames[0].putpalette([255, 0, 0, 0, 0, 255])
-            frames[1].putpalette([255, 0, 0, 0, 0, 255])
-            frames[0].save(file, "GIF", save_all=bool(more), append_images=more)
-            url = "data:image/gif;base64," + base64.b64encode(file.getvalue()).decode()
-            reply = await http.post(URL, json={**BODY, "messages": image(url)})
-            assert reply.status_code == status, reply.text
-        red = engine.requests[0].prompt.images[0].values.reshape(-1, 3)
-        assert (red == [255, 0, 0]).all()
 
 
 class TestMethods:

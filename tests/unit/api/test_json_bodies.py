@@ -15,7 +15,7 @@ from shoal.api.app import build_app
 from shoal.api.batches import lines
 from shoal.api.bodies import ChatRequest, EmbeddingRequest
 from shoal.api.capture import CaptureArgs
-from shoal.api.json_text import dumps, loads, pieces, value_of
+from shoal.api.json_text import loads
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
 from shoal.api.wire import parse
@@ -26,35 +26,6 @@ NUMBERS = ["1e999", "-1e999", "NaN", "Infinity", "-Infinity", "9" * 400, "9" * 5
 ODD = [*NUMBERS, '"\\ud800"', '"\\udc00\\ud800"', "[" * 300 + "]" * 300]
 SCHEMA = {"type": "object", "properties": {"n": {"type": "number", "maximum": "HERE"}}}
 CHAT = {"model": "fish", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
-PLACES = {
-    "/v1/chat/completions": [
-        (
-            {**CHAT, "tools": [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}]},
-            "tools[0].function.parameters.properties.n.maximum",
-        ),
-        (
-            {
-                **CHAT,
-                "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}},
-            },
-            "response_format.json_schema.schema.properties.n.maximum",
-        ),
-        ({**CHAT, "structured_outputs": {"json": SCHEMA}}, "structured_outputs.json.properties.n.maximum"),
-        ({**CHAT, "chat_template_kwargs": {"a": ["HERE"]}}, "chat_template_kwargs.a[0]"),
-    ],
-    "/v1/responses": [
-        (
-            {"model": "fish", "input": "hi", "tools": [{"type": "function", "name": "f", "parameters": SCHEMA}]},
-            "tools[0].parameters.properties.n.maximum",
-        ),
-    ],
-    "/v1/messages": [
-        (
-            {**CHAT, "tools": [{"name": "f", "input_schema": SCHEMA}]},
-            "tools[0].input_schema.properties.n.maximum",
-        ),
-    ],
-}
 
 
 def app(model: ServedModel, engine: Any, folder: Path) -> Any:
@@ -94,29 +65,6 @@ async def test_every_route_names_the_place_of_what_is_no_json(served: ServedMode
                 told = json.dumps(error)
                 assert "x[1].y" in told, (path, odd[:20], told)
     assert asked >= len(ODD) * 12
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize("odd", ODD, ids=[odd[:12] + str(len(odd)) for odd in ODD])
-async def test_a_schema_with_what_is_no_json_is_refused_at_its_place(http: httpx.AsyncClient, odd: str) -> None:
-    for path, places in PLACES.items():
-        for body, place in places:
-            reply = await http.post(path, content=with_(body, odd), headers=HEADERS)
-            assert reply.status_code == 400, (path, place)
-            assert place in reply.json()["error"]["message"]
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize(
-    "odd", ["1e308", "9" * 300, "-1e-999", str(2**64 + 1), "[" * 180 + "]" * 180, '"\\ud83d\\ude00"']
-)
-async def test_what_is_json_never_ends_in_a_500(http: httpx.AsyncClient, odd: str) -> None:
-    """Where a client may say anything it may say that; what a grammar cannot follow is a 400."""
-    for path, places in PLACES.items():
-        for body, place in places:
-            for stream in (False, True):
-                reply = await http.post(path, content=with_({**body, "stream": stream}, odd), headers=HEADERS)
-                assert reply.status_code in (200, 400), (path, place, reply.text)
 
 
 def test_a_bad_line_of_a_batch_is_refused_alone() -> None:
@@ -163,35 +111,6 @@ def test_brackets_are_counted_before_each_is_made(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(json_text, "MOST_BRACKETS", 10)
     with pytest.raises(RequestError, match="11 brackets"):
         loads(b"[" + b"[],{}," * 5 + b"1]")
-
-
-def test_pieces_are_the_same_json_as_the_whole() -> None:
-    def made() -> dict[str, Any]:
-        return {
-            "a": 1,
-            "many": list(range(5000)),
-            "lazy": iter([{"x": [1, "é"]}, *range(40), None]),
-            "raw": iter([b'{"raw":true}', b"7"]),
-            "told": b'{"a": "b"}',
-            "none": iter([]),
-            "empty": {},
-            "lists": [[], [1], {"b": iter([2, 3])}, "t"],
-            "big": 10**30,
-        }
-
-    told = b"".join(pieces(made()))
-    assert json.loads(told) == {
-        **made(),
-        "lazy": [{"x": [1, "é"]}, *range(40), None],
-        "raw": [{"raw": True}, 7],
-        "told": {"a": "b"},
-        "none": [],
-        "lists": [[], [1], {"b": [2, 3]}, "t"],
-    }
-    assert value_of(made()) == json.loads(told)
-    assert dumps({"a": iter([1, iter("b")])}) == b'{"a":[1,["b"]]}'
-    with pytest.raises(ValueError):
-        b"".join(pieces({"a": iter([float("nan")])}))
 
 
 def test_a_name_of_megabytes_is_not_compared_with_every_field() -> None:

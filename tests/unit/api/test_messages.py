@@ -9,17 +9,16 @@ from typing import Any
 import httpx
 import pytest
 
-from shoal import presets
 from shoal.api.auth import ApiKeys
 from shoal.api.served import ServedModel
 from shoal.engine.events import Finished
 from shoal.errors import EngineDeadError, GenerationError, QueueFullError
-from shoal.inputs.tokenizer import Tokenizer
 from tests.unit.api.test_chat import URL as CHAT_URL
 from tests.unit.api.test_chat import png
 from tests.unit.api.test_tools import CALL
 
 pytestmark = pytest.mark.anyio
+PRESET = "small"  # of the model: its context holds a chat and tools
 
 URL = "/v1/messages"
 COUNT = "/v1/messages/count_tokens"
@@ -36,12 +35,6 @@ IMAGE = {"type": "image", "source": SOURCE}
 ASKED = {"role": "assistant", "content": [USE]}
 RESULT = {"type": "tool_result", "tool_use_id": "c1"}
 FIRST = "messages[0].content[0]"
-
-
-@pytest.fixture(scope="module")
-def served() -> ServedModel:
-    """One whose context holds tools, a letter a token."""
-    return ServedModel("fish", presets.get("small").model, Tokenizer.bytes_only())
 
 
 def user(*blocks: dict[str, Any]) -> dict[str, Any]:

@@ -7,17 +7,15 @@ from typing import Any
 import httpx
 import pytest
 
-from shoal import presets
-from shoal.api.served import ServedModel
 from shoal.engine.events import Finished
 from shoal.errors import GenerationError, QueueFullError
-from shoal.inputs.tokenizer import Tokenizer
 from tests.unit.api.test_chat import URL as CHAT_URL
 from tests.unit.api.test_chat import png
 from tests.unit.api.test_messages import CALLED, HI, SCHEMA, said
 from tests.unit.api.test_tools import CALL
 
 pytestmark = pytest.mark.anyio
+PRESET = "small"  # of the model: its context holds a chat and tools
 
 URL = "/v1/responses"
 BODY: dict[str, Any] = {"model": "fish", "input": "hi"}
@@ -30,12 +28,6 @@ SAID = {
     "type": "message", "id": "msg_1", "status": "completed", "role": "assistant",
     "content": [{"type": "output_text", "text": "so", "annotations": [], "logprobs": []}],
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def served() -> ServedModel:
-    """One whose context holds tools, a letter a token."""
-    return ServedModel("fish", presets.get("small").model, Tokenizer.bytes_only())
 
 
 async def ask(http: httpx.AsyncClient, **fields: Any) -> Any:

@@ -301,23 +301,3 @@ def test_one_person_counts_once_whatever_becomes_of_her_conversations(named: boo
         assert seen(trial.evidence, "canary", "down")[1] == (0 if named else 1)
 
     asyncio.run(work())
-
-
-def test_a_vote_on_an_answer_of_another_gateway_is_counted_there() -> None:
-    async def work() -> None:
-        told: list[tuple[str, str | None, str | None]] = []
-        here, there = split(Engine(0)), split(Engine(0))
-        for made in (here, there):
-            made._vote_elsewhere = lambda *vote: told.append(vote)
-        await read(there, Request([5], id="r"), Note(id="a"))
-        here.voted("a", "ann", "down")
-        assert told == [("a", "ann", "down")] and here.trial is not None
-        assert seen(here.trial.evidence, "canary", "down") == (0, 0)
-        assert [made.counts_vote(*told[0]) for made in (here, there)] == [False, True]
-        assert there.trial is not None and seen(there.trial.evidence, "canary", "down") == (1, 1)
-        there.voted("a", "ann", "up")
-        here.trial = None
-        here.voted("a", "ann", "up")
-        assert len(told) == 1, "what is counted here goes nowhere, and without a trial nothing does"
-
-    asyncio.run(work())

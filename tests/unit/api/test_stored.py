@@ -11,17 +11,15 @@ import httpx
 import openai
 import pytest
 
-from shoal import presets
 from shoal.api.auth import ApiKeys
 from shoal.api.capture import CaptureArgs
-from shoal.api.served import ServedModel
-from shoal.inputs.tokenizer import Tokenizer
 from shoal.loop.capture import Capture
 from shoal.loop.texts import Texts
 from shoal.loop.votes import Votes
 from shoal.loop.writer import Bounds
 
 pytestmark = pytest.mark.anyio
+PRESET = "small"  # of the model: its context holds a chat and tools
 Connect = Callable[..., httpx.AsyncClient]
 
 KEYS = ApiKeys(["shop-key name=shop texts=yes", "other-key name=other texts=yes", "plain-key name=plain"])
@@ -32,12 +30,6 @@ CHAT: dict[str, Any] = {
     "store": True,
     "metadata": {"workload": "orders"},
 }
-
-
-@pytest.fixture(scope="module")
-def served() -> ServedModel:
-    """One whose context holds a chat, a letter a token."""
-    return ServedModel("fish", presets.get("small").model, Tokenizer.bytes_only())
 
 
 @pytest.fixture

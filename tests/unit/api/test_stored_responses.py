@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal import presets
 from shoal.api.auth import ApiKeys
 from shoal.api.capture import CaptureArgs
 from shoal.api.limits import Limits
@@ -25,7 +24,6 @@ from shoal.api.responses.items import kept_items, read_items
 from shoal.api.served import ServedModel
 from shoal.engine.events import Finished
 from shoal.errors import GenerationError
-from shoal.inputs.tokenizer import Tokenizer
 from shoal.loop.capture import Capture
 from shoal.loop.forget import forget
 from shoal.loop.texts import Responses, Texts
@@ -34,17 +32,12 @@ from tests.unit.api.test_responses import LOG
 from tests.unit.api.test_tools import CALL
 
 pytestmark = pytest.mark.anyio
+PRESET = "small"  # of the model: its context holds a chat and tools
 Connect = Callable[..., httpx.AsyncClient]
 
 KEYS = ApiKeys(["shop-key name=shop texts=yes", "other-key name=other texts=yes", "plain-key name=plain"])
 ASK: dict[str, Any] = {"model": "fish", "input": "How deep?", "store": True}
 URL = "/v1/responses"
-
-
-@pytest.fixture(scope="module")
-def served() -> ServedModel:
-    """One whose context holds a chat, a letter a token."""
-    return ServedModel("fish", presets.get("small").model, Tokenizer.bytes_only())
 
 
 @pytest.fixture

@@ -278,35 +278,6 @@ class Answer:
         return self.value
 
 
-@pytest.mark.parametrize(
-    ("answers", "error"),
-    [
-        (("well", None), None),  # one is silent
-        ((ActorDiedError(), "well"), None),
-        ((OtherModelError("another tokenizer"), ActorDiedError()), "another tokenizer"),
-        ((None, None), "no engine replica answers"),
-    ],
-)
-def test_a_model_is_served_while_any_replica_is_well(
-    answers: tuple[object, ...], error: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No question is taken back while it may be answered: a replica that wakes would tell each of them as an error."""
-    if answers == (None, None):
-        monkeypatch.setattr("shoal.on_ray.clients.ANSWER_SECONDS", 0.05)
-    handle = Asked(*answers)
-
-    async def ask() -> int:
-        client = ReplicaClient(handle, may_be_none=False, reads="r")  # type: ignore[arg-type]
-        if error is None:
-            await client.check_health()
-        else:
-            with pytest.raises(EngineDeadError, match=error):
-                await client.check_health()
-        return handle.cancelled
-
-    assert asyncio.run(asyncio.wait_for(ask(), 60)) == 0
-
-
 class Engine:
     """As much of an engine as a replica needs to change its weights."""
 

@@ -17,7 +17,6 @@ from ray.serve.request_router import PendingRequest, ReplicaID
 
 from shoal.engine.events import Request
 from shoal.on_ray.absence import NoReplicaError
-from shoal.on_ray.calls import Wanted
 from shoal.on_ray.routing import AffinityRouter
 
 MINUTES = 120.0  # that a test waits for what must come, at most
@@ -90,26 +89,6 @@ def test_replicas_are_asked_one_question_at_a_time_for_as_long_as_there_are_any(
         assert router._watching is not watching
         lively.answers.clear()
         await until(lambda: lively.open == 1)
-        router._watching.cancel()
-
-    asyncio.run(run())
-
-
-def test_a_call_goes_where_its_beginning_is_and_its_replica_is_known_so_that_it_can_be_cut_off() -> None:
-    async def run() -> None:
-        router, replicas = made("a", "b", "c")
-        request = Request(list(range(20, 60)))
-        router._affinity.remember(router._keys(pending(request)), "b")
-        wanted = Wanted("call", "", None, frozenset())
-        cut: list[str] = []
-        router._pulse.opened("call", lambda: cut.append("call"))
-        async with asyncio.timeout(MINUTES):
-            assert await router._choose_replica_for_request(pending(request, wanted)) is replicas[1]
-            avoiding = pending(request, Wanted("other", "", None, frozenset({"b"})))
-            assert await router._choose_replica_for_request(avoiding) is not replicas[1]
-        for _ in range(9):
-            router._pulse.missed("b")
-        assert router._pulse.cut_off() == 1 and cut == ["call"]
         router._watching.cancel()
 
     asyncio.run(run())
