@@ -281,7 +281,7 @@ def test_thumbs_on_answers_of_the_trial_are_evidence_and_the_newest_of_a_person_
         assert trial is not None
         for answer in ("a", "a2", "b"):
             trial.takes = lambda conversation, answer=answer: answer != "b"  # type: ignore[method-assign,misc]
-            await read(made, Request([5], id="r"), Note(id=answer))
+            await read(made, Request([5], id="r"), Note(id=answer, conversation=answer.encode()))
         made.voted("a", "ann", "down")
         made.voted("a", "ann", "down")
         made.voted("a2", "ann", "down")
@@ -290,12 +290,46 @@ def test_thumbs_on_answers_of_the_trial_are_evidence_and_the_newest_of_a_person_
         made.voted("b", "cid", "up")
         made.voted("b", "ann", "down")
         made.voted("before the trial", "dan", "down")
-        assert [seen(trial.evidence, side, "down") for side in ("canary", "stable")] == [(2, 1), (1, 0)]
+        assert [seen(trial.evidence, side, "down") for side in ("canary", "stable")] == [(1, 1), (1, 0)]
         made.voted("a", "ann", None)
-        assert seen(trial.evidence, "canary", "down") == (1, 0)
+        assert seen(trial.evidence, "canary", "down") == (0, 0)
+        trial.takes = lambda conversation: True  # type: ignore[method-assign,misc]
         for person in range(40):
-            made.voted("a", str(person), "down")
+            await read(made, Request([5], id="r"), Note(id=f"{person}", conversation=b"%d" % person))
+            made.voted(f"{person}", f"{person}", "down")
         assert made.condemned() is trial and "thumbs down" in trial.decided[1]
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("person", ["", "ann"])
+def test_of_one_who_asks_one_votes_whatever_names_and_answers_there_are(person: str) -> None:
+    """A version is drawn once for a conversation, and for a person once a step: forty names that vote on it are no forty."""
+
+    async def work() -> None:
+        made = split(Engine(0))
+        assert (trial := made.trial) is not None
+        for turn in range(3):
+            await read(made, Request([5], id="r"), Note(id=f"{turn}", conversation=b"one", person=person))
+            for name in range(40):
+                made.voted(f"{turn}", f"invented {turn} {name}", "down")
+        assert seen(trial.evidence, "canary", "down") == (1, 1) and made.condemned() is None
+        assert len(trial.evidence.own) == 2, "nor do they take the place of those who ask"
+
+    asyncio.run(work())
+
+
+def test_votes_on_answers_of_a_trial_before_are_no_evidence_of_this_one() -> None:
+    """Those of a version that was taken back counted as the stable one's."""
+
+    async def work() -> None:
+        made = split(Engine(0))
+        await read(made, Request([5], id="r"), Note(id="a", conversation=b"a"))
+        assert made.trial is not None
+        for label in ("3.canary", "2.canary"):
+            made.trial = Trial(Engine(0), label, Canary(int(label[0]), 3, "now", began=9), made.pace)  # type: ignore[arg-type]
+            made.voted("a", "ann", "down")
+            assert not made.trial.evidence.own
 
     asyncio.run(work())
 
