@@ -8,11 +8,16 @@ import random
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from shoal.api.bodies import ChatRequest
+from shoal.api.messages.bodies import MessagesRequest
 from shoal.api.meter import Meter
+from shoal.api.responses.bodies import ResponsesRequest
+from shoal.api.service import _conversation
 from shoal.api.split import Note, Split
 from shoal.api.trial import Trial
 from shoal.engine.events import LATER, Event, Finished, FinishReason, Request, Signals, Token
@@ -239,6 +244,47 @@ def test_who_leaves_ends_the_canarys_work_and_counts_against_nobody() -> None:
         assert trial is not None and (canary.open, trial.running, *seen(trial.evidence, "canary")) == (0, 0, 0, 0)
 
     asyncio.run(work())
+
+
+def as_chat(system: str, *turns: str) -> ChatRequest:
+    return ChatRequest.model_validate(
+        {"model": "m", "messages": [{"role": "system", "content": system}, *as_turns(turns)]}
+    )
+
+
+def as_message(system: str, *turns: str) -> MessagesRequest:
+    return MessagesRequest.model_validate(
+        {"model": "m", "max_tokens": 9, "system": system, "messages": as_turns(turns)}
+    )
+
+
+def as_items(system: str, *turns: str) -> ResponsesRequest:
+    return ResponsesRequest.model_validate({"model": "m", "instructions": system, "input": as_turns(turns)})
+
+
+def as_text(system: str, *turns: str) -> ResponsesRequest:
+    """Its first turn a text, and of those after it what the clients send: all."""
+    given = turns[0] if len(turns) == 1 else as_turns(turns)
+    return ResponsesRequest.model_validate({"model": "m", "instructions": system, "input": given})
+
+
+def as_turns(turns: Sequence[str]) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(turns)]
+
+
+@pytest.mark.parametrize("form", [as_chat, as_message, as_items, as_text])
+def test_conversations_under_one_long_instruction_are_told_apart_in_each_form_of_chat(form: Callable[..., Any]) -> None:
+    """Else all of a key's are one: drawn for one version, and one person, of whom no canary is decided."""
+    access = SimpleNamespace(priority=0, key=None, facts={}, columns={})
+    request: Any = SimpleNamespace(state=SimpleNamespace(access=access), client=SimpleNamespace(host="127.0.0.1"))
+
+    def talk(*turns: str) -> bytes:
+        return _conversation(request, form("You are an assistant. " * 100, *turns))
+
+    assert talk("hello") and talk("hello") == talk("hello", "Good day", "a fish?") != talk("a fish?")
+    if form is as_items:
+        access.columns["conversation"] = "stored"  # its turns before
+        assert talk("and then?") == talk("why?") and b"stored" in talk("why?")
 
 
 def test_a_conversation_stays_and_whom_few_reach_many_reach_as_well() -> None:
