@@ -9,10 +9,8 @@ from shoal.errors import UsageError
 
 SHARES = (0.0, 0.05, 0.25, 0.5)  # of the conversations, by step; step 0: copies
 SHADOWS, PEOPLE = 200, 300  # that a step takes at least
-MOST_SHADOWS, MOST = (
-    9_000,
-    900,
-)  # that it may take: of those that a gateway keeps (`evidence`) so many surely are a canary's
+# that it may take: of those that a gateway keeps (`evidence`) so many surely are a canary's
+MOST_SHADOWS, MOST = 9_000, 900
 
 
 @dataclass(frozen=True)

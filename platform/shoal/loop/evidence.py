@@ -79,9 +79,8 @@ class Evidence:
     counts: np.ndarray = field(default_factory=none)  # of both
     asking: set[str] = field(default_factory=set)  # keys that have asked, at any gateway
     votes: dict[str, np.ndarray] = field(default_factory=dict)  # key -> the part of `counts` that its votes are
-    kept: Counter[tuple[int, bool]] = field(
-        default_factory=Counter
-    )  # people of `own`, by step, and apart those who vote
+    # people of `own`, by step, and apart those who vote
+    kept: Counter[tuple[int, bool]] = field(default_factory=Counter)
 
     def part(self, step: int, who: str, talk: bytes, *, canary: bool, at: float, api_key: str = "") -> str | None:
         """Under which key a request of this person counts; None where another conversation of the person does."""
