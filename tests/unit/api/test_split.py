@@ -339,7 +339,7 @@ def test_thumbs_on_answers_of_the_trial_are_evidence_and_the_newest_of_a_person_
         assert [seen(trial.evidence, side, "down") for side in ("canary", "stable")] == [(1, 1), (1, 0)]
         made.voted("a", "ann", None)
         assert seen(trial.evidence, "canary", "down") == (0, 0)
-        trial.takes = lambda conversation: True  # type: ignore[method-assign,misc]
+        trial.takes = lambda conversation: True  # type: ignore[method-assign]
         for person in range(40):
             await read(made, Request([5], id="r"), Note(id=f"{person}", conversation=b"%d" % person))
             made.voted(f"{person}", f"{person}", "down")
