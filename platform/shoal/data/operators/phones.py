@@ -13,7 +13,7 @@ from functools import lru_cache
 import phonenumbers
 from phonenumbers import NumberParseException
 
-from shoal.data.operators.secret_tokens import Span
+from shoal.data.operators.secret_tokens import AFTER, BEFORE, Span
 
 # whose numbers are looked for where no country code is given
 REGIONS = (
@@ -27,7 +27,7 @@ _WORDS = (
     "|celular|whatsapp|sms|fax"
 )
 _PHONE = re.compile(
-    rf"(?<![\w.+/=-])(?<!\d{_GAP})(?:"
+    rf"(?:(?<![\w.+/-])|(?<=/)(?=\+))(?<!\d{_GAP})(?:"
     rf"(?P<abroad>\+[1-9]\d{{0,2}}{_GROUPS}{{1,6}}|00[1-9]\d{{6,13}}|00{_GAP}?[1-9]\d{{0,2}}{_GAP}{_GROUPS}{{1,6}})"
     # (555) 123-4567, 1-800-555-0199, 555 123 4567; but no three of more numbers in a row
     rf"|(?P<american>(?:1{_GAP})?(?:\(\d{{3}}\) ?|[2-9]\d{{2}}{_GAP})\d{{3}}{_GAP}\d{{4}}(?!{_GAP}\d))"
@@ -36,7 +36,7 @@ _PHONE = re.compile(
     rf")(?![\w-])(?!{_GAP}\d)"
 )
 _NAMED = re.compile(
-    rf"\b(?:{_WORDS})\b(?:[\s:=#.\"']|\b(?:no|nr|number|nummer|num\u00e9ro|n\u00famero|is|ist)\b){{0,6}}(?<!\w)"
+    rf"{BEFORE}(?:{_WORDS})s?{AFTER}(?:[\s:=#.\"'>|]|[_-]?(?:no|nr|num|number|nummer|num\u00e9ro|n\u00famero|is|ist){AFTER}){{0,6}}(?<!\w)"
     rf"(?P<number>\(?\d{_GROUPS}{{1,6}})(?![\w-]|\.\d)", re.IGNORECASE,
 )  # fmt: skip
 _DATE = re.compile(r"(?:\d{1,2}([./-])\d{1,2}\1(?:19|20)\d\d|(?:19|20)\d\d([./-])\d{1,2}\2\d{1,2})(?!\d)")
