@@ -228,8 +228,8 @@ def test_every_command_of_a_page_exists() -> None:
 
 
 def test_every_option_of_a_command_in_a_sentence_exists() -> None:
-    """Of those in backquotes, which may leave out what the page has said. The log names what there was."""
-    for page in (page for page in PAGES if page.name != "log.md"):
+    """Of those in backquotes, which may leave out what the page has said."""
+    for page in PAGES:
         for text in re.findall(r"`(shoal [a-z][^`]*)`", page.read_text()):
             words = shlex.split(text)
             name = next((n for n in (" ".join(words[1:3]), words[1]) if n in COMMANDS), None)
@@ -273,12 +273,11 @@ def test_every_link_of_a_page_leads_somewhere() -> None:
 
 
 def test_every_file_that_a_page_names_is_there() -> None:
-    """Words in backquotes that look like a path of this repository or of the package. The log names files as they were on the
-    day of the entry, which is never changed."""
+    """Words in backquotes that look like a path of this repository or of the package."""
     package = ROOT / "platform" / "shoal"
     places = [ROOT, package, *(place for place in package.iterdir() if place.is_dir())]
     lost = list[str]()
-    for page in (page for page in PAGES if page.name != "log.md"):
+    for page in PAGES:
         for word in re.findall(r"`([\w./-]+/[\w./-]*|\w+\.(?:py|yaml|toml))`", page.read_text()):
             if word.startswith(("runs/", "/", "DIR/", "RUN/")) or word == "platform/__init__.py":
                 continue

@@ -13,10 +13,10 @@ place, and a line of a program reads further back, the lower its level is.
     order       who stands beyond whom; one of either side   which of the two is before  facts from the middle to them
 
 What a fact stands on was said before it, and what it comes to is taught where it stands (the trace) and never shown: with
-tables in any order, and taught by questions alone, a quarter of an hour of `mini` on a core learns the first level and no other
-(docs/log.md, 2026-11-29). A pair, an assignment, a sum and an item are one token each ("a=b", "a:b+1"), a question one or two
-("?a"): minutes of a CPU core do not teach a model to put two tokens together first. Counting is no composition: how many marks
-of a letter are ones, one layer learned at every level.
+tables in any order, and taught by questions alone, a quarter of an hour of `mini` on a core learns the first level alone. A
+pair, an assignment, a sum and an item are one token each ("a=b", "a:b+1"), a question one or two ("?a"): minutes of a CPU core
+do not teach a model to put two tokens together first. Counting is no composition: how many marks of a letter are ones, one
+layer learned at every level.
 
 Letters: n instances, T tokens of an instance, Q questions about each, q tokens of a question.
 """

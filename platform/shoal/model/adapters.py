@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from shoal.model.net import Net
 
 Pair = tuple[Tensor, Tensor]  # A [r, I] and B [r, O]; the scale is in B
-IN_LOOPS = 64  # rows up to which the compiled loop is used (docs/log.md)
+IN_LOOPS = 64  # rows up to which the compiled loop is used
 NONE = -1  # of a row without an adapter
 LINEARS = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")  # of a layer
 

@@ -27,7 +27,7 @@ from shoal.train.parallel import Ranks
 T = TypeVar("T")
 
 SOLVED_ON = 2.7  # tokens for each inner channel of an exit that its last matrix is solved on
-RIDGE = 3e-3  # of the mean channel's energy, added to each: the best of 3e-4 to 1 for SmolLM2-135M (docs/log.md)
+RIDGE = 3e-3  # of the mean channel's energy, added to each: the best of 3e-4 to 1 for SmolLM2-135M
 
 
 def with_exits(config: ModelConfig) -> ModelConfig:
