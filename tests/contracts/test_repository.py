@@ -90,13 +90,25 @@ def test_the_licence_is_the_one_that_is_named() -> None:
     assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
 
 
+DECISIONS = sorted(ROOT.glob("docs/decisions/*.md"))
+
+
 def test_a_decision_is_short_and_says_its_price() -> None:
-    for path in sorted(ROOT.glob("docs/decisions/*.md")):
+    assert [path.name[:5] for path in DECISIONS] == [f"{n:04}-" for n in range(1, len(DECISIONS) + 1)]
+    for path in DECISIONS:
         text = path.read_text()
-        number = path.name[:4]
-        assert text.startswith(f"# {number}: ") and len(text.splitlines()) <= 20, path.name
+        assert text.startswith(f"# {path.name[:4]}: ") and len(text.splitlines()) <= 35, path.name
         assert re.search(r"^\d{4}-\d{2}-\d{2}$", text, re.MULTILINE), path.name
         assert all(f"**{head}.**" in text for head in ("Decision", "Why", "What it costs")), path.name
+
+
+def test_every_decision_that_a_file_names_is_there() -> None:
+    known = {path.name[:4] for path in DECISIONS}
+    named = [
+        (path, n) for path, text in texts() for n in re.findall(r"\bdecisions?\W{1,8}(0\d{3})\b", text, re.IGNORECASE)
+    ]
+    assert len(named) > 80
+    assert {f"{name_of(path)}: {number}" for path, number in named if number not in known} == set()
 
 
 # --- what must not be there -----------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Early exits beside a backbone that stays as it is to the bit: how they begin, and what shows that nothing else changed.
 
 An exit is a SwiGLU and a norm of its own in front of the shared head. It begins as a copy of what stands behind the last
-layer's attention, whose last matrix is then solved for: ridge regression of full depth's states (decision 0047). From there it
+layer's attention, whose last matrix is then solved for: ridge regression of full depth's states (decision 0004). From there it
 learns to say what full depth says (`TrainConfig.trains`, `cross_entropy` 0).
 
 Letters: M tokens, F inner width of an exit, D width.
