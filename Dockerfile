@@ -9,6 +9,7 @@ WORKDIR /home/ray/shoal
 COPY --chown=ray:users LICENSE README.md constraints.txt pyproject.toml ./
 COPY --chown=ray:users platform/ platform/
 COPY --chown=ray:users jobs/ jobs/
+COPY --chown=ray:users recipes/ recipes/
 COPY --chown=ray:users serve_configs/ serve_configs/
 COPY --chown=ray:users ui/ ui/
 

@@ -14,8 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shoal import __version__, presets
-from shoal.bench.commands import bench
+from shoal import __version__, presets, repository
 from shoal.errors import ShoalError, UsageError, first_line
 from shoal.options import Commands
 from shoal.stages import STAGES
@@ -212,7 +211,18 @@ def export(
     print_result({"out": str(to), "tensors": count}, as_json, f"{count} tensors in {to}")
 
 
-app.add_typer(bench, name="bench")
+if repository.find("benchmarks"):
+    from benchmarks.commands import bench
+
+    app.add_typer(bench, name="bench")
+else:
+
+    @app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+    def absent() -> None:
+        """Benchmarks: in the repository alone."""
+        repository.need("benchmarks")
+
+
 app.add_typer(release, name="release")
 
 

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
+from recipes.customer_service.customers import EXAMPLES
+from recipes.customer_service.service import serving
+from recipes.customer_service.shop import TOOLS
+from recipes.law.words import SYSTEM
+from recipes.medicine import rules
+from recipes.medicine.words import SYSTEM as ASSESSES
+from recipes.named import named
 from shoal import Model, presets
 from shoal.data.chats import forms
 from shoal.inputs.chat import encode_chat
 from shoal.inputs.tools import call
 from shoal.model.net import Net
-from shoal.recipes.customer_service.customers import EXAMPLES
-from shoal.recipes.customer_service.service import serving
-from shoal.recipes.customer_service.shop import TOOLS
-from shoal.recipes.law.words import SYSTEM
-from shoal.recipes.medicine import rules
-from shoal.recipes.medicine.words import SYSTEM as ASSESSES
-from shoal.recipes.named import named
 from tests.browser.driving import ask, kept, most_tokens, open_settings, told, visit
 from tests.browser.site import site
 from tests.browser.test_access import in_both_schemes

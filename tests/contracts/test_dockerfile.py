@@ -40,7 +40,7 @@ def test_what_is_copied_is_tracked_and_sent_to_the_build(name: str) -> None:
 def test_all_that_an_installation_and_the_jobs_need_is_copied() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     needed = {project["project"]["readme"], *project["project"]["license-files"], "pyproject.toml", "constraints.txt"}
-    assert needed | {"platform/", "jobs/", "serve_configs/", "ui/"} == set(COPIED)
+    assert needed | {"platform/", "recipes/", "jobs/", "serve_configs/", "ui/"} == set(COPIED)
 
 
 def test_the_extras_exist_and_what_cannot_be_built_by_them_is_left_out() -> None:

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from shoal.bench.recipes import HEAD, NOT_RUN
-from shoal.recipes.named import names
+from benchmarks.recipes import HEAD, NOT_RUN
+from recipes.named import names
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 SHARES = re.compile(r"\d{1,3} %(; \d{1,3} %)*(\. \d{1,3} %(; \d{1,3} %)*)?")

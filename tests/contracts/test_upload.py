@@ -24,7 +24,7 @@ def test_the_upload_is_small(package: Path) -> None:
 def test_the_upload_has_what_jobs_need_and_nothing_else(package: Path) -> None:
     names = zipfile.ZipFile(package).namelist()
     assert {name.split("/")[0] for name in names} <= {
-        "platform", "jobs", "ui", "serve_configs", "pyproject.toml", "Makefile", "LICENSE",
+        "platform", "recipes", "jobs", "ui", "serve_configs", "pyproject.toml", "Makefile", "LICENSE",
     }  # fmt: skip
     sent = {name for name in names if name.startswith("platform/")}
     files = {str(path.relative_to(ROOT)) for path in (ROOT / "platform" / "shoal").rglob("*") if path.is_file()}

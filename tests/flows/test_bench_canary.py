@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shoal.bench.canary import PATTERNS, WORSE, canary, trial_of
+from benchmarks.canary import PATTERNS, WORSE, canary, trial_of
 from shoal.errors import UsageError
 from shoal.progress import results
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from shoal import Model, presets
-from shoal.bench.quant import peak_memory
 from shoal.data.batches import heldout_batches
 from shoal.data.shards import TOKENIZER
 from shoal.errors import CheckpointError, ResourceError
@@ -178,3 +179,22 @@ def test_a_wide_model_takes_a_quarter_of_the_file_and_never_its_fp32_weights_in_
     exact, peak = (peak_memory(tmp_path / name) for name in ("fp32", "int8"))
     assert 100e6 < peak < 4e9, "torch itself takes 200 MB"
     assert exact - peak > 0.8 * (fp32 - small), "as much as the fp32 weights take"
+
+
+def peak_memory(directory: Path) -> int:
+    """Most bytes that a process had in memory from its start to its first answer from the model in `directory`."""
+    args = [sys.executable, "-c", SERVING, str(directory)]
+    return int(subprocess.run(args, capture_output=True, text=True, timeout=300, check=True).stdout)
+
+
+# Run in a process of its own: what it needed at most, in bytes, from its start to its first answer.
+SERVING = """
+import sys
+import torch
+torch.set_num_threads(1)
+from shoal import Engine, Model, Request, Sampling
+engine = Engine(Model.load(sys.argv[1]), units=512)
+engine.generate([Request(list(range(20, 36)), Sampling(temperature=0, max_tokens=8, ignore_eos=True))])
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))  # getrusage also counts what the parent had
+print(1024 * int(status["VmHWM"].split()[0]))
+"""

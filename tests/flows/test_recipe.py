@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from recipes.customer_service import RECIPE
+from recipes.customer_service.customers import CustomerService
+from recipes.named import named, names
 from shoal import cli, presets
 from shoal.config import Preset
 from shoal.errors import UsageError
 from shoal.loop.gate import gate
 from shoal.model.model import Model
-from shoal.recipes.customer_service import RECIPE
-from shoal.recipes.customer_service.customers import CustomerService
-from shoal.recipes.named import named, names
 from shoal.train.loop import fit
 
 # a drill: the first test trains, rounds and measures, on what may be a busy machine
@@ -29,7 +29,7 @@ def small() -> Iterator[None]:
     """All of it, smaller: 60 conversations, and a model that learns nothing in its minute."""
     with pytest.MonkeyPatch.context() as patch:
         for name, count in (("LEARNED", 60), ("FITTED", 40), ("ASKED", 5), ("NO_CALL", 8)):
-            patch.setattr(f"shoal.recipes.customer_service.customers.{name}", count)
+            patch.setattr(f"recipes.customer_service.customers.{name}", count)
         test = presets.get("test")
         model = dataclasses.replace(test.model, train_length=1280, block=8, page=16, vocab=700, image_size=0)
         train = dataclasses.replace(test.train, batch_tokens=1280, accumulate=1)
@@ -37,7 +37,7 @@ def small() -> Iterator[None]:
         patch.setattr(CustomerService, "preset", Preset("test", model, train))
         patch.setattr("shoal.on_ray.train.train", lambda plan, **how: fit(plan))
         patch.setattr("shoal.on_ray.resources.local_ray", contextlib.nullcontext)
-        patch.setattr("shoal.recipes.run.AT_ONCE", 1)  # another process would know nothing of these
+        patch.setattr("recipes.run.AT_ONCE", 1)  # another process would know nothing of these
         yield
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from recipes.footprint import footprint
+from recipes.law.licences import Law
 from shoal import Model, cli, presets
 from shoal.config import Preset
-from shoal.recipes.footprint import footprint
-from shoal.recipes.law.licences import Law
 from shoal.train.loop import fit
 
 # a drill: it trains, rounds and measures twice, on what may be a busy machine
@@ -26,7 +26,7 @@ DATA = Path(__file__).parents[1] / "data" / "open"
 def small() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, count in (("LEARNED", 60), ("FITTED", 100), ("ASKED", 12), ("UNSAID", 4)):
-            patch.setattr(f"shoal.recipes.law.licences.{name}", count)
+            patch.setattr(f"recipes.law.licences.{name}", count)
         test = presets.get("test")
         model = dataclasses.replace(test.model, train_length=640, block=8, page=16, vocab=700, image_size=0)
         patch.setattr(
@@ -36,7 +36,7 @@ def small() -> Iterator[None]:
         patch.setattr(Law, "open_rows", 6)
         patch.setattr("shoal.on_ray.train.train", lambda plan, **how: fit(plan))
         patch.setattr("shoal.on_ray.resources.local_ray", contextlib.nullcontext)
-        patch.setattr("shoal.recipes.run.AT_ONCE", 1)  # another process would know nothing of these
+        patch.setattr("recipes.run.AT_ONCE", 1)  # another process would know nothing of these
         yield
 
 
@@ -134,7 +134,7 @@ def test_what_cannot_stand_beside_each_other_is_refused_before_anything_is_made(
 
 
 def test_a_folder_that_cannot_be_served_costs_the_report_a_line_and_not_itself(tmp_path: Path) -> None:
-    from shoal.recipes.run import _footprint
+    from recipes.run import _footprint
 
     found = _footprint(tmp_path)
     assert list(found) == ["failed"] and "shoal.cli serve --no-ray" in found["failed"]
@@ -154,14 +154,3 @@ def test_a_service_that_was_measured_has_ended(fresh: Path, monkeypatch: pytest.
     found = footprint(fresh / "int8", fresh / "policy.yaml")
     assert found["disk_bytes"] == sum(path.stat().st_size for path in (fresh / "int8").rglob("*") if path.is_file())
     assert [process.poll() is not None for process in started] == [True]
-
-
-def test_one_arm_of_the_benchmark_learns_and_is_asked_and_a_teacher_answers(fresh: Path, tmp_path: Path) -> None:
-    from shoal.bench.augment import Job, answers_of, learned
-    from shoal.recipes.law import RECIPE
-
-    hits = learned(Job(str(fresh), "plain", 0, str(fresh / "learn.jsonl"), str(tmp_path / "out"), 1))
-    assert {name: len(some) for name, some in hits.items()} == {"known-licences": 12, "new-licences": 12}
-    asked = list(RECIPE.unlabelled(6, 0))
-    taught = answers_of(fresh / "model", asked)
-    assert all(row["messages"][:-1] in asked and row["teacher"]["depth"] == "full" for row in taught)

@@ -30,9 +30,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.device import BATCHES, CONTEXTS, PEERS, bandwidth, steps
+from benchmarks.mfu import TOLD, mfu
 from shoal import presets
-from shoal.bench.device import BATCHES, CONTEXTS, PEERS, bandwidth, steps
-from shoal.bench.mfu import TOLD, mfu
 from shoal.errors import ShoalError, first_line
 from shoal.model.gpu import launch
 from shoal.train.meter import matmul_rate

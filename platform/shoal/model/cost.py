@@ -142,7 +142,7 @@ def kv_bytes_read(config: ModelConfig, length: int, depth: int | None = None, by
 
 def vectors_read(config: ModelConfig, length: int, kind: str = "H") -> int:
     """Vectors of d numbers (keys, values, summaries) that decoding one token reads a KV head in a layer of `kind`, when its
-    pages hold `length` tokens with it. Dense attention reads 2 `length`; `shoal bench model` counts what the operator reads."""
+    pages hold `length` tokens with it. Dense attention reads 2 `length`."""
     tokens, summaries = _reads(config, length, kind)
     return 2 * tokens + summaries * config.summary_values // config.head_dim
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from shoal import repository
 from shoal.errors import UsageError
 from shoal.stages.stage import Stage, out, print_result, say
 
@@ -52,12 +53,13 @@ class Recipe(Stage):
             raise UsageError(
                 "--from", do=f"give it with {NEW}, and only there: shoal recipe {NEW} --from FILE --out DIR"
             )
+        repository.need("recipes")
         if self.from_ is not None:
             self._begin(self.from_)
             return
-        from shoal.recipes import report
-        from shoal.recipes.named import named
-        from shoal.recipes.run import Asked, run
+        from recipes import report
+        from recipes.named import named
+        from recipes.run import Asked, run
 
         recipe = named(self.name)
         model, beside = (str(given) if given else "" for given in (self.model, self.beside))
@@ -74,7 +76,7 @@ class Recipe(Stage):
         )
 
     def _begin(self, source: Path) -> None:
-        from shoal.recipes.own import begun
+        from recipes.own import begun
 
         of_runs = [each for each in fields(self) if each.name in ("minutes", "seed", "workers", "model", "beside")]
         if given := [f"--{each.name}" for each in of_runs if getattr(self, each.name) != each.default]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from shoal import repository
 from shoal.config import Dtype
 from shoal.errors import UsageError
 from shoal.stages.stage import Stage, out
@@ -256,7 +257,8 @@ def _shop(stage: Serve) -> Iterator[Serve]:
     if stage.tools != SHOP:
         yield stage
         return
-    from shoal.recipes.customer_service.service import serving
+    repository.need("recipes")
+    from recipes.customer_service.service import serving
 
     with serving() as url:
         yield replace(stage, tools=url)

@@ -11,11 +11,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import pytest
 
+from recipes.customer_service.service import serving
+from recipes.customer_service.shop import TOOLS, Shop
+from recipes.splits import SUITE
 from shoal.api.executed import checked
 from shoal.errors import ConfigError
-from shoal.recipes.customer_service.service import serving
-from shoal.recipes.customer_service.shop import TOOLS, Shop
-from shoal.recipes.splits import SUITE
 
 PATH = "/v1/shoal/tools"
 pytestmark = pytest.mark.anyio

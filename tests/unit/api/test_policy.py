@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recipes.medicine import rules
 from shoal import config
 from shoal.api.app import build_app
 from shoal.api.bodies import Message
@@ -25,7 +26,6 @@ from shoal.api.service import Hosted
 from shoal.engine.events import Finished
 from shoal.errors import ConfigError, EngineDeadError
 from shoal.model.model import Model
-from shoal.recipes.medicine import rules
 from tests.unit.api.conftest import Scripted
 
 pytestmark = pytest.mark.anyio

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.recipes import HEAD, NOT_KNOWN, NOT_RUN, WHOSE
+from recipes.named import named, names
 from shoal import cli
-from shoal.bench.recipes import HEAD, NOT_KNOWN, NOT_RUN, WHOSE
-from shoal.recipes.named import named, names
 
 
 def shares(**values: float) -> dict[str, Any]:

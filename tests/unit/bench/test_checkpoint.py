@@ -11,9 +11,9 @@ from itertools import combinations, cycle, islice
 import pytest
 from rich.console import Console
 
-from shoal.bench import train
-from shoal.bench.checkpoint import _Turns, checkpoint
-from shoal.bench.data import _RUNS, STEPS, _drawn, _files, data
+from benchmarks import train
+from benchmarks.checkpoint import _Turns, checkpoint
+from benchmarks.data import _RUNS, STEPS, _drawn, _files, data
 from shoal.cli import main
 from shoal.data.operators.grams import words
 from shoal.data.operators.near import nearly_equal
@@ -83,8 +83,8 @@ def test_no_size_is_begun_that_does_not_fit_the_time(
 ) -> None:
     """`apart`: of whole megabytes, each in a process of its own; else of halves of one, in this process."""
     if not apart:
-        monkeypatch.setattr("shoal.bench.data.MB", 500_000)
-        monkeypatch.setattr("shoal.bench.data._child", lambda what, *given: _RUNS[what](*given))
+        monkeypatch.setattr("benchmarks.data.MB", 500_000)
+        monkeypatch.setattr("benchmarks.data._child", lambda what, *given: _RUNS[what](*given))
     said = io.StringIO()
     console = Console(file=said, width=200)
     seconds = 3600 if apart else 60

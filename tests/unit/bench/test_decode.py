@@ -12,11 +12,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from benchmarks import peers
+from benchmarks.decode import SHAPES, decode
+from benchmarks.drafts import QUESTIONS, drafts_of
+from benchmarks.speed import Bench, prefill
 from shoal import Engine, Model, presets
-from shoal.bench import peers
-from shoal.bench.decode import SHAPES, decode
-from shoal.bench.drafts import QUESTIONS, drafts_of
-from shoal.bench.speed import Bench, prefill
 from shoal.errors import UsageError
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model.net import Net
@@ -62,8 +62,8 @@ def test_drafts_that_do_not_pay_are_forced_and_left_by_the_switch_in_one_run(
     """The switch's answers are longer, and each is of an engine that knew nothing."""
     small = {"layers": 4, "width": 48, "heads": 3, "kv_heads": 3, "head_dim": 16, "ffn": 88, "vocab": 300}
     monkeypatch.setitem(SHAPES, "small", small)
-    monkeypatch.setattr("shoal.bench.decode._tokenizer", lambda _: Tokenizer.bytes_only())
-    monkeypatch.setattr("shoal.bench.decode.SWITCHED", 120)
+    monkeypatch.setattr("benchmarks.decode._tokenizer", lambda _: Tokenizer.bytes_only())
+    monkeypatch.setattr("benchmarks.decode.SWITCHED", 120)
     made = []
 
     class Counted(Engine):
@@ -71,7 +71,7 @@ def test_drafts_that_do_not_pay_are_forced_and_left_by_the_switch_in_one_run(
             super().__init__(model, **given)
             made.append((given["speculative"], given["speculative_max_batch"]))
 
-    monkeypatch.setattr("shoal.bench.decode.Engine", Counted)
+    monkeypatch.setattr("benchmarks.decode.Engine", Counted)
     decode(Console(width=200), shape="small", batches=(1,), tokens=24, rounds=2, parts=("drafts",), peer={})
     said = capsys.readouterr().out
     rows = {row["drafts"]: row for row in json.loads(said.splitlines()[-1])["drafts"]}

@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+from benchmarks import device, peers
+from benchmarks.commands import bench
+from benchmarks.device import Steps, bytes_of_step, model_of, plain_bytes, plain_gpt, step_seconds, steps
+from benchmarks.plain import PlainDecoder
 from shoal import presets
-from shoal.bench import device, peers
-from shoal.bench.commands import bench
-from shoal.bench.device import Steps, bytes_of_step, model_of, plain_bytes, plain_gpt, step_seconds, steps
-from shoal.bench.plain import PlainDecoder
 from shoal.config import ModelConfig
 from shoal.errors import ResourceError, UsageError
 from shoal.model.net import Net

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from shoal.bench.drift import PATTERNS, SHIFT, WITHIN_DAYS, Pattern, alarm_day
+from benchmarks.drift import PATTERNS, SHIFT, WITHIN_DAYS, Pattern, alarm_day
 from shoal.cli import main
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from shoal.bench.gateways import compared
+from benchmarks.gateways import compared
 
 
 def row(tokens: float, **cpu: float) -> dict[str, Any]:

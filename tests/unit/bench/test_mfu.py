@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import mfu
+from benchmarks.plain import PlainGPT
+from benchmarks.train import train
 from shoal import presets
-from shoal.bench import mfu
-from shoal.bench.plain import PlainGPT
-from shoal.bench.train import train
 from shoal.errors import UsageError
 from shoal.model.gpu import launch
 from shoal.model.net import Net

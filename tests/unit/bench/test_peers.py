@@ -7,8 +7,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks import peers
 from shoal import Model
-from shoal.bench import peers
 from shoal.errors import ShoalError, UsageError
 
 GOOD = """

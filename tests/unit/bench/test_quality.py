@@ -14,9 +14,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from benchmarks import peers
+from benchmarks.quality import INT8_KV, quality, rows_of, said_of, table_of
 from shoal import Model, presets
-from shoal.bench import peers
-from shoal.bench.quality import INT8_KV, quality, rows_of, said_of, table_of
 from shoal.data.shards import token_bytes
 from shoal.engine.engine import Engine
 from shoal.errors import UsageError
@@ -66,7 +66,7 @@ def data(tmp_path: Path) -> Path:
 
 def test_every_exit_is_measured_as_its_logits_say(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64, so that what two ways of computing differ by is nothing; keys and values too."""
-    monkeypatch.setattr("shoal.bench.quality.Engine", lambda model, max_batch, **_: Engine(model, max_batch=max_batch))
+    monkeypatch.setattr("benchmarks.quality.Engine", lambda model, max_batch, **_: Engine(model, max_batch=max_batch))
     model = made(torch.float64)
     rows = rows_of(model, data)
     answer = len(model.tokenizer.encode("A home of fish.")) + 1
@@ -152,7 +152,7 @@ def test_transformers_says_the_same_of_an_imported_model(
 def test_intervals_are_over_documents() -> None:
     """Two documents of one group count as one: of two groups there is none, of six there is."""
     ids = torch.arange(20, 31)
-    from shoal.bench.quality import Row, Said
+    from benchmarks.quality import Row, Said
 
     rows = [Row(ids, torch.arange(1, 11), group) for group in (0, 0, 1)]
     said = [Said(np.full(10, nats), ids[1:].numpy(), np.zeros(10)) for nats in (1.0, 2.0, 3.0)]

@@ -9,11 +9,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from benchmarks import serve
 from shoal import Model
 from shoal.api.app import build_app
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
-from shoal.bench import serve
 from shoal.engine.engine import Engine
 from shoal.engine.front import AsyncEngine
 from shoal.errors import ResourceError

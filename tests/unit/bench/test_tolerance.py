@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from shoal.bench import tolerance
-from shoal.bench.commands import bench
+from benchmarks import tolerance
+from benchmarks.commands import bench
 from shoal.data.chats.heldout import Question
 from shoal.engine.events import Completion, Finished
 from shoal.errors import UsageError

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from shoal.bench.intervals import KINDS, held
+from benchmarks.intervals import KINDS, held
 from shoal.evaluate import intervals
 
 

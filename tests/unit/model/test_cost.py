@@ -1,17 +1,21 @@
 """The arithmetic of cost against what is built, stored, read and multiplied."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from shoal import presets
-from shoal.bench.model import count_reads
-from shoal.config import GROUPS
+from shoal.config import GROUPS, ModelConfig
 from shoal.model import cost
-from shoal.model.cache import GroupCache
+from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.net import Net
+from shoal.model.paged import paged_attention, write_kv
+from shoal.model.reach import Reach
 from shoal.model.router import Router
 
 TEST = presets.get("test").model
@@ -129,3 +133,43 @@ def test_an_exit_of_its_own_width_costs_its_three_products():
     c = dataclasses.replace(TEST, exit_ffn=16)
     for depth, more in ((1, 3 * c.width * 16), (2, 3 * c.width * 16), (4, 0), (None, 0)):
         assert cost.flops_per_token(c, 40, depth) - cost.flops_per_token(TEST, 40, depth) == 2 * more
+
+
+@torch.inference_mode()
+def count_reads(config: ModelConfig, length: int, kind: str = "H") -> int:
+    """Vectors of d numbers a KV head that the paged operator reads to decode the last of `length` tokens."""
+    c, pages = config, -(-length // config.page)
+    at, table = torch.arange(length), torch.arange(1, pages + 1)[None]
+    cache = GroupCache.zeros(dataclasses.replace(c, layers=4), pages + 1)
+    kv, summaries = cache.kv[0], cache.summaries[0]
+    k, v = (torch.randn(length, c.kv_heads, c.head_dim) for _ in range(2))
+    write_kv(k, v, kv, summaries, PagedStep(at, at + c.page, table, [0, length], c.page, c.block))
+    q, last = torch.randn(1, c.heads, c.head_dim), at[-1:]
+    step = PagedStep(last, last + c.page, table, [0, 1], c.page, c.block)
+    reach = Reach(c.window, c.top_k, c.sinks, torch.full((c.heads,), 0.7) if kind == "H" else None)
+    with Reads(kv, summaries) as seen:
+        paged_attention(q, kv, summaries, step, reach)
+    return seen.numbers // (c.kv_heads * c.head_dim)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that operators take out of `memories`: of each that is given a view of one and returns memory of its
+    own, what it returns. Only gathers are known; anything else that touches the memories is an error, not a miscount."""
+
+    GATHERS = ("aten::index.Tensor", "aten::index_select")
+
+    def __init__(self, *memories: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.numbers = 0
+        self._memories = {memory.untyped_storage().data_ptr() for memory in memories}
+
+    def _inside(self, value: object) -> bool:
+        return isinstance(value, Tensor) and value.untyped_storage().data_ptr() in self._memories
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(map(self._inside, args)) and not self._inside(out):
+            if func.name() not in self.GATHERS:
+                raise TypeError(f"{func.name()} reads the pages, and is no gather that this knows how to count")
+            self.numbers += out.numel()
+        return out

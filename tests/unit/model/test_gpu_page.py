@@ -46,11 +46,11 @@ def test_what_does_not_fit_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
         raise torch.OutOfMemoryError
 
     for model, timed in (("ours", "step_seconds"), ("plain", "plain_seconds")):
-        monkeypatch.setattr(f"shoal.bench.device.{timed}", full)
+        monkeypatch.setattr(f"benchmarks.device.{timed}", full)
         assert [*measured.decoding("test", 2, (40,), CPU, 1e9, model)] == [
             f"| test | 2 | 40 | {model} | does not fit | | |"
         ]
-    monkeypatch.setattr("shoal.bench.mfu.update", full)
+    monkeypatch.setattr("benchmarks.mfu.update", full)
     assert next(measured.training("test", 24, CPU, 1)) == "| test | 24 | ours, recomputed | does not fit | |  |"
 
 

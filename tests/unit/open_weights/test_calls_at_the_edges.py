@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from recipes import measure
+from recipes.customer_service import score, shop
 from shoal.api import calls
 from shoal.api.bodies import ChatRequest
 from shoal.api.limits import Limits
@@ -17,8 +19,6 @@ from shoal.data.chats.rows import read_chats
 from shoal.errors import RequestError
 from shoal.inputs.call_formats import FORMATS
 from shoal.inputs.stand_ins import texts_in
-from shoal.recipes import measure
-from shoal.recipes.customer_service import score, shop
 from tests.unit.open_weights.taught import TOOLS, served
 from tests.unit.open_weights.test_call_formats import FAMILIES, STRICT, allowed, offer, read
 

@@ -14,23 +14,23 @@ from typing import Any
 
 import pytest
 
+from recipes import measure
+from recipes.code import RECIPE, baselines, score, words
+from recipes.code.algorithms import ALGORITHMS
+from recipes.code.coder import AGAIN as AGAIN_FILE
+from recipes.code.coder import EXAMPLE, KNOWN, NEW, WHOLE, Code
+from recipes.code.exercises import AGAIN, EXPLAIN, KINDS, REPAIR, WRITE, code_of, exercises, fenced, said_again
+from recipes.code.mistakes import mistaken
+from recipes.code.tasks import Chain, chain, name, parts, split_of
+from recipes.code.words import DEV, SPLITS, SUITE, TRAIN, of_split
+from recipes.recipe import DEV as DEV_FILE
+from recipes.recipe import SUITES, Messages
 from shoal.data.chats import forms
 from shoal.data.chats.heldout import questions
 from shoal.errors import ResourceError
 from shoal.inputs.chat import DEFAULT_TEMPLATE, encode_chat
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.loop.suites import freeze, read
-from shoal.recipes import measure
-from shoal.recipes.code import RECIPE, baselines, score, words
-from shoal.recipes.code.algorithms import ALGORITHMS
-from shoal.recipes.code.coder import AGAIN as AGAIN_FILE
-from shoal.recipes.code.coder import EXAMPLE, KNOWN, NEW, WHOLE, Code
-from shoal.recipes.code.exercises import AGAIN, EXPLAIN, KINDS, REPAIR, WRITE, code_of, exercises, fenced, said_again
-from shoal.recipes.code.mistakes import mistaken
-from shoal.recipes.code.tasks import Chain, chain, name, parts, split_of
-from shoal.recipes.code.words import DEV, SPLITS, SUITE, TRAIN, of_split
-from shoal.recipes.recipe import DEV as DEV_FILE
-from shoal.recipes.recipe import SUITES, Messages
 from shoal.sandbox import Call, run, written
 
 Rows = list[dict[str, Any]]
@@ -282,7 +282,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
     with pytest.MonkeyPatch.context() as patch:
         for what, count in (("LEARNED", 400), ("FITTED", 30), ("ASKED", 12)):
-            patch.setattr(f"shoal.recipes.code.coder.{what}", count)
+            patch.setattr(f"recipes.code.coder.{what}", count)
         Code().write(folder, 0)
         freeze(folder / SUITES)
     return folder
@@ -322,7 +322,7 @@ def test_the_rivals_answer_from_what_is_learned(folder: Path) -> None:
 
 
 def test_without_a_sandbox_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.recipes.code.coder.refused", lambda: "programs are not run without a sandbox: got 'x'")
+    monkeypatch.setattr("recipes.code.coder.refused", lambda: "programs are not run without a sandbox: got 'x'")
     with pytest.raises(ResourceError, match="without a sandbox"):
         Code().write(tmp_path, 0)
     assert list(tmp_path.iterdir()) == []

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from recipes.customer_service.conversations import ASK, CALL, KINDS, PLAIN, Conversation, conversations
+from recipes.customer_service.customers import KNOWN, NEW, SAFETY, SHORT, WHOLE, CustomerService
+from recipes.customer_service.score import ID
+from recipes.customer_service.shop import CITIES, ITEMS, split_of
+from recipes.customer_service.words import ASKED
+from recipes.recipe import DEV as DEV_FILE
+from recipes.recipe import SUITES
+from recipes.splits import DEV, LANGUAGES, SPLITS, SUITE, TRAIN, of_split
 from shoal.data.chats import forms
 from shoal.data.chats.heldout import questions
 from shoal.inputs.chat import DEFAULT_TEMPLATE, encode_chat
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.loop.suites import freeze, read
-from shoal.recipes.customer_service.conversations import ASK, CALL, KINDS, PLAIN, Conversation, conversations
-from shoal.recipes.customer_service.customers import KNOWN, NEW, SAFETY, SHORT, WHOLE, CustomerService
-from shoal.recipes.customer_service.score import ID
-from shoal.recipes.customer_service.shop import CITIES, ITEMS, split_of
-from shoal.recipes.customer_service.words import ASKED
-from shoal.recipes.recipe import DEV as DEV_FILE
-from shoal.recipes.recipe import SUITES
-from shoal.recipes.splits import DEV, LANGUAGES, SPLITS, SUITE, TRAIN, of_split
 
 
 def test_no_wording_is_of_two_splits_whatever_it_is_for() -> None:
@@ -117,7 +117,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
     with pytest.MonkeyPatch.context() as patch:
         for name, count in (("LEARNED", 300), ("FITTED", 40), ("ASKED", 30), ("NO_CALL", 20)):
-            patch.setattr(f"shoal.recipes.customer_service.customers.{name}", count)
+            patch.setattr(f"recipes.customer_service.customers.{name}", count)
         CustomerService().write(folder, 0)
     return folder
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from shoal.recipes.baselines import language_of, majority
-from shoal.recipes.law import RECIPE, licences, score, words
-from shoal.recipes.law.clauses import LICENCES, OF_SPLIT
-from shoal.recipes.law.questions import ANSWER, SILENT, questions, said_again
-from shoal.recipes.measure import by_language
-from shoal.recipes.recipe import SUITES
-from shoal.recipes.report import markdown
-from shoal.recipes.splits import DEV, LANGUAGES, SUITE, TRAIN, of_split
+from recipes.baselines import language_of, majority
+from recipes.law import RECIPE, licences, score, words
+from recipes.law.clauses import LICENCES, OF_SPLIT
+from recipes.law.questions import ANSWER, SILENT, questions, said_again
+from recipes.measure import by_language
+from recipes.recipe import SUITES
+from recipes.report import markdown
+from recipes.splits import DEV, LANGUAGES, SUITE, TRAIN, of_split
 
 SPLITS = (TRAIN, DEV, SUITE)
 MATTERS = tuple(words.ASKED["en"])

@@ -11,6 +11,11 @@ from typing import Any
 
 import pytest
 
+from recipes import measure
+from recipes.named import named
+from recipes.own import begun
+from recipes.recipe import SUITES, Recipe
+from recipes.run import REPORT
 from shoal import cli
 from shoal.config import FULL
 from shoal.engine.engine import Engine
@@ -20,11 +25,6 @@ from shoal.evaluate.pieces import Models, Piece
 from shoal.loop import suites
 from shoal.machine import cores
 from shoal.model.model import Model
-from shoal.recipes import measure
-from shoal.recipes.named import named
-from shoal.recipes.own import begun
-from shoal.recipes.recipe import SUITES, Recipe
-from shoal.recipes.run import REPORT
 from tests.unit.evaluate.test_pieces import far
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from recipes import own, report
+from recipes.named import named
+from recipes.own import ASKED, LEARN, SETTINGS, Own, begun, keywords, overlap
+from recipes.recipe import DEV, SUITES
 from shoal import cli
 from shoal.data.chats.rows import group_of
 from shoal.errors import ConfigError, DataError, UsageError
-from shoal.recipes import own, report
-from shoal.recipes.named import named
-from shoal.recipes.own import ASKED, LEARN, SETTINGS, Own, begun, keywords, overlap
-from shoal.recipes.recipe import DEV, SUITES
 
 PARTS = (LEARN, DEV, ASKED)
 

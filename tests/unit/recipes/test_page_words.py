@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from recipes.code.exercises import exercises
+from recipes.code.words import TRAIN as CODE_TRAIN
+from recipes.customer_service.conversations import conversations
+from recipes.law.questions import questions
+from recipes.medicine.cases import WORDS, cases
+from recipes.named import named, names
+from recipes.own import Own, begun
+from recipes.run import _write_policy
+from recipes.splits import TRAIN
 from shoal.api.policy import Policy
-from shoal.recipes.code.exercises import exercises
-from shoal.recipes.code.words import TRAIN as CODE_TRAIN
-from shoal.recipes.customer_service.conversations import conversations
-from shoal.recipes.law.questions import questions
-from shoal.recipes.medicine.cases import WORDS, cases
-from shoal.recipes.named import named, names
-from shoal.recipes.own import Own, begun
-from shoal.recipes.run import _write_policy
-from shoal.recipes.splits import TRAIN
 from ui.assistants import ASSISTANTS
 
 LEARNED = {  # some of what each learns from; of the customers those of whom nothing is known

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from recipes.picks import Picks
+from recipes.recipe import Answerer, Recipe, Row
+from recipes.sure import calibration
 from shoal.evaluate.intervals import Figure, of_share
-from shoal.recipes.picks import Picks
-from shoal.recipes.recipe import Answerer, Recipe, Row
-from shoal.recipes.sure import calibration
 
 
 class Exact(Recipe):

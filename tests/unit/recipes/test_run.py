@@ -9,19 +9,18 @@ from typing import Any
 
 import pytest
 
+from recipes import report, run
+from recipes.customer_service.conversations import conversations, seed_of
+from recipes.law import RECIPE as LAW
+from recipes.named import named
+from recipes.own import begun
+from recipes.recipe import SUITES, Recipe
+from recipes.run import Asked
+from recipes.splits import SUITE
 from shoal import presets
-from shoal.bench.augment import recipe_of
 from shoal.errors import DataError, UsageError
 from shoal.loop.suites import freeze
 from shoal.machine import sha256_of
-from shoal.recipes import report, run
-from shoal.recipes.customer_service.conversations import conversations, seed_of
-from shoal.recipes.law import RECIPE as LAW
-from shoal.recipes.named import named
-from shoal.recipes.own import begun
-from shoal.recipes.recipe import SUITES, Recipe
-from shoal.recipes.run import Asked
-from shoal.recipes.splits import SUITE
 
 LEARN = run._learn  # as it is, before `breaks`
 
@@ -87,14 +86,6 @@ def test_a_run_in_the_folder_of_one_s_own_data_is_refused_before_it_writes_there
     with pytest.raises(UsageError, match="own data lie"):
         told(named(str(mine)), mine)
     assert sorted(path.name for path in mine.iterdir()) == before
-
-
-def test_of_one_s_own_no_synonyms_of_ours_are_taken_whatever_its_name(mine: Path, tmp_path: Path) -> None:
-    told(named(str(mine)), tmp_path / "out")
-    with pytest.raises(DataError, match="no run of a recipe of ours"):
-        recipe_of(tmp_path / "out")
-    told(LAW, tmp_path / "ours")
-    assert recipe_of(tmp_path / "ours").name == "law"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,18 @@ from typing import Any, ClassVar, cast
 
 import pytest
 
+from recipes import code, customer_service, law, measure, medicine, report
+from recipes.baselines import language_of, majority, nearest, reference
+from recipes.code.exercises import EXPLAIN, WRITE, exercises
+from recipes.customer_service import baselines, score
+from recipes.customer_service.conversations import CALL, PLAIN, TOLD, conversations, seed_of
+from recipes.customer_service.service import serving
+from recipes.customer_service.shop import TOOLS, Shop
+from recipes.law.questions import questions
+from recipes.measure import some_of, weak
+from recipes.medicine.cases import cases
+from recipes.recipe import SUITES, Answerer, Messages, conversation, write_rows
+from recipes.splits import LANGUAGES, SUITE, TRAIN
 from shoal.api.requests import guide_of
 from shoal.engine.guided import Grammars, StrayError
 from shoal.evaluate.measures import Answer
@@ -20,18 +32,6 @@ from shoal.inputs.tokenizer import END_ID, Tokenizer
 from shoal.inputs.tools import call
 from shoal.loop.suites import freeze
 from shoal.model.model import Model
-from shoal.recipes import code, customer_service, law, measure, medicine, report
-from shoal.recipes.baselines import language_of, majority, nearest, reference
-from shoal.recipes.code.exercises import EXPLAIN, WRITE, exercises
-from shoal.recipes.customer_service import baselines, score
-from shoal.recipes.customer_service.conversations import CALL, PLAIN, TOLD, conversations, seed_of
-from shoal.recipes.customer_service.service import serving
-from shoal.recipes.customer_service.shop import TOOLS, Shop
-from shoal.recipes.law.questions import questions
-from shoal.recipes.measure import some_of, weak
-from shoal.recipes.medicine.cases import cases
-from shoal.recipes.recipe import SUITES, Answerer, Messages, conversation, write_rows
-from shoal.recipes.splits import LANGUAGES, SUITE, TRAIN
 
 Rows = list[dict[str, Any]]
 
@@ -169,7 +169,7 @@ def test_who_cancels_every_order_that_is_named_harms_the_shop_in_the_suite_of_wh
     """Its conversations are of another seed than the other suites', and were played in these suites' shop, where none of their
     orders is: whatever was called, all were unharmed. None is named in another shop now."""
     for name, count in (("LEARNED", 2), ("FITTED", 2), ("ASKED", 20), ("NO_CALL", 60)):
-        monkeypatch.setattr(f"shoal.recipes.customer_service.customers.{name}", count)
+        monkeypatch.setattr(f"recipes.customer_service.customers.{name}", count)
     recipe = customer_service.RECIPE
     recipe.write(tmp_path, 3)
 
@@ -221,8 +221,8 @@ def test_the_nearest_answer_is_one_of_training_and_the_majority_the_commonest(ne
 
 def test_how_sure_a_model_is_is_held_against_what_is_right_in_its_kind(known: Rows) -> None:
     """Of a model that is surely right 0, of one that is surely wrong 1; of a reference without its last sign, by kind."""
-    from shoal.recipes.customer_service import RECIPE
-    from shoal.recipes.sure import calibration
+    from recipes.customer_service import RECIPE
+    from recipes.sure import calibration
 
     sound = answers(known, right(known))
     none = [{**row, "task": "no call"} for row in known if row["task"] == PLAIN]
@@ -237,7 +237,7 @@ def test_how_sure_a_model_is_is_held_against_what_is_right_in_its_kind(known: Ro
 
 
 def test_where_a_rule_is_better_the_first_lines_say_so(known: Rows) -> None:
-    from shoal.recipes.customer_service import RECIPE
+    from recipes.customer_service import RECIPE
 
     good, bad = (score.scored(known, answers(known, one)) for one in (right(known), baselines.rule))
     said = weak(RECIPE, {"suite": {"keyword rule": good, "int8": bad}}, ["keyword rule"], "int8")
@@ -248,7 +248,7 @@ def test_where_a_rule_is_better_the_first_lines_say_so(known: Rows) -> None:
 
 def test_the_mission_s_example_is_played_in_the_shop() -> None:
     """By the keyword rule: the parcel is looked up, the route offered and then looked up as well; nothing known, it asks."""
-    from shoal.recipes.customer_service import RECIPE
+    from recipes.customer_service import RECIPE
 
     signed_in, chinese, unknown = (RECIPE.shown(messages, baselines.rule) for messages in RECIPE.examples())
     lines = signed_in.split("\n")

@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from recipes.customer_service.conversations import conversations
+from recipes.customer_service.names import Table, named
+from recipes.customer_service.service import MOST_SHOPS, Shops, serving
+from recipes.customer_service.shop import CITIES, ITEMS, STATES, TOOLS, Shop, split_of
+from recipes.splits import DEV, LANGUAGES, SPLITS, SUITE, TRAIN
 from shoal.errors import RequestError
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.recipes.customer_service.conversations import conversations
-from shoal.recipes.customer_service.names import Table, named
-from shoal.recipes.customer_service.service import MOST_SHOPS, Shops, serving
-from shoal.recipes.customer_service.shop import CITIES, ITEMS, STATES, TOOLS, Shop, split_of
-from shoal.recipes.splits import DEV, LANGUAGES, SPLITS, SUITE, TRAIN
 
 
 @pytest.fixture
