@@ -102,6 +102,10 @@ def test_a_decision_is_short_and_says_its_price() -> None:
         assert all(f"**{head}.**" in text for head in ("Decision", "Why", "What it costs")), path.name
 
 
+def test_the_changelog_is_short() -> None:
+    assert len((ROOT / "CHANGELOG.md").read_text().splitlines()) <= 200
+
+
 def test_every_decision_that_a_file_names_is_there() -> None:
     known = {path.name[:4] for path in DECISIONS}
     named = [
