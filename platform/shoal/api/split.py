@@ -4,7 +4,7 @@ conversations.
     chosen    by a hash of the conversation: a talk stays where it is, and whom 5 % reach, 25 % reach as well
     shadow    at share 0 copies of requests go to the canary, one at a time; nobody reads the answers
     failed    what fails at the canary and is not the client's fault goes on at the stable version with the tokens that were
-              sent (`Request.answer`, decision 0012): a text of two authors, marked so, and counted against the canary
+              sent (`Request.answer`, decision 0021): a text of two authors, marked so, and counted against the canary
     late      a token that the canary does not give in many times what the stable version takes counts as failed
 
 The evidence is looked at after each request of the canary: one that is condemned gets nothing more from that moment on.
