@@ -137,6 +137,10 @@ class VllmEngine:
         if reason := writing.resume(given, self._context):
             yield [writing.end(reason)]
             return
+        if self._llm.errored:
+            dead = EngineDeadError("the vLLM process ended", do="try again")
+            dead.taken = False  # it ended without this request
+            raise dead
         limit = None if request.deadline is None else asyncio.get_running_loop().time() + request.deadline
         outputs = self._llm.generate(inputs, params, request.id, priority=request.priority)
         try:
@@ -312,6 +316,8 @@ class _Writing:
             if self.tokens <= len(self.request.answer):
                 if token != self.request.answer[self.tokens - 1]:
                     raise _other_answer()
+                if stopped:
+                    return [self.end("stop")]
                 continue
             logprob = _logprob(token, part.logprobs[index], self.request.sampling.logprobs) if part.logprobs else None
             events.append(Token(self.request.id, token, shown, logprob, self.layers))
