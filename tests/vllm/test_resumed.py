@@ -128,7 +128,7 @@ def test_a_request_is_told_whether_vllm_ended_with_it(model: Model, before: bool
 
         async def generate(self, *given: Any, **more: Any) -> Any:
             raise EngineDeadError
-            yield
+            yield None
 
     engine = object.__new__(VllmEngine)
     engine._served, engine._all, engine._per_request = ServedModel("fish", model.config, model.tokenizer), 8, False

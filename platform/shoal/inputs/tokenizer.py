@@ -170,7 +170,7 @@ class Tokenizer:
         lost = (
             []
             if strange or missing
-            else [t for t in PROBES if b"".join(map(self.token_bytes, self.encode(t))) != t.encode()]
+            else [t for t in (*PROBES, *SPECIAL) if b"".join(map(self.token_bytes, self.encode(t))) != t.encode()]
         )
         if strange or missing or lost:
             got = (
@@ -268,6 +268,13 @@ class Tokenizer:
         if name not in self._spelt:
             raise KeyError(name)
         return next(number for number, known in self._names.items() if known == name)
+
+    def reached(self) -> str | None:
+        """A control token that the tokenizer's own pieces make of text which spells it, by a merge, or whole; None where all
+        stay text."""
+        around = ("{}", " {} ", "a{}a")  # where pieces join otherwise
+        texts = {name: self.encode_batch([place.format(name) for place in around]) for name in self.specials}
+        return next((name for name, rows in texts.items() if any(self.special(name) in row for row in rows)), None)
 
     @cached_property
     def control_pattern(self) -> str:

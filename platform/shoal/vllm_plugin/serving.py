@@ -291,7 +291,8 @@ class _Writing:
 
     def resume(self, given: Sequence[int], context: int) -> str:
         """Take in the tokens that are part of vLLM's prompt. Returns why the answer has ended with them, "" if it has not."""
-        if any([self.push(token)[1] for token in given]):
+        stopped = [self.push(token)[1] for token in given]
+        if any(stopped):
             return "stop"
         full = given and self.prompt_tokens + len(given) >= context
         return "length" if full or len(given) >= self.request.sampling.max_tokens else ""
