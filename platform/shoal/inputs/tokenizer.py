@@ -269,13 +269,6 @@ class Tokenizer:
             raise KeyError(name)
         return next(number for number, known in self._names.items() if known == name)
 
-    def reached(self) -> str | None:
-        """A control token that the tokenizer's own pieces make of text which spells it, by a merge, or whole; None where all
-        stay text."""
-        around = ("{}", " {} ", "a{}a")  # where pieces join otherwise
-        texts = {name: self.encode_batch([place.format(name) for place in around]) for name in self.specials}
-        return next((name for name, rows in texts.items() if any(self.special(name) in row for row in rows)), None)
-
     @cached_property
     def control_pattern(self) -> str:
         """Regular expression of all control tokens."""
