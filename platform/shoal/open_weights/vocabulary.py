@@ -74,11 +74,11 @@ def made(core: tokenizers.Tokenizer, names: Mapping[str, str], ends: tuple[int, 
     if around[count:] != inside:
         raise CheckpointError(f"tokenizer {what}", got="tokens put behind a text", allowed="tokens put in front of it")
     tokenizer = Tokenizer(core, Controls(ends, tuple(around[:count]), dict(names)))
-    if (name := _reached(tokenizer)) is not None:
+    if (spelt := _reached(tokenizer)) is not None:
         do = (
             "save it with control tokens that are no pieces of text: no merge ends in one, and ignore_merges finds none"
         )
-        raise CheckpointError(f"tokenizer {what}", got=f"pieces that make {name!r} of a user's text", do=do)
+        raise CheckpointError(f"tokenizer {what}", got=f"pieces that make {spelt!r} of a user's text", do=do)
     return tokenizer
 
 

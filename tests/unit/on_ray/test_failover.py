@@ -194,7 +194,7 @@ def test_what_was_never_given_to_an_engine_is_no_loss() -> None:
     """However often it is refused. Another version is told whether an engine was lost with it."""
     refused = EngineDeadError("unavailable")
     refused.taken = False
-    replicas = Told([[refused]] * (LOSSES + 1) + [[[TOKEN], [DEAD]], [refused], [[END]]])
+    replicas = Told([[refused]] * (LOSSES + 1) + [[[TOKEN], [DEAD]], [refused], [[END]]])  # type: ignore[arg-type]
     tokens, _ = asyncio.run(read(unbroken(replicas.stream, LONG)))
     assert len(tokens) == 1 and len(replicas.got) == LOSSES + 4
     other = Finished("x", "error", error=other_weights("a"))
