@@ -178,7 +178,7 @@ class Split:
                 raise
             if not isinstance(error, QueueFullError):  # that it has fewer replicas is no fault of its weights
                 trial.count(meter, part, stable=False, failed=True)
-            losses = int(isinstance(error, EngineDeadError))
+            losses = int(isinstance(error, EngineDeadError) and error.taken)
             if isinstance(error, EnginesLostError):
                 self._counts[trial.label, "failed"] += 1
                 raise

@@ -118,6 +118,19 @@ def test_what_fails_at_the_canary_goes_on_at_the_stable_version(error: Exception
     asyncio.run(work())
 
 
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_canary_that_was_never_given_a_request_is_no_loss(taken: bool) -> None:
+    async def work() -> None:
+        error = EngineDeadError("unavailable")
+        error.taken = taken
+        made = split(Engine(0, error))
+        await read(made, Request([5, 6], id="r"), Note())
+        (rest,) = made.stable.asked  # type: ignore[attr-defined]
+        assert rest.losses == taken
+
+    asyncio.run(work())
+
+
 def test_a_request_that_two_engines_of_the_canary_were_lost_with_goes_to_no_stable_one() -> None:
     async def work() -> None:
         made = split(Engine(0, EnginesLostError("lost"), 1))
