@@ -5,21 +5,27 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shoal import Model
 from shoal.api.follow import Follower
 from shoal.api.meter import Meter
 from shoal.api.seen import Seen
 from shoal.api.split import Split
+from shoal.api.trial import Trial
 from shoal.cli import main
 from shoal.engine.events import Token
 from shoal.errors import DataError, EngineDeadError
 from shoal.loop import again
+from shoal.loop.canary import Pace
 from shoal.loop.canary_state import Canary
 from shoal.loop.evidence import Evidence
 from shoal.loop.release import Release
@@ -192,6 +198,52 @@ def test_a_canary_that_is_taken_back_while_it_is_loaded_gets_nothing(release: Re
     run(work)
 
 
+def test_a_canary_that_does_not_go_is_ended_again_and_one_of_a_gateway_before_as_well(release: Release) -> None:
+    async def work() -> None:
+        deploys = Deploys()
+        deploys.running = 1  # of a gateway that was killed; the release has none any more
+        one = follower(release, deploys)
+        await one.look()
+        assert deploys.running == 0
+        release.begin(why="try")
+        await one.look()
+        assert deploys.running == 1
+        release.rollback(why="bad")
+        deploys.refuses = 1
+        with pytest.raises(EngineDeadError):
+            await one.look()
+        await one.look()
+        assert deploys.running == 0
+
+    run(work)
+
+
+def test_a_version_that_is_tried_again_is_not_condemned_by_what_it_did_the_first_time(release: Release) -> None:
+    async def work() -> None:
+        one = follower(release)
+        release.begin(why="try")
+        await one.look()
+        trial = one._split.trial
+        assert trial is not None
+        add(trial.evidence, "canary", 9, 0, failures=9)
+        condemn(one)
+        await one.look()
+        assert release.state().canary is None
+        await one.look()
+        release.begin(3, why="it was the machine")
+        await one.look()
+        trial = one._split.trial
+        assert trial is not None and seen(trial.evidence, "canary") == (0, 0)
+        add(trial.evidence, "canary", 7, 0)
+        await one.look()
+        again = follower(release)  # a gateway that starts anew goes on with what was seen of the same step
+        await again.look()
+        assert again._split.trial is not None and seen(again._split.trial.evidence, "canary") == (7, 0)
+        assert replace(trial.canary) == again._split.trial.canary
+
+    run(work)
+
+
 def saw(one: Follower, people: int, failures: int = 0) -> None:
     """A gateway's canary answers so many people, of whom some get failures; the stable version as many, who get none."""
     trial = one._split.trial
@@ -292,6 +344,50 @@ def test_a_day_without_traffic_is_one_by_a_clock_that_nobody_sets(
         assert release.state().held is not None
 
     run(work)
+
+
+@pytest.mark.drill
+@given(
+    did=st.lists(
+        st.tuples(st.integers(0, 2), st.sampled_from(["ok", "failed", "stable", "down", "look", "again"])), max_size=60
+    )
+)
+def test_after_all_have_looked_each_gateway_knows_what_all_of_them_counted(did: list[tuple[int, str]]) -> None:
+    """Whatever the order, and though some end, each once it has told, and others start in their place."""
+    canary, alone = Canary(3, 1, "now", began=7), Evidence()
+    with TemporaryDirectory() as folder:
+
+        def started() -> tuple[Seen, Trial]:
+            return Seen(Path(folder)), Trial(None, "3.canary", canary, Pace())  # type: ignore[arg-type]
+
+        def look(number: int) -> None:
+            seen, trial = gateways[number]
+            trial.hear(seen.others(canary))
+            seen.tell(canary, trial.evidence.own)
+
+        gateways = [started() for _ in range(3)]
+        for place, (number, what) in enumerate(did):
+            trial = gateways[number][1]
+            if what in ("ok", "failed", "stable"):
+                part = trial.part(str(place).encode(), "", canary=what != "stable")
+                trial.count(Meter(), part, stable=what == "stable", failed=what == "failed")
+                kind, cut = ("failures", {}) if what == "failed" else ("invalid", {"cut": 0})
+                side = "stable" if what == "stable" else "canary"
+                add(alone, side, 1, 1, **{"invalid": 0, "slow": (0, 0), **cut, kind: 1})
+                if what == "failed":
+                    alone.counts[1, 1, 1, 0] -= 1  # what failed is no answer
+            elif what == "down":
+                trial.remember(str(place), "3.canary", "", str(place))
+                trial.vote(str(place), str(place), "down")
+                alone.counts[1, 1, 3] += 1
+            else:
+                look(number)
+            if what == "again":
+                gateways[number] = started()
+        for number in (0, 1, 2, 0, 1, 2):
+            look(number)
+        for _, trial in gateways:
+            assert (trial.evidence.counts == alone.counts).all()
 
 
 def test_what_a_gateway_left_in_pieces_counts_nothing_and_is_told_of_once(

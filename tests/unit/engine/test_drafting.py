@@ -191,7 +191,7 @@ def test_what_a_step_with_drafts_costs_is_found_from_a_few() -> None:
 
 
 def test_numbers_of_decisions_change_by_decision() -> None:
-    """0074 and 0120: what stands, and what tries may lose; 0113: what steps cost; 0122: which sizes are alike."""
+    """Decision 0009: what stands, what tries may lose, what steps cost, and which sizes are alike."""
     assert (BEGINNINGS, KINDS, START, SEEN, WINDOW) == ((4, 16), 1024, 0.75, 8.0, 60.0)
     assert (TRIES, OWN, CREDIT, SHARED) == (0.004, 0.015, 8.0, 1.0)
     assert (PLAIN, FASTER, SLOWER, SPIKE, DRAFTED, RARE) == (2, 0.3, 0.1, 4.0, 8, 2.0)
