@@ -183,11 +183,11 @@ def test_watch_and_the_commands_read_it(
     wrote(uri, 30)
     on("reader")
     assert main(["watch", "--capture", uri, "--once", "--learn", "200"]) == 0
-    assert "30 of the 200 requests" in capsys.readouterr().out
+    assert "2 of the 200 sessions" in capsys.readouterr().out
     watch = Watch(uri, learn=200)
     s3.slow = 10**9
     report = watch.look()
-    assert report.requests == 30 and "what was fetched before was looked at" in report.warnings[-1]
+    assert report.requests == 2 and "what was fetched before was looked at" in report.warnings[-1]
     assert main(["watch", "--capture", uri, "--once"]) == 1 and "S3 still asked" in capsys.readouterr().err
     s3.slow = 0
     assert main(["forget", "--capture", uri, "--id", "a3"]) == 0 and "1 rows" in capsys.readouterr().out
