@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from shoal import presets
-from shoal.config import GROUPS
 from shoal.engine.events import Event, Finished, Request, Sampling, Token, TokenLogprob
 from shoal.engine.pace import WARM_UP
 from shoal.engine.pages import Pages
@@ -188,21 +187,6 @@ def end(events: list[Event], request: str) -> Finished:
     return found
 
 
-@pytest.mark.parametrize("depth", [None, 1, 2, 4])
-def test_a_request_owns_a_unit_for_each_page_and_group_of_its_depth(depth: int | None) -> None:
-    h = Harness(max_batch_tokens=64)
-    request = h.submit(list(range(50, 60)), depth, sampling=Sampling(max_tokens=20))
-    running = h.scheduler._live[request]
-    for _ in range(8):
-        h.step()
-        if running.groups and running.answered:
-            stored = len(running.tokens) - 1  # the newest token is not run yet
-            assert running.holding.owned == [-(-stored // PAGE)] * running.groups + [0] * (GROUPS - running.groups)
-            assert h.pages.total - h.pages.available == sum(running.holding.owned)
-    assert running.answered > 2
-    assert running.layers == (depth or depth_of(list(range(50, 60))))
-
-
 def test_long_prefill_and_decodes_advance_in_every_step() -> None:
     h = Harness(units=200)
     short = [h.submit([60 + i], sampling=Sampling(max_tokens=30, ignore_eos=True)) for i in range(2)]
@@ -280,29 +264,6 @@ def test_a_shared_prefix_is_computed_once_and_counted() -> None:
     assert (h.scheduler.metrics.prefix_queries, h.scheduler.metrics.prefix_hits) == (37, 23)
 
 
-def test_a_deep_request_after_a_shallow_one_fills_only_the_deeper_groups() -> None:
-    h = Harness(units=100)
-    prompt = list(range(50, 62))
-    h.submit(prompt, 1)
-    h.run()
-    request = h.submit(prompt, 4)
-    running = h.scheduler._live[request]
-    events = h.step()
-    assert running.holding.found == [12, 0, 0, 0]
-    assert end(events + h.run(), request).cached_tokens == 0
-
-
-def test_the_router_sees_the_same_sums_with_and_without_cached_pages() -> None:
-    """The fake runner asserts it; here: pages stored by a fixed-depth request carry no sums, so their rows run again."""
-    h = Harness(units=100)
-    prompt = list(range(50, 63))
-    h.submit(prompt, 1)
-    h.run()
-    for _ in range(2):
-        request = h.submit(prompt, None, sampling=Sampling(max_tokens=2))
-        assert end(h.run(), request).depth == depth_of(prompt)
-
-
 def test_cancel_waiting_running_and_finished() -> None:
     h = Harness(max_batch=1)
     running, waiting = h.submit(list(range(50, 70))), h.submit([51])
@@ -351,15 +312,6 @@ def test_a_failed_step_ends_its_requests_only() -> None:
     assert end(h.scheduler.take_events(), first).reason == "error"
     h.scheduler.check_integrity()
     assert end(h.run(), second).reason in ("stop", "length")
-
-
-def test_an_error_of_one_row_ends_that_request() -> None:
-    h = Harness()
-    bad, good = h.submit([50]), h.submit([51])
-    plan = h.scheduler.plan()
-    outcome = h.runner.run(plan)
-    h.scheduler.commit(plan, Outcome([Sampled(0, error=GenerationError("boom")), outcome.samples[1]]))
-    assert bad not in h.scheduler._live and good in h.scheduler._live
 
 
 def test_a_paused_request_waits_and_gives_way() -> None:
@@ -445,23 +397,6 @@ def test_no_step_is_of_the_shallow_alone_while_a_prompt_is_on_its_way() -> None:
     while long.todo > 1:
         assert not shallow(1)
     assert shallow(10)
-
-
-def test_prompts_that_go_on_together_into_deeper_groups_share_the_rows_of_a_step() -> None:
-    """Group 1 has most of them in the prefix cache, so that all are decided in one step: the deeper groups have nothing."""
-    beginning = list(range(50, 66))
-    ends = {depth: [i for i in range(200) if depth_of([*beginning, i]) == depth] for depth in (1, 4)}
-    h = Harness(units=200)
-    h.submit([*beginning, ends[1][0]], None, sampling=Sampling(max_tokens=1))
-    h.run()
-    asked = [h.submit([*beginning, i], None, sampling=Sampling(max_tokens=1)) for i in ends[4][:3]]
-    h.step()
-    assert [h.scheduler._live[request].groups for request in asked] == [4, 4, 4]
-    rows = []
-    while not h.scheduler.idle:
-        h.step()
-        rows.append(sum(work.count for work in h.runner.works))
-    assert sum(rows) == 3 * 17 and rows[:4] == [12] * 4
 
 
 @pytest.mark.parametrize("depth", [None, 1, 2, 4])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,9 +11,8 @@ import torch
 
 from shoal import Engine, Model
 from shoal.engine import runner
-from shoal.engine.events import Completion, Event, Finished, Guide, Request, Sampling, Signals, Token
-from shoal.engine.plan import Outcome, Plan
-from shoal.engine.signals import Heard, Logits, looked_at
+from shoal.engine.events import Completion, Guide, Request, Sampling, Signals
+from shoal.engine.signals import Logits
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model.cpu import fused
 from shoal.model.router import features, fit_router, page_sums
@@ -104,31 +103,6 @@ class Row:
     watched: bool
     tokens: list[int] = field(default_factory=list)
     prompt_len: int = 0
-
-
-def test_of_16_tokens_of_an_answer_the_first_is_looked_at_where_that_is_asked_for() -> None:
-    rows = [Row(watched, [60] * (3 + answered), 3) for answered in range(50) for watched in (True, False)]
-    assert [len(row.tokens) - 3 for row in rows if looked_at(row)] == [0, 16, 32, 48]
-    assert all(row.watched for row in rows if looked_at(row))
-
-
-def test_what_is_heard_of_an_answer_is_the_mean_and_the_most_of_what_was_looked_at() -> None:
-    heard = Heard()
-    assert heard.all() == Signals()
-    heard.token(None)
-    heard.compared(())
-    assert heard.all() == Signals()
-    heard.token(0.25)
-    assert heard.all() == Signals(answer_nll=0.25, answer_nll_max=0.25)
-    for nats in (0.75, None, 0.5):
-        heard.token(nats)
-    for gaps in ((1.0, 2.0), (), (0.5, 4.0)):
-        heard.compared(gaps)
-    heard.drafts_accepted += 3
-    wanted = Signals(answer_nll=0.5, answer_nll_max=0.75, drafts_accepted=3, gaps=(0.75, 3.0))
-    assert heard.all() == wanted
-    heard.decided = Signals(prompt_nll=2.0, predicted_gaps=(0.5,), tolerance=0.05)
-    assert heard.all() == replace(wanted, prompt_nll=2.0, predicted_gaps=(0.5,), tolerance=0.05)
 
 
 def test_signals_do_not_depend_on_the_batch(routed: Model) -> None:
@@ -238,36 +212,6 @@ def test_drafts_that_stood_are_counted() -> None:
     engine = Engine(EAGER, units=200, speculative_max_batch=8)
     engine.generate([asked(PROMPTS[0], temperature=0, speculative=4, max_tokens=30)])
     assert signals(answer).drafts_accepted == engine.scheduler.metrics.drafts_accepted > 0
-
-
-def test_of_drafts_that_stood_those_are_counted_that_the_answer_holds() -> None:
-    """A stop string may end it in the middle of a step: what was right behind it is no part of it, and what completes it is."""
-    how: dict[str, Any] = {"temperature": 0.7, "speculative": 4, "max_tokens": 24}
-    (whole,) = run(EAGER, [asked(PROMPTS[0], **how)], speculative_max_batch=8)
-    behind = completes = 0
-    for stop in dict.fromkeys(whole.text):
-        engine, good = Engine(EAGER, units=200, speculative_max_batch=8), list[int]()
-        step = engine.runner.run
-
-        def seen(plan: Plan, step: Callable[[Plan], Outcome] = step, good: list[int] = good) -> Outcome:
-            outcome = step(plan)
-            good += [len(sampled.after) for sampled in outcome.samples]
-            return outcome
-
-        engine.runner.run = seen  # type: ignore[method-assign]
-        engine.submit(asked(PROMPTS[0], **how, stop=[stop]))
-        wanted, events = 0, list[Event]()
-        while not engine.idle:
-            good.clear()
-            events = engine.step()
-            told, stood = sum(isinstance(one, Token) for one in events), sum(good)
-            wanted += min(told, stood)
-            behind += stood > told
-            completes += isinstance(events[-1], Finished) and told == 1 <= stood
-        end = events[-1]
-        assert isinstance(end, Finished) and end.signals is not None
-        assert end.signals.drafts_accepted == wanted <= end.completion_tokens
-    assert behind and completes
 
 
 def test_nothing_is_told_unless_it_is_asked_for_and_tokens_are_the_same(routed: Model) -> None:

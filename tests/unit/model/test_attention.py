@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal import presets
-from shoal.model import attention
 from shoal.model.attention import Layout, attend, block_scores, block_summaries, hybrid_attention, select
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.net import Net
@@ -244,23 +243,6 @@ def test_rollback_is_moving_a_length():
     assert (run(tokens[20:], 20) - want).abs().max() == 0
 
 
-def test_in_training_a_strip_of_queries_reads_no_key_after_it_and_in_pages_all_there_are(monkeypatch):
-    """Twelve tokens in strips of four, then the last three alone; with as many heads as keys, which is nobody's length."""
-    read, masked = [], attention._masked
-    monkeypatch.setattr(attention, "STRIP", 4)
-    monkeypatch.setattr(
-        attention, "_masked", lambda q, k, *rest: (read.append((q.shape[1], k.shape[1])), masked(q, k, *rest))[1]
-    )
-    q, k, v = qkv(2, 12, 12, 12, 4)
-    reach = Reach(8, 2, 0, torch.full((12,), 0.5, dtype=F64))
-    layout = Layout.packed(torch.zeros(1, 12, dtype=torch.long), window=8, block=2, sinks=0)
-    whole = attend(q, k, v, block_summaries(k, layout, "mean"), layout, reach)
-    assert read == [(12, 12), (4, 4), (4, 8), (4, 12)]
-    last = Layout.causal(torch.arange(9, 12)[None], 12, window=8, block=2, sinks=0)
-    assert (attend(q[:, 9:], k, v, block_summaries(k, last, "mean"), last, reach) - whole[:, 9:]).abs().max() < 1e-12
-    assert read[4:] == [(3, 12), (3, 12)]
-
-
 @pytest.mark.parametrize(("window", "size"), [(4, 2), (3, 3)])
 def test_of_a_long_row_a_few_queries_together_read_the_window_before_them(window, size):
     """So that the local branch costs as much as its window, and not as the row: half a window of them, or where that is odd a
@@ -276,20 +258,3 @@ def test_of_a_long_row_a_few_queries_together_read_the_window_before_them(window
             first = t // size * size - window
             read = {first + at for at in layout.band[0, t // size, t % size].nonzero().flatten().tolist()}
             assert read == set(layout.local[0, t].nonzero().flatten().tolist())
-
-
-def test_what_is_masked_has_a_score_of_minus_infinity_and_nothing_is_added_to_the_rest():
-    assert attention._bias(torch.tensor([True, False]), F64).tolist() == [0.0, -math.inf]
-
-
-@pytest.mark.parametrize("kind", ["hybrid", "sparse"])
-def test_strips_of_queries_read_what_all_of_them_do_at_once(kind, monkeypatch):
-    q, k, v = qkv(6, 22, 4, 2, 8)
-    gate = torch.tensor([0.1, 0.3, 0.6, 0.9], dtype=F64)
-    reach = Reach(4, 2, 1, gate) if kind == "hybrid" else Reach(4, 2, 1, None, gate, 6)
-    layout = Layout.packed(torch.tensor([[0] * 7 + [1] * 15]), window=4, block=2, sinks=1)
-    found = []
-    for strip in (64, 5):
-        monkeypatch.setattr(attention, "STRIP", strip)
-        found.append(attend(q, k, v, block_summaries(k, layout, "mean"), layout, reach))
-    torch.testing.assert_close(*found, rtol=0, atol=1e-12)

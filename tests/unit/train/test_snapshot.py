@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,28 +45,6 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     monkeypatch.setattr(snapshot, "write_file", later)
     yield opened
     opened.set()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has no niceness of its own")
-@pytest.mark.parametrize("niceness", [0, 15, 19])  # 15 is what Ray gives each worker
-def test_the_thread_that_writes_goes_after_those_that_train(tmp_path: Path, alone: Ranks, niceness: int) -> None:
-    """It had a niceness of 10 wherever it was: before training where Ray ran that as root, who may lower one."""
-    found = []
-
-    def train() -> None:  # a thread of its own: nobody but root gets a niceness back
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(niceness, own))
-        copy = snapshot.Snapshot(alone)
-        assert copy.take({"weight": torch.ones(3)})
-        copy.write(
-            tmp_path, lambda path: found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())) or {}
-        )
-        copy.result()
-
-    own = os.getpriority(os.PRIO_PROCESS, 0)
-    thread = threading.Thread(target=train)
-    thread.start()
-    thread.join()
-    assert found == [min(19, max(niceness, own) + snapshot.NICENESS)] * 2
 
 
 def writers() -> int:

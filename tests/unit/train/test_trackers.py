@@ -69,13 +69,6 @@ def test_numbers_that_are_not_there_are_left_out() -> None:
     assert scalars(evaluation) == {"heldout/text/shallow": 3.0, "heldout/text/full": 2.0}
 
 
-def test_every_report_is_told() -> None:
-    first: list[log.Record] = []
-    second: list[log.Record] = []
-    together(first.append, second.append)({"kind": "end"})
-    assert first == second == [{"kind": "end"}]
-
-
 def test_a_tracker_that_fails_is_told_once_and_takes_nothing_along(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
