@@ -20,7 +20,6 @@ from shoal.engine.drafts import Rounds
 from shoal.engine.events import MAX_DRAFTS, Guide
 from shoal.engine.graphs import Graphs
 from shoal.engine.plan import Outcome, Plan, Sampled
-from shoal.model.cpu import fused
 from shoal.model.sending import send
 from tests import pretend_gpu
 from tests.pretend_gpu import pretended
@@ -36,17 +35,10 @@ FREE: list[dict[str, Any]] = [
     {"presence_penalty": 0.5, "frequency_penalty": 0.5},
     {"banned": tuple((a, b) for a in range(20, 260, 2) for b in range(20, 260, 3)), "frequency_penalty": -0.7},
 ]  # fmt: skip
-# Without them, too, each kind of a step is held to what the page says (test_the_page_says_how_often_each_kind_of_a_step_waits).
-WITH_GRAPHS = (pytest.param(False, marks=pytest.mark.drill), True)
 GUIDED: dict[str, Any] = {"guided": Guide("regex", "[a-f]{2,9}"), "ignore_eos": False}
 
 
-@pytest.fixture(autouse=True)
-def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiled loops of a CPU are no part of it."""
-    monkeypatch.setattr(fused, "usable", lambda x: False)
-    monkeypatch.setattr(fused, "few", lambda rows: False)
-    monkeypatch.setattr(graphs, "LEAST_TOKENS", 16)
+pytestmark = pytest.mark.usefixtures("torch_alone")
 
 
 def asked(seed: int, count: int, kinds: list[dict[str, Any]], tolerances: tuple[float | None, ...]) -> list[Request]:
@@ -182,7 +174,7 @@ def steps_on_a_gpu(
 
 
 @pytest.mark.drill
-@pytest.mark.parametrize("recorded", WITH_GRAPHS)
+@pytest.mark.parametrize("recorded", [False, True])
 def test_a_step_with_drafts_waits_for_one_copy(recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """And gives what it gives where the host reads each draft."""
     requests = asked(3, 4, FREE, (None,))
@@ -208,7 +200,7 @@ TOLERANT: list[dict[str, Any]] = [
 
 
 @pytest.mark.drill
-@pytest.mark.parametrize("tolerance", [0.05, pytest.param(1.0, marks=pytest.mark.drill)])
+@pytest.mark.parametrize("tolerance", [0.05, 1.0])
 def test_prices_come_with_the_tokens_and_are_those_of_the_host(tolerance: float) -> None:
     """A step with drafts under a tolerance waits once, whatever they cost; tokens, logprobs, and what was spent are those of a
     CPU, where each price is computed when it is asked for."""

@@ -23,19 +23,13 @@ from shoal.engine.engine import Completion
 from shoal.engine.events import Guide
 from shoal.engine.graphs import Graphs, buckets
 from shoal.engine.plan import Outcome, Plan
-from shoal.model.cpu import fused
 from tests.recorded import Again
 from tests.unit.engine.lively import lively
 
 MODEL = lively()
 
 
-@pytest.fixture(autouse=True)
-def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiled loops of a CPU are no part of it."""
-    monkeypatch.setattr(fused, "usable", lambda x: False)
-    monkeypatch.setattr(fused, "few", lambda rows: False)
-    monkeypatch.setattr(graphs, "LEAST_TOKENS", 16)  # so that tables of several widths are recorded
+pytestmark = pytest.mark.usefixtures("torch_alone")
 
 
 def replaying(record: Any, most: int = 6, **more: Any) -> Engine:

@@ -14,7 +14,6 @@ from shoal.engine import graphs
 from shoal.engine.graphs import ADAPTED, BOTH, Graphs
 from shoal.model import places
 from shoal.model.adapters import Adapter
-from shoal.model.cpu import fused
 from tests.adapters import linears
 from tests.recorded import Again
 from tests.unit.engine.lively import lively
@@ -22,12 +21,7 @@ from tests.unit.engine.lively import lively
 MODEL = lively()
 
 
-@pytest.fixture(autouse=True)
-def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiled loops of a CPU are no part of it."""
-    monkeypatch.setattr(fused, "usable", lambda x: False)
-    monkeypatch.setattr(fused, "few", lambda rows: False)
-    monkeypatch.setattr(graphs, "LEAST_TOKENS", 16)
+pytestmark = pytest.mark.usefixtures("torch_alone")
 
 
 def adapter(number: int, ranks: int | None = None) -> Adapter:

@@ -6,18 +6,14 @@ import random
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from shoal import Engine, Request, Sampling
 from shoal.engine import graphs
 from shoal.engine.engine import Completion
 from shoal.engine.events import Guide
 from shoal.engine.graphs import Graphs
-from shoal.engine.plan import Outcome, Plan
-from shoal.model.cpu import fused
 from tests.recorded import Again
 from tests.unit.engine.lively import lively
 
@@ -26,12 +22,7 @@ MODEL = lively()
 LIMITS: list[dict[str, int]] = [{}, {"units": 60}, {"max_batch": 2}]
 
 
-@pytest.fixture(autouse=True)
-def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiled loops of a CPU are no part of it."""
-    monkeypatch.setattr(fused, "usable", lambda x: False)
-    monkeypatch.setattr(fused, "few", lambda rows: False)
-    monkeypatch.setattr(graphs, "LEAST_TOKENS", 16)
+pytestmark = pytest.mark.usefixtures("torch_alone")
 
 
 def engine_of(record: Any = None, **limits: int) -> Engine:
@@ -81,69 +72,6 @@ def test_answers_are_those_without_graphs(seed: int, count: int, limits: dict[st
     assert engine.scheduler.metrics.preemptions == other.scheduler.metrics.preemptions
     event(f"drafts {engine.scheduler.metrics.drafts > 0}, preempted {engine.scheduler.metrics.preemptions > 0}")
     engine.scheduler.check_integrity()
-
-
-class Beside:
-    """In place of the `run` of an engine's runner: each step with drafts that graphs take is taken again from the same memory,
-    without graphs; what both leave is kept: logits that are drawn from, keys and values, summaries."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.runner, self.run = engine.runner, engine.runner.run
-        self.left: list[tuple[list[Tensor], list[Tensor], set[int]]] = []
-        self.counts: list[list[int]] = []
-        self.runner.run = self  # type: ignore[assignment, method-assign]
-
-    def __call__(self, plan: Plan) -> Outcome:
-        kept, cache = self.runner.graphs, self.runner.cache
-        assert kept is not None
-        if not kept.takes(plan.works) or not any(work.drafts for work in plan.works):
-            return self.run(plan)
-        before = [cache.kv.clone(), cache.summaries.clone()]
-        holdings = [work.running.holding for work in plan.works]
-
-        def left() -> tuple[Outcome, list[Tensor]]:
-            given, sample = list[Tensor](), self.runner._sample
-            cache.kv.copy_(before[0])
-            cache.summaries.copy_(before[1])
-
-            def seen(works: Any, logits: Tensor, *rest: Any) -> Any:
-                given.append(logits.clone())
-                self.counts.append([work.count for work in works])
-                return sample(works, logits, *rest)
-
-            self.runner._sample = seen  # type: ignore[method-assign]
-            try:
-                outcome = self.run(plan)
-            finally:
-                self.runner._sample = sample  # type: ignore[method-assign]
-            return outcome, [*given, cache.kv.clone(), cache.summaries.clone()]
-
-        mine = left()
-        self.runner.graphs = None
-        other = left()
-        self.runner.graphs = kept
-        own = {0}.union(*({*held.tables[:, held.at // held.page :].flatten().tolist()} for held in holdings))
-        changed = (mine[1][1] != before[0]).flatten(2).any(-1).any(0).nonzero().flatten().tolist()
-        assert {*changed} <= own, "what no row of the step writes changed"
-        self.left.append((mine[1], other[1], own))
-        return other[0]
-
-
-@pytest.mark.drill
-def test_a_step_writes_and_gives_what_the_other_way_does() -> None:
-    """To rounding, and nothing else but the null unit changes; drafts of several lengths in one step."""
-    record = Again()
-    engine = engine_of(record)
-    seen = Beside(engine)
-    for seed in range(3):
-        answers = engine.generate(asked(seed, 7))
-        assert all(answer.finish_reason != "error" for answer in answers)
-    assert len(seen.left) > 8 and record.replayed > record.made > 8
-    for mine, other, _ in seen.left:
-        assert torch.allclose(mine[0], other[0], rtol=0, atol=1e-9)
-        for a, b in zip(mine[1:], other[1:], strict=True):
-            assert torch.allclose(a[:, 1:], b[:, 1:], rtol=0, atol=1e-9)
-    assert any(len({*counts}) > 2 for counts in seen.counts)
 
 
 def test_the_tolerance_is_spent_as_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,14 +114,6 @@ def test_a_run_is_counted_under_the_names_that_dashboards_read() -> None:
     assert stats["prefix_cache_hits_total"] > 0 and stats["e2e_request_latency_seconds_sum"] > 0
 
 
-def test_what_the_router_looked_at_again_is_counted_and_what_went_deeper() -> None:
-    metrics = Metrics()
-    for deeper in (True, False, False):
-        metrics.looked(deeper=deeper)
-    told = metrics.samples(())
-    assert told[sample("second_looks")] == 3 and told[sample("second_looks_deeper")] == 1
-
-
 def observed(histogram: Histogram) -> tuple[int, float]:
     return histogram.count, histogram.sum
 
@@ -144,13 +136,6 @@ def test_only_a_good_end_has_latencies_and_only_more_tokens_than_one_a_time_for_
     assert observed(metrics.request_time_per_output_token_seconds) == (2, 2.5)
     assert observed(metrics.time_to_first_token_seconds) == (3, 3.0) and observed(metrics.request_kv_units) == (4, 11)
     assert metrics.finished == {"error": 1, "stop": 3, "length": 1}
-
-
-def test_a_depth_is_counted_with_its_prompt_and_what_was_cached_of_it() -> None:
-    metrics = Metrics()
-    for layers, prompt, cached in ((2, 10, 4), (4, 5, 0), (2, 1, 1)):
-        metrics.routed(layers, prompt, cached)
-    assert (metrics.prefix_queries, metrics.prefix_hits, metrics.depths) == (16, 5, {2: 2, 4: 1})
 
 
 def test_what_engines_say_of_themselves_is_how_many_say_so() -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,21 +17,11 @@ from shoal.engine.events import Request, Sampling
 from shoal.engine.penalties import adjust
 from shoal.engine.sampler import Sampler
 from tests.unit.engine.lively import lively
+from tests.unit.engine.test_sampler import Draw
 
 INF = float("inf")
 VOCAB = 12
 TOKENS = st.lists(st.integers(0, VOCAB - 1), max_size=9)
-
-
-@dataclass
-class Draw:
-    sampling: Sampling
-    tokens: list[int]
-    prompt_len: int
-    seed: int = 0
-    grammar: None = None
-    watched: bool = False
-    there: Sequence[torch.Tensor] = ()
 
 
 @given(

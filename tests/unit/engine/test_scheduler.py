@@ -8,9 +8,7 @@ stale page fails here, whatever the order of submissions, cancellations, pauses,
 from __future__ import annotations
 
 import dataclasses
-import random
 import zlib
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -593,59 +591,3 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestScheduler = SchedulerMachine.TestCase  # hypothesis: short sequences, made shorter where one fails
 TestScheduler.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
-
-
-def sequence(rng: random.Random) -> SchedulerMachine:
-    """Forty of the machine's rules in a row, and its books checked after each."""
-    machine = SchedulerMachine()
-    cost, drafts = rng.choice([(0, 0), (0.1, 0.001), (0, 0.01)]), rng.choice([0, 1, 3])
-    units = rng.randint(17, rng.choice([20, 60]))
-    machine.build(units, rng.randint(8, 40), rng.randint(1, 4), cost, drafts)
-    for _ in range(40):
-        match rng.choices(["submit", "again", "steps", "cancel", "pause", "preempt", "fail"], [6, 4, 14, 2, 3, 2, 1])[
-            0
-        ]:
-            case "again":
-                machine.again(rng.randint(0, 7), rng.choice([2, 4]), rng.randint(-1, 1))
-            case "submit":
-                machine.submit(
-                    rng.choice([[2], [1] * 4, [1] * 8]),
-                    [rng.randint(1, 2) for _ in range(rng.choice([0, 0, 1, 2, 4, 9]))],
-                    rng.choice([None, 1, 2, 4]),
-                    rng.randint(1, 12),
-                    rng.randint(-1, 1),
-                    rng.choice([None, None, None, 1.0, 5.0]),
-                    rng.random() < 0.2,
-                    rng.choice([None, None, 0, 2, 8]),
-                    rng.choice([0, 0, 0, 1, 3, 7]),
-                    rng.choice(["a", "a", "b"]),
-                )
-            case "steps":
-                machine.steps(rng.randint(1, 4))
-            case "pause":
-                machine.pause(rng.randint(0, 7), rng.random() < 0.4)
-            case "fail":
-                machine.fail(rng.random() < 0.5)
-            case name:
-                getattr(machine, name)(rng.randint(0, 7))
-        machine.balanced()
-    machine.teardown()
-    return machine
-
-
-@pytest.mark.drill
-@pytest.mark.parametrize("seeds", [range(150), range(150, 1000)], ids=["few", "more"])
-def test_a_thousand_sequences_of_anything(seeds: range) -> None:
-    """What hypothesis searches, in bulk; the counts say that each thing that may happen did, often."""
-    seen: Counter[str] = Counter()
-    for seed in seeds:
-        machine = sequence(random.Random(seed))
-        metrics = machine.h.scheduler.metrics
-        seen.update(machine.ended.values())
-        seen.update(preempted=metrics.preemptions, found=metrics.prefix_hits, refused=metrics.refused)
-        seen.update(accepted=metrics.drafts_accepted, rejected=metrics.drafts - metrics.drafts_accepted)
-        seen.update(shallow=sum(only for only, _ in machine.h.runner.spent), scored=len(machine.scored))
-        seen.update(told=sum(map(bool, machine.told.values())))
-    ends = ["stop", "length", "cancelled", "deadline", "error"]
-    for what in (*ends, "preempted", "found", "refused", "shallow", "scored", "accepted", "rejected", "told"):
-        assert seen[what] > len(seeds) / 10, (what, seen)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -160,33 +158,6 @@ def test_who_does_not_read_has_none_of_the_places_of_those_who_do() -> None:
     assert h.scheduler._paused == 0
 
 
-def test_those_that_leave_at_once_cost_what_they_are() -> None:
-    """Twice as many, twice the calls of functions, and not four times."""
-
-    def calls(count: int) -> int:
-        h = Harness(2000, max_batch=4, max_queue=count)
-        requests = [h.submit([50, i % 50], sampling=LONG, payer="a", client=str(i % 3)) for i in range(count)]
-        h.step()
-        made = 0
-
-        def called(frame: FrameType, event: str, argument: object) -> None:
-            nonlocal made
-            made += event == "call"
-
-        before = sys.getprofile()
-        sys.setprofile(called)
-        try:
-            for request in requests:
-                h.scheduler.cancel(request)
-            h.step()
-        finally:
-            sys.setprofile(before)
-        assert h.scheduler.idle and h.pages.available == h.pages.total
-        return made
-
-    assert calls(400) < 2.5 * calls(200)
-
-
 def seconds_of(
     neighbours: int, *, prompt: int = 1, pause: int = 0, tokens: int = 8, payers: int = 1, priority: int = 0
 ) -> list[float]:
@@ -223,27 +194,10 @@ def test_small_requests_take_at_most_twice_as_long_beside_a_full_batch() -> None
     assert sorted(beside)[6] <= 2 * alone + 0.032, (alone, beside)  # and a step that runs when one comes
 
 
-def test_small_requests_that_come_now_and_then_take_as_long_as_alone() -> None:
-    """They ask for less than half of the time."""
-    alone = max(seconds_of(0, tokens=24))
-    beside = seconds_of(31, pause=4, tokens=24)
-    assert max(beside[2:]) < 1.2 * alone, (alone, beside)
-
-
 def test_small_requests_take_no_longer_beside_what_may_wait_than_beside_one_payer_however_many_have_some() -> None:
     """They were never behind it, and took 0.265 s where they take 0.048 beside what does not wait for them."""
     equal, later = seconds_of(31), seconds_of(31, payers=8, priority=LATER)
     assert sorted(later)[6] <= sorted(equal)[6] and max(later) <= max(equal), (equal, later)
-
-
-def test_payers_that_share_steps_evenly_have_none_of_their_own() -> None:
-    h = Harness(4000, cost=(0.25e-3, 0.25e-3), max_batch=8, max_queue=100, max_batch_tokens=40)
-    for i in range(8):
-        h.submit([50, i], sampling=Sampling(max_tokens=100, ignore_eos=True), payer="ab"[i % 2])
-    h.step()
-    for _ in range(60):
-        h.step()
-        assert len(h.runner.works) == 8
 
 
 def test_who_has_a_full_batch_has_half_of_the_time_beside_small_requests_that_never_end() -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +11,7 @@ import torch
 from shoal import Engine, Model
 from shoal.engine import runner
 from shoal.engine.events import Completion, Guide, Request, Sampling, Signals
-from shoal.engine.signals import Logits
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.model.cpu import fused
 from shoal.model.router import features, fit_router, page_sums
 from tests.unit.engine.lively import lively
 from tests.unit.engine.test_speculative import EAGER
@@ -68,41 +65,6 @@ def test_the_nll_of_an_answer_is_that_of_every_16th_token_by_the_model_alone(
         assert told.answer_nll == pytest.approx(sum(nll) / 3, rel=1e-12)
         assert told.answer_nll_max == pytest.approx(max(nll), rel=1e-12)
         assert told.predicted_gaps == () and told.router_distance is None  # nobody decided
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("loops", "few"), [(True, 10**6), (True, 0), (False, 0)], ids=["few", "many", "torch"])
-def test_the_log_sum_of_a_row_is_its_definition_whatever_stands_in_it(
-    dtype: torch.dtype, loops: bool, few: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tokens that are forbidden stand at minus infinity. A row without any number, or with one that is none, tells nothing."""
-    compiled, log_sums = list[Any](), fused.log_sums
-    monkeypatch.setattr(fused, "log_sums", lambda *given: compiled.append(given) or log_sums(*given))
-    monkeypatch.setattr(fused, "usable", lambda _: loops)
-    monkeypatch.setattr(fused, "FEW_NUMBERS", few)
-    logits = 40 * torch.randn(7, 1000, generator=torch.Generator().manual_seed(2)).to(dtype)
-    logits[1, 3:] = -torch.inf
-    logits[2], logits[3, 5], logits[4, 5] = -torch.inf, torch.nan, torch.inf
-    whole = torch.log_softmax(logits.double(), -1)
-    with torch.inference_mode():
-        watched = Logits.of(logits, [Row(watched=row != 6) for row in range(7)])
-    assert watched is not None and bool(compiled) == loops, "loops read no memory but this machine's"
-    logits.zero_()  # what follows changes them in place
-    found = watched.nll([1, 2, 3, 5, 6, -1, 4])
-    assert set(found) == {0, 1}, "of the others none has a number, was drawn from, or is watched"
-    assert set(watched.nll([0] * 7)) == {0, 1, 5}, "token 0 is one as any"
-    assert found[0] == pytest.approx(-float(whole[0, 1]), rel=1e-6 if dtype == torch.float32 else 1e-13)
-    assert found[1] == pytest.approx(-float(whole[1, 2]), rel=1e-6 if dtype == torch.float32 else 1e-13)
-    assert Logits.of(logits, [Row(watched=False)] * 7) is None
-
-
-@dataclass
-class Row:
-    """Of a step: the first token of an answer is drawn from it."""
-
-    watched: bool
-    tokens: list[int] = field(default_factory=list)
-    prompt_len: int = 0
 
 
 def test_signals_do_not_depend_on_the_batch(routed: Model) -> None:

@@ -19,42 +19,8 @@ from shoal.engine.sizes import Needs, default_rows, default_units, prompt_bytes,
 from shoal.errors import ResourceError
 from shoal.model.gpu import launch
 
-# 4 heads over 2 for keys, of 24 dims; width 96, inside the MLP 256; window 32, context 1024
-TINY = presets.get("tiny").model
 TEST = presets.get("test").model
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
-
-
-@pytest.mark.parametrize(
-    ("kernels", "change", "keys"),
-    [
-        (True, {}, 32),
-        (False, {}, 1024),
-        (True, {"attn_pattern": "HD"}, 1024),
-        (True, {"attn_pattern": "HS", "dense_length": 64}, 64),
-        (True, {"attn_pattern": "HS", "dense_length": 16}, 32),
-        (True, {"attn_pattern": "HS", "dense_length": 4096}, 1024),
-        (True, {"attn_pattern": "HL", "dense_length": 64}, 32),
-        (True, {"max_length": 65_536}, 32),
-        (True, {"max_length": 65_537}, 65_537),
-        (True, {"max_length": 65_537, "attn_pattern": "L"}, 32),
-    ],
-)
-def test_a_row_of_a_prompt_takes_what_a_layer_makes_of_it_and_a_mask_over_its_keys(
-    kernels: bool, change: dict[str, Any], keys: int
-) -> None:
-    c = dataclasses.replace(TINY, **change)
-    for each in (2, 4):
-        numbers = 4 * 96 + 2 * (4 + 2 + 2) * 24 + 3 * 256
-        sums = 2 * 4 * (24 + 2) * 4  # of two branches, four heads, in fp32
-        mask = 2 * keys * (1 + each)  # two heads share a KV head; a bool, and the number that it becomes
-        under = 3 * keys * (not kernels or keys == 65_537)  # of two KV heads as much, and three bools of all
-        assert row_bytes(c, each, kernels) == each * numbers + sums + mask + under
-    read = 2 * 2 * 24 * keys  # keys and values of two heads
-    assert prompt_bytes(c, torch.bfloat16, torch.bfloat16, kernels) == 2 * read
-    assert prompt_bytes(c, torch.float32, torch.float32, kernels) == 4 * read
-    scales = 2 * 4 * keys
-    assert prompt_bytes(c, torch.bfloat16, torch.int8, kernels) == read + scales + 2 * 2 * read, "and as numbers, twice"
 
 
 def test_on_a_cpu_units_are_for_the_batch_or_a_quarter_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import math
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,6 @@ import torch
 from shoal import Engine, Model, Request, Sampling
 from shoal.engine.drafts import draft
 from shoal.engine.events import MAX_DRAFTS, Completion, Finished, Guide, Token
-from shoal.engine.guided import Grammar
 from shoal.engine.plan import Sampled
 from shoal.engine.sampler import Sampler
 from shoal.engine.speculative import accept
@@ -29,6 +27,7 @@ from shoal.errors import ConfigError, GenerationError, RequestError
 from shoal.inputs.tokenizer import END_ID
 from shoal.model.cpu import fused
 from tests import oracle
+from tests.unit.engine.test_sampler import Draw
 
 
 def build(share: float) -> Model:
@@ -282,17 +281,6 @@ def test_logits_that_are_not_finite_end_the_request_alone() -> None:
 # --- the draw itself -------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Draw:
-    sampling: Sampling
-    seed: int
-    tokens: list[int] = dataclasses.field(default_factory=lambda: [50, 51])
-    prompt_len: int = 2
-    grammar: Grammar | None = None
-    watched: bool = False
-    there: Sequence[torch.Tensor] = ()
-
-
 @pytest.mark.parametrize("sampling", [
     Sampling(temperature=0.7, top_p=0.9),
     *(pytest.param(each, marks=pytest.mark.drill) for each in (Sampling(), Sampling(top_k=5))),
@@ -305,7 +293,7 @@ def test_21_verified_tokens_follow_the_full_models_distribution(sampling: Sampli
     p_logits = torch.randn(vocab, generator=generator, dtype=torch.float64)
     q_logits = p_logits + 0.7 * torch.randn(vocab, generator=generator, dtype=torch.float64)
     sampler = Sampler(torch.zeros(vocab, dtype=torch.bool))
-    draws = [Draw(sampling, seed) for seed in range(times)]
+    draws = [Draw(sampling, seed=seed) for seed in range(times)]
     drawn = [
         np.array([s.token for s in sampler.sample(row.repeat(times, 1), draws)]) for row in (q_logits, p_logits)
     ]  # fmt: skip

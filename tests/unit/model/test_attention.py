@@ -1,6 +1,5 @@
 """Hybrid attention against its definition. Everything in float64, so equality means equality."""
 
-import dataclasses
 import math
 
 import pytest
@@ -103,18 +102,6 @@ def test_select_is_a_stable_sort(data):
     assert sorted(order[:k]) == got[0, 0, 0].nonzero().flatten().tolist()
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([1, 2, 4]), st.sampled_from([(4, 4), (4, 2), (4, 1)]), st.integers(2, 40))
-def test_future_tokens_and_prefixes_do_not_matter(seed, block, heads, t):
-    q, k, v = qkv(seed, t, *heads, 8)
-    args = {"window": 5, "block": block, "top_k": 3, "sinks": 1, "local_weight": 0.7}
-    whole = hybrid_attention(q, k, v, **args)
-    cut = t // 2 + 1
-    assert (hybrid_attention(q[:, :cut], k[:, :cut], v[:, :cut], **args) - whole[:, :cut]).abs().max() < 1e-12
-    k[:, cut:], v[:, cut:] = 99.0, -99.0
-    assert (hybrid_attention(q, k, v, **args)[:, :cut] - whole[:, :cut]).abs().max() < 1e-12
-
-
 @torch.no_grad()
 def test_all_of_it_lies_where_the_rows_do():
     """On a GPU that is pretended: nothing mixes devices, and the gate may come from anywhere."""
@@ -136,17 +123,6 @@ def test_all_of_it_lies_where_the_rows_do():
         torch.testing.assert_close(one.held, other, rtol=0, atol=1e-12)
 
 
-def test_short_context_makes_the_global_branch_full_attention():
-    q, k, v = qkv(0, 16, 4, 2, 8)
-    got = hybrid_attention(q, k, v, window=3, block=4, top_k=4, sinks=1, local_weight=0.0)
-    kk, vv = (x.repeat_interleave(2, 2).transpose(1, 2) for x in (k, v))
-    want = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), kk, vv, is_causal=True).transpose(1, 2)
-    assert (got - want).abs().max() < 1e-12
-    # within the window too, the gate cannot matter
-    a, b = (hybrid_attention(q, k, v, window=16, block=4, top_k=4, sinks=1, local_weight=w) for w in (0.1, 0.9))
-    assert (a - b).abs().max() < 1e-12
-
-
 def test_a_group_of_heads_chooses_together_and_within_bounds():
     q, k, _ = qkv(3, 40, 4, 2, 8)
     layout = Layout.packed(torch.zeros(1, 40, dtype=torch.long), window=4, block=4, sinks=1)
@@ -159,20 +135,6 @@ def test_a_group_of_heads_chooses_together_and_within_bounds():
     assert chosen[..., 0][:, :, 3:].all()  # the sink is always among them
 
 
-def test_a_token_outside_both_sets_has_no_effect():
-    q, k, v = qkv(5, 33, 2, 2, 8)
-    layout = Layout.packed(torch.zeros(1, 33, dtype=torch.long), window=4, block=4, sinks=1)
-    args = {"window": 4, "block": 4, "top_k": 2, "sinks": 1, "local_weight": 0.6}
-    before = hybrid_attention(q, k, v, **args)
-    chosen = select(
-        block_scores(q, block_summaries(k, layout, "mean"), layout.eligible), layout.eligible, layout.sink, 2
-    )
-    unread = (~chosen[0, :, 32].any(0) & layout.eligible[0, 32]).nonzero().flatten().tolist()
-    victim = next(b for b in unread if b * 4 + 3 < 29)
-    v[:, victim * 4 : victim * 4 + 4] += 100.0  # values do not enter the choice
-    assert torch.equal(hybrid_attention(q, k, v, **args)[:, 32], before[:, 32])
-
-
 def test_gradients_with_the_choice_held():
     q, k, v = (x.requires_grad_() for x in qkv(1, 10, 2, 1, 4))
     gamma = torch.tensor([0.7, 0.4], dtype=F64, requires_grad=True)
@@ -181,38 +143,6 @@ def test_gradients_with_the_choice_held():
         return hybrid_attention(q, k, v, window=3, block=2, top_k=2, sinks=1, local_weight=gamma)
 
     assert torch.autograd.gradcheck(run, (q, k, v, gamma), eps=1e-7, atol=1e-5)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.data())
-def test_paged_equals_parallel(data):
-    """Token by token or in any chunks, on any pages in any order, with poison (NaN) wherever nothing was written."""
-    block, page = data.draw(st.sampled_from([(1, 8), (2, 8), (4, 8), (8, 8), (1, 1)]))
-    base = presets.get("test").model
-    c = dataclasses.replace(base, block=block, page=page, kv_heads=data.draw(st.sampled_from([1, 3])))
-    net = Net(c).init_(data.draw(st.integers(0, 9))).double()
-    t = data.draw(st.integers(1, 110))
-    tokens = torch.randint(9, 300, (1, t), generator=torch.Generator().manual_seed(t))
-    want = net(tokens, exits=(4,))[4][0]
-    pages = -(-t // page)
-    units = torch.randperm(pages + 5, generator=torch.Generator().manual_seed(t))[:pages] + 1
-    caches = [GroupCache.zeros(c, pages + 6, F64) for _ in net.groups]
-    for cache in caches:
-        cache.kv.fill_(math.nan)
-        cache.summaries.fill_(math.nan)
-    outputs, start = [], 0
-    while start < t:
-        stop = min(t, start + data.draw(st.sampled_from([1, block, page + 1, t])))
-        at = torch.arange(start, stop)
-        table = torch.zeros(1, pages + 2, dtype=torch.long)
-        table[0, : -(-stop // page)] = units[: -(-stop // page)]
-        step = PagedStep(at, units[at // page] * page + at % page, table, [0, stop - start], page, block)
-        x = net.embed_inputs(tokens[0, start:stop])
-        for group, cache in zip(net.groups, caches, strict=True):
-            x = group.paged(x, step, cache)
-        outputs.append(x)
-        start = stop
-    assert (torch.cat(outputs) - want).abs().max() < 1e-12
 
 
 def test_blocks_are_chosen_in_full_precision_under_autocast_too():

@@ -1,16 +1,13 @@
 """The fused operators of a decoding step against the torch operators that they stand in for."""
 
 import dataclasses
-import itertools
 import math
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -173,26 +170,6 @@ def test_scales_are_torchs_to_the_bit(seed, rows, width, scale):
     assert torch.equal(s, token_scale(x)) and torch.equal(unit, x / token_scale(x))
 
 
-def test_what_cannot_have_the_index_is_used_and_not_kept(monkeypatch, tmp_path):
-    """Nor does what is compiled here change where others keep theirs."""
-    from shoal.model.cpu import compiled
-
-    def double(x):
-        return x + x
-
-    monkeypatch.setattr(compiled, "_KEPT", str(tmp_path))
-    monkeypatch.setattr(compiled, "INDEX_PATIENCE", 0.05)
-    before = compiled.config.CACHE_DIR
-    made = compiled.exact.called(double)
-    assert before == compiled.config.CACHE_DIR
-    file = made._cache._cache_file
-    with FileLock(Path(file._cache_path) / "index.lock"):
-        file.save(1, "code")
-        assert file.load(1) is None and made(2) == 4
-    file.save(1, "code")
-    assert file.load(1) == "code"
-
-
 def test_one_at_a_time_compiles_and_nobody_waits_for_ever(monkeypatch, tmp_path):
     from shoal.model.cpu import compiled
 
@@ -306,33 +283,6 @@ def beginning(config):
     return normal(1, 2, config.width, dtype=torch.float32), step
 
 
-@torch.inference_mode()
-def test_layers_that_are_rounded_as_in_training_do_not_run_in_one_call():
-    """Told before each step, though what else they are made of is looked for once."""
-    net = Net(presets.get("test").model).init_(0)
-    found = []
-    for on in (False, True, False):
-        linears.fake_quantize_(net, on)
-        found.append(bool(net.groups[1]._in_one_call(*beginning(net.config))))
-    assert found == [True, False, True]
-
-
-@torch.inference_mode()
-def test_layers_run_in_one_call_for_as_many_rows_of_a_request_as_drafts_may_have(monkeypatch):
-    """17 rows are a token and sixteen drafts. Gates that may change without a trace are looked at each time."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # of several threads 17 rows are oneDNN's
-    one = presets.get("test").model
-    some = dataclasses.replace(one, layers=8, attn_pattern="HD")  # beside a layer that has no gate, too
-    for inference, config in itertools.product((False, True), (one, some)):
-        with torch.inference_mode(inference):
-            group = Net(config).init_(0).requires_grad_(False).groups[1]
-        for rows in (17, 18):
-            at = torch.arange(rows)
-            step = PagedStep(at, at, torch.tensor([[0, 1, 2]]), [0, rows], 8, 2)
-            assert bool(group._in_one_call(torch.zeros(rows, 48), step)) == (rows == 17)
-        assert len(group._seen[1]) == (not inference)
-
-
 @pytest.mark.parametrize("quantization", ["none", "w8a8"])
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_layers_of_open_models_run_in_one_call(form, quantization, monkeypatch):
@@ -359,28 +309,6 @@ def test_layers_in_one_call_read_their_tensors_where_they_lie_now(quantization, 
             want = two_rows(net)
         assert torch.allclose(found[-1], want, rtol=1e-4, atol=1e-4)
     assert (found[0] - found[1]).abs().max() > 0.1 < (found[1] - found[2]).abs().max()
-
-
-@torch.inference_mode()
-def test_weights_that_change_while_another_thread_looks_for_them_are_seen():
-    """The other's step falls between the look of this one at its layers and what it keeps of it, as a thread's may."""
-    net = Net(presets.get("test").model).init_(1).requires_grad_(False)
-    group, step = net.groups[1], beginning(net.config)
-    block, calls = group.blocks[0], []
-    honest, norm = block.arrays, block.attention_norm.weight
-
-    def interrupted(*args):
-        found = honest(*args)
-        calls.append(1)
-        if len(calls) == 1:
-            norm.data = norm * 2
-            group._in_one_call(*step)
-        return found
-
-    block.arrays = interrupted
-    group._in_one_call(*step)
-    weights, _, _ = group._in_one_call(*step)[0]
-    assert (weights[0] == norm.numpy()).all(), "else those of before are read for ever"
 
 
 @torch.inference_mode()

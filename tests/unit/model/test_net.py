@@ -9,14 +9,13 @@ from PIL import Image
 
 from shoal import Model, presets
 from shoal.config import ModelConfig
-from shoal.errors import ConfigError, ContextLengthError, RequestError, ResourceError
+from shoal.errors import ConfigError, ContextLengthError, RequestError
 from shoal.inputs import media
 from shoal.inputs.chat import Encoded
 from shoal.inputs.tokenizer import PATCH_ID, Tokenizer
 from shoal.model.block import Attention
 from shoal.model.gpu import launch
 from shoal.model.net import Net
-from shoal.model.router import Router
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +39,6 @@ def test_initial_weights_depend_on_the_seed_alone():
     assert torch.allclose(gates, torch.full((3,), 0.7), atol=1e-6)
 
 
-@pytest.mark.parametrize("depth", ["shallow", "middle", "full", 1, 2, 4])
-def test_a_depth_is_a_truncated_model_bit_for_bit(model, depth):
-    tokens = torch.randint(9, 265, (2, 30))
-    layers = model.config.depth(depth)
-    kept = Model(model.config, Net(model.config).double(), model.tokenizer)
-    kept.net.load_state_dict(model.net.state_dict())
-    for group in list(kept.net.groups)[layers // model.config.group_layers :]:
-        for p in group.parameters():
-            p.fill_(float("nan"))  # a deeper layer that ran would show
-    assert torch.equal(kept.logits(tokens, depth), model.logits(tokens, depth))
-
-
 @pytest.mark.parametrize(("exits", "groups"), [((1,), 1), ((2, 1), 2), ((4,), 4), (None, 4)])
 def test_no_group_runs_beyond_the_deepest_exit_that_is_asked_for(model, exits, groups):
     ran = []
@@ -71,31 +58,6 @@ def test_a_net_says_where_its_weights_are_and_in_what_it_computes(change):
         net = Net(dataclasses.replace(presets.get("test").model, **change))
     assert (net.device.type, net.dtype) == ("meta", torch.float32)
     assert net.double().dtype == torch.float64
-
-
-def test_documents_of_one_row_never_meet(model):
-    a, b = torch.randint(9, 265, (1, 33)), torch.randint(9, 265, (1, 21))
-    docs = torch.tensor([[0] * 33 + [1] * 21])
-    together = model.net(torch.cat([a, b], 1), docs=docs, exits=(1, 4))
-    for e in (1, 4):
-        assert (together[e][:, :33] - model.net(a, exits=(e,))[e]).abs().max() < 1e-12
-        assert (together[e][:, 33:] - model.net(b, exits=(e,))[e]).abs().max() < 1e-12
-
-
-def test_gate_can_be_set_at_run_time(model):
-    tokens = torch.randint(9, 265, (1, 60))
-    local = dataclasses.replace(model.config, attn_pattern="L")
-    only_local = Net(local).double()
-    only_local.load_state_dict(model.net.state_dict())
-    for group in model.net.groups:
-        for block in group.blocks:
-            block.attention.mix_local = 1.0
-    try:
-        assert (model.net(tokens)[4] - only_local(tokens)[4]).abs().max() < 1e-12
-    finally:
-        for group in model.net.groups:
-            for block in group.blocks:
-                block.attention.mix_local = None
 
 
 @pytest.mark.parametrize("scale", [0.0, 3.0])
@@ -304,45 +266,6 @@ def test_a_twin_that_is_smoothed_has_other_levels_and_a_head_of_its_own():
     assert plain.config.tied and not smoothed.config.tied and smoothed.net.output is not None
     name = "groups.0.blocks.0.mlp.up.weight"
     assert not torch.equal(plain.net.state_dict()[name], smoothed.net.state_dict()[name])
-
-
-def test_what_belongs_to_a_model_goes_with_it(tmp_path, monkeypatch):
-    """To its directory and back, to its INT8 twin, which has no router, and to a device."""
-    one = Model.from_preset("test", seed=1)
-    assert not one.smoothed and not one.quantized().smoothed
-    assert not Model(one.config, one.net, one.tokenizer, source={"family": "x"}).smoothed, "in fp32 nothing was rounded"
-    one.name, one.chat_template, one.source, one.base = "fish", one.chat_template + " ", {"family": "x"}, "b" * 64
-    one.router = Router(one.config)
-    one.save(tmp_path / "m", card="mine")
-    again, parts = Model.load(tmp_path / "m"), ("name", "chat_template", "base", "smoothed", "config")
-    assert [getattr(again, part) for part in parts] == [getattr(one, part) for part in parts]
-    assert again.source == {"family": "x", "licences": {}} and again.router is not None and not again.smoothed
-    assert (tmp_path / "m" / "README.md").read_text() == "mine"
-    twin = one.quantized()
-    assert (twin.name, twin.chat_template, twin.base, twin.source) == (
-        "fish-int8",
-        one.chat_template,
-        one.base,
-        one.source,
-    )
-    assert twin.smoothed and twin.router is None
-    twin.save(tmp_path / "int8")
-    Model.from_preset("test").quantized().save(tmp_path / "own")
-    assert not Model.load(tmp_path / "own").smoothed, "nobody imported it"
-    monkeypatch.setattr("shoal.model.int8.trusted", lambda device: (_ for _ in ()).throw(ResourceError("no kernel")))
-    with pytest.raises(ResourceError, match="no kernel"):
-        Model.load(tmp_path / "int8")
-    told = []
-    whole = Model.load(tmp_path / "int8", on_fallback=told.append)
-    assert told == ["no kernel"] and whole.config == one.config and whole.smoothed
-    held, state = twin.net.state_dict(), whole.net.state_dict()
-    assert state.keys() == one.net.state_dict().keys()
-    for name, tensor in state.items():
-        scale = held.get(f"{name}_scale")
-        assert tensor.dtype == torch.float32
-        assert torch.equal(tensor, held[name] if scale is None else held[name].float() * scale)
-    assert one.to("meta") is one and {one.device.type, one.router.mean.weight.device.type} == {"meta"}
-    assert twin.to("meta").device.type == "meta", "without a router, too"
 
 
 # ---- layers

@@ -79,16 +79,6 @@ def test_a_checkpoint_is_of_the_moment_at_which_it_was_begun(
     assert not all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_two_are_never_written_at_once(tmp_path: Path, alone: Ranks, gate: threading.Event) -> None:
-    store = CheckpointStore(tmp_path)
-    store.begin(*trained(seed=1), state(1), alone)
-    with pytest.raises(AssertionError, match="one checkpoint"):
-        store.begin(*trained(seed=1), state(2), alone)
-    gate.set()
-    assert store.publish(alone).path == store.at(1)
-    assert store.begin(*trained(seed=1), state(2), alone) and store.publish(alone).path == store.at(2)
-
-
 def test_what_a_thread_meets_is_one_line_where_it_is_heard(
     tmp_path: Path, alone: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,21 +129,6 @@ def test_what_a_killed_run_was_writing_is_removed(tmp_path: Path, alone: Ranks) 
     (half / "shard-00000.safetensors").write_bytes(b"half")
     assert CheckpointStore(tmp_path).newest(alone, pytest.fail) == path
     assert list(store.directory.iterdir()) == [path]
-
-
-def test_without_memory_for_a_copy_training_waits(
-    tmp_path: Path, alone: Ranks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def none(*_: object, **__: object) -> torch.Tensor:
-        raise MemoryError
-
-    monkeypatch.setattr(snapshot.Snapshot, "_copied", none)
-    store, (model, optimizer) = CheckpointStore(tmp_path), trained(seed=1)
-    assert not store.begin(model, optimizer, state(1), alone)
-    path = store.publish(alone).path
-    other, other_optimizer = trained(seed=2, updates=0)
-    store.load(path, other, other_optimizer, alone)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 @settings(max_examples=40, deadline=None)

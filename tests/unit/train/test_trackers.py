@@ -117,29 +117,6 @@ def test_wandb_is_given_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         time.sleep(0.1)
 
 
-def test_a_torn_line_or_a_listener_that_fails_ends_no_progress(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """The driver reads the file while the workers write it."""
-    heard: list[log.Record] = []
-
-    def listen(record: log.Record) -> None:
-        if record.get("step") == 3:
-            raise ValueError("a tracker's own")
-        heard.append(record)
-
-    with following_file(str(tmp_path), listen):
-        say = log.Speaker(tmp_path, True, log.ignore)
-        say("start", step=0)
-        with log.metrics_file(tmp_path).open("ab") as file:
-            file.write(b'{"kind": "step", "st')
-        for step in (2, 3, 4):
-            say("step", step=step)
-        say("end")
-    assert [(r["kind"], r.get("step")) for r in heard] == [
-        ("start", 0), ("warning", 0), ("step", 2), ("step", 4), ("end", None)
-    ]  # fmt: skip
-    assert "cannot be read" in heard[1]["text"] and "step record was not shown" in capsys.readouterr().err
-
-
 def test_a_file_system_that_is_away_for_a_moment_ends_no_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
