@@ -18,33 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal import Request, Sampling
-from shoal.engine.acceptance import (
-    CREDIT,
-    OWN,
-    SEEN,
-    SHARED,
-    START,
-    TRIES,
-    Kinds,
-    Record,
-    Stood,
-)
+from shoal.engine.acceptance import CREDIT, KINDS, OWN, SEEN, SHARED, START, TRIES, WINDOW, Kind, Kinds, Record, Stood
 from shoal.engine.drafting import ADVANCE, AGAIN, AHEAD, FEW, LOSS, TRY, Drafting, best
 from shoal.engine.plan import Outcome, Plan, Sampled, Work
 from shoal.engine.price import AGAIN as LOOK
-from shoal.engine.price import (
-    DRIFT,
-    FASTER,
-    NOISE,
-    PLAIN,
-    RARE,
-    ROW,
-    SPIKE,
-    UNKNOWN,
-    WANDERS,
-    Price,
-    Prices,
-)
+from shoal.engine.price import DRIFT, FASTER, NOISE, PLAIN, RARE, ROW, SPIKE, UNKNOWN, WANDERS, Price, Prices
 from shoal.engine.price import SEEN as DRAFTED
 from shoal.engine.running import Running
 from shoal.engine.text import TextStream
@@ -318,6 +296,41 @@ def test_what_a_task_lost_beyond_its_gains_is_taken_of_what_all_may_lose() -> No
     assert one.earn(-CREDIT, 4) == 0 and (one.task.left, one.credit) == (0.0, False)
     assert one.earn(0.0, 5) == 0 and not one.credit
     assert one.earn(CREDIT + SHARED + 3, 6) == 0 and one.kinds[0].left == SHARED, "and no more"
+
+
+def test_a_try_is_due_once_both_the_steps_of_all_and_those_of_its_own_are_over() -> None:
+    kind = Kind()
+    assert kind.due(0), "nothing was lost"
+    kind.again, kind.after, kind.time = 10, 2.5, 2.5
+    assert [kind.due(now) for now in (9, 10, 11)] == [False, True, True]
+    kind.time = 2.4
+    assert not kind.due(10) and not kind.due(11)
+
+
+def test_of_a_kind_the_last_drafts_count_and_of_kinds_the_last() -> None:
+    kinds = Kinds()
+    (wide, *_) = kinds.of("way", [1])
+    wide.add(100, 100)
+    assert (wide.good, wide.tried) == (WINDOW, WINDOW)
+    for _ in range(3):
+        wide.add(0, int(WINDOW))
+    assert wide.good < 0.2 * WINDOW
+    for number in range(KINDS):
+        kinds.of("way", [number])
+    assert len(kinds._kinds) == KINDS
+    assert kinds.of("way", [1])[0] is wide, "all have asked for it"
+    assert kinds.of("way", [KINDS - 1])[1].tried == 0
+
+
+def test_what_a_task_gains_it_may_lose_again_and_others_little_of_it() -> None:
+    kinds = Kinds()
+    one, other = (Record(6, kinds.of("way", [task] * 4)) for task in (1, 2))
+    assert not one.credit and other.earn(-0.5, 10) == -0.5, "nothing has been gained"
+    assert other.task.again == 10 + int(0.5 / TRIES) and other.task.after == 0.5 / OWN
+    assert one.earn(CREDIT / 2, 10) == 0 and one.credit and not other.credit
+    assert one.earn(100.0, 11) == 0 and other.credit
+    assert other.earn(-SHARED - 1, 12) == pytest.approx(-1.0)
+    assert one.earn(-CREDIT, 13) == 0 and not one.credit and one.earn(-0.25, 14) == -0.25
 
 
 def test_a_try_waits_for_what_all_answers_of_its_task_lost_in_a_step() -> None:
