@@ -154,8 +154,8 @@ def trial_of(pattern: str, worse: float, seed: int, shadows: int, people: int) -
             pace.observe(*meter.times, meter.nll if part.first else None, len(meter.tokens))
         rating = traffic.rating(talk, not stable)
         if step and rating is not None:
-            label = "stable" if stable else trial.label
-            trial.vote((label, step, ""), (str(request), rating[0]), rating[1])
+            trial.remember(str(request), "stable" if stable else trial.label, "", part.who)
+            trial.vote(str(request), *rating)
 
     for request in range(MOST_REQUESTS):
         talk = traffic.next()

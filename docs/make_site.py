@@ -235,7 +235,7 @@ def main() -> int:
     stage()
     show = ["serve", "--no-strict", "--dev-addr", f"127.0.0.1:{PORT}"]
     words = show if options.serve else ["build", "--clean", "--strict", "--quiet"]
-    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # of the theme; decision 0035 knows
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # of the theme; decision 0036 knows
     code = subprocess.run([sys.executable, "-m", "mkdocs", *words], cwd=ROOT, env=quiet, check=False).returncode
     outward = [] if options.serve else loaded_from_elsewhere(ROOT / "site")
     for line in outward:

@@ -45,7 +45,8 @@ class Recipe(ABC):
     measures: tuple[str, ...]
     least_is_best: tuple[str, ...] = ()
     served: str  # the measure by which depths are compared
-    # of a suite, so many answers are asked of an imported model: it is a hundred times the size, and as much slower (0127)
+    # of a suite, so many answers are asked of an imported model: it is a hundred times the size, and as much slower
+    # (decision 0033)
     open_rows = 100
     # suites in wordings that nobody learned from, each with the measures that say most
     headline: tuple[tuple[str, tuple[str, ...]], ...] = ()

@@ -11,7 +11,7 @@ from shoal.config import Preset
 def shaped(name: str, row_tokens: int, batch_tokens: int, vocab: int | None = None) -> Preset:
     """`tiny` without images, with rows of so many tokens and so many tokens an update; `vocab`: [tiny's].
 
-    Many small updates: copying begins after so many of them, whatever is in each (decision 0052).
+    Many small updates: copying begins after so many of them, whatever is in each (decision 0033).
     """
     tiny = presets.get("tiny")
     model = dataclasses.replace(

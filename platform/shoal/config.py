@@ -122,7 +122,7 @@ class ModelConfig(Exits):
     patch: int = 8  # p, pixels on a side of an image patch
     image_size: int = 32  # longest side of an image, in pixels, after resizing; a multiple of `patch`; 0: text alone
     max_length: int = 0  # longest context served; 0 means 4 * train_length
-    quantization: Literal["none", "w8a8"] = "none"  # w8a8: int8 weights, dynamic 7-bit activations (decision 0011)
+    quantization: Literal["none", "w8a8"] = "none"  # w8a8: int8 weights, dynamic 7-bit activations (decision 0003)
 
     def __post_init__(self) -> None:
         def need(ok: bool, what: str, got: object, allowed: str) -> None:

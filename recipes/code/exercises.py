@@ -67,7 +67,7 @@ def named(name: str) -> Row:
 
 
 def said_again(split: str, count: int, seed: int = 0) -> Iterator[Row]:
-    """Rows in which the assistant says names, numbers and lines of code again ([decision 0052](docs/decisions))."""
+    """Rows in which the assistant says names, numbers and lines of code again (decision 0033)."""
     draws = random.Random(f"said again {split} {seed}")
     for at in range(count):
         some = [_said(split, draws) for _ in range(draws.randrange(2, 8))]

@@ -90,13 +90,29 @@ def test_the_licence_is_the_one_that_is_named() -> None:
     assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
 
 
+DECISIONS = sorted(ROOT.glob("docs/decisions/*.md"))
+
+
 def test_a_decision_is_short_and_says_its_price() -> None:
-    for path in sorted(ROOT.glob("docs/decisions/*.md")):
+    assert [path.name[:5] for path in DECISIONS] == [f"{n:04}-" for n in range(1, len(DECISIONS) + 1)]
+    for path in DECISIONS:
         text = path.read_text()
-        number = path.name[:4]
-        assert text.startswith(f"# {number}: ") and len(text.splitlines()) <= 20, path.name
+        assert text.startswith(f"# {path.name[:4]}: ") and len(text.splitlines()) <= 35, path.name
         assert re.search(r"^\d{4}-\d{2}-\d{2}$", text, re.MULTILINE), path.name
         assert all(f"**{head}.**" in text for head in ("Decision", "Why", "What it costs")), path.name
+
+
+def test_the_changelog_is_short() -> None:
+    assert len((ROOT / "CHANGELOG.md").read_text().splitlines()) <= 200
+
+
+def test_every_decision_that_a_file_names_is_there() -> None:
+    known = {path.name[:4] for path in DECISIONS}
+    named = [
+        (path, n) for path, text in texts() for n in re.findall(r"\bdecisions?\W{1,8}(0\d{3})\b", text, re.IGNORECASE)
+    ]
+    assert len(named) > 80
+    assert {f"{name_of(path)}: {number}" for path, number in named if number not in known} == set()
 
 
 # --- what must not be there -----------------------------------------------------------------------------------------
@@ -228,8 +244,8 @@ def test_every_command_of_a_page_exists() -> None:
 
 
 def test_every_option_of_a_command_in_a_sentence_exists() -> None:
-    """Of those in backquotes, which may leave out what the page has said. The log names what there was."""
-    for page in (page for page in PAGES if page.name != "log.md"):
+    """Of those in backquotes, which may leave out what the page has said."""
+    for page in PAGES:
         for text in re.findall(r"`(shoal [a-z][^`]*)`", page.read_text()):
             words = shlex.split(text)
             name = next((n for n in (" ".join(words[1:3]), words[1]) if n in COMMANDS), None)
@@ -273,12 +289,11 @@ def test_every_link_of_a_page_leads_somewhere() -> None:
 
 
 def test_every_file_that_a_page_names_is_there() -> None:
-    """Words in backquotes that look like a path of this repository or of the package. The log names files as they were on the
-    day of the entry, which is never changed."""
+    """Words in backquotes that look like a path of this repository or of the package."""
     package = ROOT / "platform" / "shoal"
     places = [ROOT, package, *(place for place in package.iterdir() if place.is_dir())]
     lost = list[str]()
-    for page in (page for page in PAGES if page.name != "log.md"):
+    for page in PAGES:
         for word in re.findall(r"`([\w./-]+/[\w./-]*|\w+\.(?:py|yaml|toml))`", page.read_text()):
             if word.startswith(("runs/", "/", "DIR/", "RUN/")) or word == "platform/__init__.py":
                 continue

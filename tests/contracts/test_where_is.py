@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "platform" / "shoal"
-PAGES = [path for path in (ROOT / "docs").rglob("*.md") if path.name != "log.md"]  # a log's entries are of their day
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 PLACE = re.compile(r"`([\w./-]+\.(?:py|js|css|ya?ml|toml|json)):([A-Za-z_][\w.]*)`")
 ASKED = (
     "top_p", "freed", "unknown field", "lost stream", "normalised", "FSDP", "router sees", "60/20/20", "metric's name",

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from shoal import Model, Request, Sampling
 from shoal.api.served import ServedModel
 from shoal.engine.events import Event, Finished, Guide, Token
+from shoal.errors import EngineDeadError as OurDeadError
 from shoal.errors import GenerationError
+from shoal.vllm_plugin.counts import Counts
 from shoal.vllm_plugin.options import engine_args
 from shoal.vllm_plugin.serving import VllmEngine, sampling_params
 
@@ -106,6 +109,39 @@ def test_a_stop_string_ends_it_where_it_would_have(
         again, ended = ran(loop, engine, asked.after([token.token for token in tokens[:told]], tokens[told - 1]))
         assert [token.token for token in again] == [token.token for token in tokens[told:]], told
         assert (ended.reason, ended.completion_tokens) == (end.reason, len(tokens)), told
+
+
+def test_a_stop_string_in_what_is_generated_again_ends_it(loop: asyncio.AbstractEventLoop, engine: VllmEngine) -> None:
+    asked = {**CASES["guided"], "stop": ("d", "n")}
+    tokens, end = ran(loop, engine, request(asked, "stopped"))
+    assert end.reason == "stop" and len(tokens) < 24
+    again, ended = ran(loop, engine, request(asked, "again").after([each.token for each in tokens], tokens[-1]))
+    assert (again, ended.reason, ended.completion_tokens) == ([], "stop", len(tokens))
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_request_is_told_whether_vllm_ended_with_it(model: Model, before: bool) -> None:
+    """`taken` is what failover counts: a request that ends two engines goes to no third."""
+
+    class Dead:
+        errored = before
+
+        async def generate(self, *given: Any, **more: Any) -> Any:
+            raise EngineDeadError
+            yield None
+
+    engine = object.__new__(VllmEngine)
+    engine._served, engine._all, engine._per_request = ServedModel("fish", model.config, model.tokenizer), 8, False
+    engine._most, engine._live, engine._counts, engine._context = 1, set(), Counts(), 1024
+    engine._llm = Dead()  # type: ignore[assignment]
+
+    async def answer() -> None:
+        async for _ in engine.batches(request({}, "dead")):
+            pass
+
+    with pytest.raises(OurDeadError, match="the vLLM process ended") as caught:
+        asyncio.run(answer())
+    assert caught.value.taken is not before and not engine._live
 
 
 def test_a_whole_answer_ends_and_another_one_is_no_rest(loop: asyncio.AbstractEventLoop, engine: VllmEngine) -> None:

@@ -151,8 +151,8 @@ def test_a_deployment_of_fixed_depth_holds_no_deeper_layer(
 def test_int8_weights_run_in_vllm_s_own_kernels(
     model: Model, prompts: list[Prompt], vllm: Vllm, tmp_path: Path
 ) -> None:
-    """Close, and not equal: vLLM rounds activations to 8 bits, and the head's not at all; our kernels round to 7 (0011). By how
-    likely each finds a token, and not by its rank: of random weights many are nearly as likely as the first."""
+    """Close, and not equal: vLLM rounds activations to 8 bits, and the head's not at all; our kernels round to 7 (decision
+    0003). By how likely each finds a token, and not by its rank: of random weights many are nearly as likely as the first."""
     int8 = model.quantized()
     int8.save(tmp_path / "int8")
     engine = vllm(tmp_path / "int8", max_num_batched_tokens=256)

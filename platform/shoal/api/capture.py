@@ -142,7 +142,7 @@ class Recorder:
         return self._conversation(self._whose(access), _fields(body))
 
     def _conversation(self, whose: str | None, fields: Mapping[str, Any]) -> str | None:
-        begins = _beginning(fields)
+        begins = beginning(fields)
         return talk(self._salt, f"{whose}\0{begins}") if begins else None
 
     def _whose(self, access: Access) -> str | None:
@@ -337,7 +337,7 @@ def _fields(body: Any) -> Mapping[str, Any]:
     return {} if body is None else vars(body)
 
 
-def _beginning(fields: Mapping[str, Any]) -> str:
+def beginning(fields: Mapping[str, Any]) -> str:
     """What stays the same of a conversation as it goes on: its texts up to the user's first; of a prompt its first."""
     turns: Any = fields.get("messages") or fields.get("input") or fields.get("prompt", "")
     if isinstance(turns, str):

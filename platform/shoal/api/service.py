@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect
 from shoal.api.access import Access
 from shoal.api.answers import Answer, Store
 from shoal.api.bodies import ChatRequest
-from shoal.api.capture import Recorder
+from shoal.api.capture import Recorder, beginning
 from shoal.api.client import ClientGone, EngineClient, Events, gather, while_connected
 from shoal.api.entry import Entry
 from shoal.api.fresh import Fresh
@@ -207,7 +207,7 @@ class Service:
         answer.store = self._store_of(body, access)
         client, note = hosted.client, Note()
         if isinstance(client, Split):
-            note.conversation, note.id = _conversation(request, body) if client.trial else b"", answer.id
+            note.conversation, note.id = _conversation(request, body, self.recorder) if client.trial else b"", answer.id
             note.person, note.api_key = access.person, "" if access.key is None else access.key.digest.hex()
             if self.recorder is not None:
                 note.shadowed = partial(self.recorder.shadowed, access, call, answer)
@@ -338,10 +338,15 @@ def _tell_calls(answer: Answer, note: Note) -> None:
         note.on_calls(valid)
 
 
-def _conversation(request: Request, body: object) -> bytes:
+def _conversation(request: Request, body: object, recorder: Recorder | None = None) -> bytes:
     """What tells a chat from others, the same at each of its turns: who asks, and all up to the first thing that a user said;
     empty where `body` is no chat."""
-    said = [*_shares(request, request.state.access)]
+    access: Access = request.state.access
+    said = [*_shares(request, access)]
+    if isinstance(body, ResponsesRequest):  # the turns before may be stored, with what tells their chat
+        of = beginning(vars(body)) if recorder is None else recorder.conversation(access, body)
+        known = access.columns.get("conversation") or of
+        return "\0".join([*said, known]).encode("utf-8", "surrogatepass") if known else b""
     for message in getattr(body, "messages", ()):
         said.append(repr(_beginning(message))[:LONGEST_SAID])
         if getattr(message, "role", None) == "user":

@@ -4,7 +4,7 @@ conversations.
     chosen    by a hash of the conversation: a talk stays where it is, and whom 5 % reach, 25 % reach as well
     shadow    at share 0 copies of requests go to the canary, one at a time; nobody reads the answers
     failed    what fails at the canary and is not the client's fault goes on at the stable version with the tokens that were
-              sent (`Request.answer`, decision 0012): a text of two authors, marked so, and counted against the canary
+              sent (`Request.answer`, decision 0021): a text of two authors, marked so, and counted against the canary
     late      a token that the canary does not give in many times what the stable version takes counts as failed
 
 The evidence is looked at after each request of the canary: one that is condemned gets nothing more from that moment on.
@@ -24,7 +24,7 @@ from typing import Any
 
 from shoal.api.client import EngineClient
 from shoal.api.meter import Meter
-from shoal.api.trial import NOWHERE, REMEMBERED, Part, Trial, Weighed
+from shoal.api.trial import NOWHERE, Part, Trial, Weighed
 from shoal.config import FULL
 from shoal.engine.events import LATER, Event, Finished, Request
 from shoal.engine.metrics import Samples, sample
@@ -70,8 +70,6 @@ class Split:
         self.pace = Pace()
         self.rollbacks = 0  # of canaries, by themselves
         self._counts: Counter[tuple[str, str]] = Counter()  # (label of a version, outcome)
-        # answers during the trial, the newest last -> label of the version, the step, and the key that asked
-        self._answered: dict[str, tuple[str, int, str]] = {}
         self.beside: Callable[[], Samples] = dict  # what a release's files say
         self.labels: Mapping[str, str] = {}  # beginning of what engines call their weights -> label of the version
 
@@ -87,17 +85,10 @@ class Split:
 
     def counts_vote(self, answer: str, who: str | None, rating: str | None) -> bool:
         """As `voted`, of answers that were given here; whether this is one."""
-        given = self._answered.get(answer)
-        if self.trial is None or given is None:
+        if self.trial is None or answer not in self.trial.answered:
             return False
-        self.trial.vote(given, (answer, who), rating)
+        self.trial.vote(answer, who, rating)
         return True
-
-    def _remember(self, note: Note, trial: Trial) -> None:
-        if note.id and note.version:
-            self._answered[note.id] = note.version, trial.canary.step, note.api_key
-            if len(self._answered) > REMEMBERED:
-                del self._answered[next(iter(self._answered))]
 
     def condemned(self) -> Trial | None:
         """The trial, if its evidence says that it is to end; then it gets nothing more."""
@@ -138,7 +129,7 @@ class Split:
         self._counts[note.version, "failed" if failed else "ok"] += 1
         if trial is not None:
             trial.count(meter, part, stable=True, failed=failed)
-            self._remember(note, trial)
+            _remember(note, trial, part)
             note.on_calls = None if failed else partial(trial.called, part=part)
         if not failed and meter.times is not None:
             self.pace.observe(*meter.times, meter.nll if part.first else None, len(meter.tokens))
@@ -175,7 +166,7 @@ class Split:
                     if good:
                         note.version = trial.label
                         if isinstance(good[-1], Finished):
-                            self._remember(note, trial)
+                            _remember(note, trial, part)
                         yield good
                     if error is not None:
                         raise error
@@ -187,7 +178,7 @@ class Split:
                 raise
             if not isinstance(error, QueueFullError):  # that it has fewer replicas is no fault of its weights
                 trial.count(meter, part, stable=False, failed=True)
-            losses = int(isinstance(error, EngineDeadError))
+            losses = int(isinstance(error, EngineDeadError) and error.taken)
             if isinstance(error, EnginesLostError):
                 self._counts[trial.label, "failed"] += 1
                 raise
@@ -278,6 +269,11 @@ class _Noted(Split):
 
     async def embed(self, *given: Any, note: Note | None = None, **more: Any) -> list[list[float]]:
         return await self._whole.embed(*given, note=note or self._note, **more)
+
+
+def _remember(note: Note, trial: Trial, part: Part) -> None:
+    if note.id and note.version:
+        trial.remember(note.id, note.version, note.api_key, part.who)
 
 
 def _beginning(request: Request) -> bytes:

@@ -52,6 +52,7 @@ class Part:
 
     key: str | None  # of a person in the evidence; None: they do not
     first: bool = False  # it begins the conversation
+    who: str = ""  # hash of who asks, or of the conversation where a request names nobody
 
 
 NOWHERE = Part(None)
@@ -67,6 +68,9 @@ class Trial:
         self.running = 0  # requests that are with it
         self.decided: tuple[Decision, str] = ("wait", "")
         self.shadowing: asyncio.Task[None] | None = None
+        # answers, the newest last -> label of the version, the step, the key that asked, and who did
+        self.answered: dict[str, tuple[str, int, str, str]] = {}
+        self._voters: dict[tuple[int, str], str] = {}  # step, and who was answered -> who voted on that first
         self._talks: dict[bytes, int] = {}  # that were heard of, the newest last -> the step that they began in
 
     def takes(self, conversation: bytes) -> bool:
@@ -95,11 +99,11 @@ class Trial:
         says so: then each conversation is of another. One that began before this step counts for nobody in it. `api_key`: what
         tells the key from others; "" without keys."""
         first = self.begins(talk)
-        if self._talks[self._hash(talk)] != self.canary.step:
-            return NOWHERE
         who = self._hash(person.encode("utf-8", "surrogatepass") if person else talk).hex()
+        if self._talks[self._hash(talk)] != self.canary.step:
+            return Part(None, who=who)
         see, of = self.evidence.part, self._key(api_key)
-        return Part(see(self.canary.step, who, self._hash(talk), canary=canary, at=time.time(), api_key=of), first)
+        return Part(see(self.canary.step, who, self._hash(talk), canary=canary, at=time.time(), api_key=of), first, who)
 
     def begins(self, talk: bytes) -> bool:
         """Whether nothing of this conversation was asked before."""
@@ -128,14 +132,25 @@ class Trial:
         if not stable:
             self._judge()
 
-    def vote(self, given: tuple[str, int, str], by: tuple[str, str | None], rating: str | None) -> None:
-        """A person rates an answer that was `given` in the trial by (label of the version, step, to this API key), `by`
-        (answer, person), or withdraws that. The person's first answer of a step counts, and on it the newest vote; who has no
-        name is one person. Of copies and their originals none counts: nobody reads the copies."""
-        label, step, api_key = given
+    def remember(self, answer: str, version: str, api_key: str, who: str) -> None:
+        """That an answer was given by this version, to `who`, which may be voted on."""
+        self.answered[answer] = version, self.canary.step, api_key, who
+        if len(self.answered) > REMEMBERED:
+            del self.answered[next(iter(self.answered))]
+
+    def vote(self, answer_id: str, person: str | None, rating: str | None) -> None:
+        """A person rates an answer that is `answered`, or withdraws that. The person's first answer of a step counts, and on it
+        the newest vote; who has no name is one person. Of those who vote on what one was answered the first counts: a version
+        is drawn for who asks, however many names there are to vote by. Of copies and their originals none counts: nobody reads
+        the copies."""
+        label, step, api_key, asker = self.answered[answer_id]
         if not step:
             return
-        answer, who = by[0].encode(), self._hash(f"{by[1]}".encode()).hex()
+        answer, who = answer_id.encode(), self._hash(f"{person}".encode()).hex()
+        if self._voters.setdefault((step, asker), who) != who:
+            return
+        if len(self._voters) > REMEMBERED:
+            del self._voters[next(iter(self._voters))]
         see, of = self.evidence.part, self._key(api_key)
         key = see(step, f"{VOTER}{who}", answer, canary=label == self.label, at=time.time(), api_key=of)
         if key is not None:

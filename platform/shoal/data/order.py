@@ -1,7 +1,7 @@
 """The order in which rows are trained on: pure functions of seed, epoch and position, so that a cursor is one integer.
 
 Notable: only the raw stream of numpy's PCG64 is used, which numpy promises never to change; its shuffles are not promised. An
-order of many rows is never whole in memory (decision 0086): one span of it is, the rows whose numbers begin with the same bits.
+order of many rows is never whole in memory (decision 0017): one span of it is, the rows whose numbers begin with the same bits.
 """
 
 from __future__ import annotations

@@ -38,9 +38,9 @@ MOST_PARTS = 8192  # ... about so many parts at most, since spans of keys are re
 LEAST_PARTS = 12  # ... and of a corpus, so that several processes have work to the end
 PART_FILES = 2048
 BATCH = 256  # documents encoded at once ...
-BATCH_SIZE = 2**20  # ... and characters and image bytes of them: encoding holds some 250 bytes a token (docs/log.md)
+BATCH_SIZE = 2**20  # ... and characters and image bytes of them: encoding holds some 250 bytes a token
 SAMPLE_BYTES = 4 * 2**20  # of each modality, that the tokenizer is fitted to; of a corpus of more parts than ...
-SAMPLED_WHOLE = 64  # ... these, whose openings would say little, as many are drawn in the parts (decision 0056):
+SAMPLED_WHOLE = 64  # ... these, whose openings would say little, as many are drawn in the parts (decision 0017):
 SAMPLE_A_TOKEN = 2**14  # for each token of the vocabulary, at most ...
 SAMPLE_TEXT = 2**16  # ... and of one document
 
@@ -285,7 +285,7 @@ def _encoded(
 
 @lru_cache(maxsize=1)
 def _tokenizer(text: str) -> Tokenizer:
-    """One for all parts that a process packs: `tokenizers` 0.23 keeps 4 MB of each that has encoded (docs/log.md)."""
+    """One for all parts that a process packs: `tokenizers` 0.23 keeps 4 MB of each that has encoded."""
     return Tokenizer.from_json(text)
 
 

@@ -47,7 +47,7 @@ class ShardFile:
 @dataclass
 class RowBatch:
     """The rows of a batch that is not written yet. They are copied into two blocks: kept one by one, their small arrays lay
-    between what encoding allocates for a moment, and the heap grew from part to part (docs/log.md)."""
+    between what encoding allocates for a moment, and the heap grew from part to part."""
 
     tokens: np.ndarray  # int32 [rows that there is room for, T]
     docs: np.ndarray  # int16, likewise

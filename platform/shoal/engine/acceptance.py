@@ -13,7 +13,7 @@ BEGINNINGS = (4, 16)  # tokens of a prompt that tell a kind: of a task, and of a
 KINDS = 1024  # that are remembered, those that were asked for last
 START = 0.75  # share of drafts that is thought to stand where nothing is known
 # drafts that count as much as all that is known of wider kinds: answers of a task are more alike than few drafts tell, and an
-# answer that is given up for a few that failed by chance says nothing more (decision 0120)
+# answer that is given up for a few that failed by chance says nothing more (decision 0009)
 SEEN = 8.0
 WINDOW = 60.0  # drafts of a kind that are remembered
 TRIES = 0.004  # share of the time that a kind's tries lose, each being waited for as long as makes it so

@@ -1,5 +1,5 @@
 """Sampled audits: full depth looks at some of the answers that the router decides within a tolerance, once they are told; where
-they lose more than they may, the router's choices go deeper until they do not (docs/decisions/0108).
+they lose more than they may, the router's choices go deeper until they do not (docs/decisions/0007).
 
 What an answer loses is the mean of KL(full depth || exit) over its places, its end among them: what the router calls a gap,
 with full depth's own law for a reference after the same words. The words' own likelihood would not do: for y drawn from an

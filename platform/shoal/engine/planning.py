@@ -15,7 +15,7 @@ An answer that was told may be looked at by full depth (`audits`), in rows and u
 Two exceptions. A payer that has had less of the engine's time than others has steps of its own until it has had as much
 (`shares.Seconds`): a request in a step of thirty others' takes as long as they do. And while all requests decode, a step may
 run the shallow ones alone, as otherwise they would wait in every step for the groups that others run through
-(docs/decisions/0005). Such steps take at most `pace.SHALLOW_SHARE` of the time that full steps take, so no deep request is
+(docs/decisions/0010). Such steps take at most `pace.SHALLOW_SHARE` of the time that full steps take, so no deep request is
 slowed down by more than that.
 """
 

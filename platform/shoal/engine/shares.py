@@ -3,7 +3,7 @@
 A request's rank is its place among what its payer has in the engine now: 1 is its next, 2 the one after. So all have
 a first request before anybody has a second, and of one payer all clients have. A rank falls as those before it end, and
 nothing of the past counts. Counted from the oldest request in the engine, ranks stood still while that one ran, and who had
-sent more than others waited for its end (docs/log.md).
+sent more than others waited for its end.
 
 Of equal ranks the one goes first that has had its rank for longer, not the one that came first: else who sent much would
 always have the oldest. The request that is first of all stays so until it ends, so all end.

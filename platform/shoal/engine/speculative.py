@@ -7,7 +7,7 @@
 
 Drawing is a race with noise that depends on (seed, position, token) alone (`sampler.py`), for a draft and for the token that
 verifies it alike. So what comes out is the token that plain decoding would have drawn at that place, in greedy decoding and
-in sampling: not only the distribution is kept but the tokens are, whatever was drafted, and whether it was (decision 0006).
+in sampling: not only the distribution is kept but the tokens are, whatever was drafted, and whether it was (decision 0008).
 An answer that has a tolerance may keep drafts that differ, too, and then depends on what was drafted (`tolerance.py`).
 
 Nothing else ever sees a draft: the step's commit appends what was accepted, moves the lengths, and gives back the units

@@ -1,4 +1,4 @@
-"""What an answer may lose against full depth, and what it has lost: tolerant drafts (docs/decisions/0042).
+"""What an answer may lose against full depth, and what it has lost: tolerant drafts (docs/decisions/0008).
 
 A draft of the first exit stands, as always, where full depth draws the same token: that costs nothing. Where full depth draws
 another one, the draft may stand all the same, at a price, as long as the answer has then spent at most its tolerance, in nats,

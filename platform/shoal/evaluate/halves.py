@@ -4,7 +4,7 @@ nothing of a document or conversation that it is measured on.
 Groups are dealt like cards, a task at a time. Which side one falls on follows from the held-out data alone: neither the model
 nor the order of the rows changes it. The chats of a corpus are dealt before its documents, so that a file of chats gives its
 groups the sides that the folder it lies in gives them. Of a corpus that holds out more than `DEALT` documents nobody holds all
-groups: each of a document draws its side (decision 0128).
+groups: each of a document draws its side (decision 0019).
 """
 
 from __future__ import annotations

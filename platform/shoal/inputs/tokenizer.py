@@ -170,7 +170,7 @@ class Tokenizer:
         lost = (
             []
             if strange or missing
-            else [t for t in PROBES if b"".join(map(self.token_bytes, self.encode(t))) != t.encode()]
+            else [t for t in (*PROBES, *SPECIAL) if b"".join(map(self.token_bytes, self.encode(t))) != t.encode()]
         )
         if strange or missing or lost:
             got = (

@@ -14,10 +14,10 @@ What answers are worth nobody knows who has no labels. Two things say that they 
 (cut by their length), and the model is less sure of them. Unsure is an answer whose sampled NLL is above the 75th
 percentile of the stable version's latest ones of some such length, by more than `NATS`, as at most a quarter of its own are:
 a mean of one token is spread wider than one of six, and where all is nearly certain, twice nothing is nothing. Another model is
-another model: one that is less sure by 0.2 standard deviations nearly always stays (decisions 0088, 0092). Of a talk the first
+another model: one that is less sure by 0.2 standard deviations nearly always stays (decision 0025). Of a talk the first
 answer alone counts, since those after it are no news, and neither clears a step.
 
-Calls of tools that nobody could follow are counted once an answer has been read (decision 0097): not of shadows, whose answers
+Calls of tools that nobody could follow are counted once an answer has been read (decision 0025): not of shadows, whose answers
 nobody reads.
 
 Slow is an answer beyond 1.25 times the 95th percentile of what the stable version's latest answers took; none is condemned for

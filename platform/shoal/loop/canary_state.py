@@ -9,6 +9,8 @@ from shoal.errors import UsageError
 
 SHARES = (0.0, 0.05, 0.25, 0.5)  # of the conversations, by step; step 0: copies
 SHADOWS, PEOPLE = 200, 300  # that a step takes at least
+# that it may take: of those that a gateway keeps (`evidence`) so many surely are a canary's
+MOST_SHADOWS, MOST = 9_000, 900
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,13 @@ class Canary:
     def enough(self) -> int:
         """People that its step takes at least."""
         return self.people if self.step else self.shadows
+
+
+def need_few(shadows: int, people: int) -> None:
+    """Raises UsageError for a step of more people than are kept of it, which would never end."""
+    for what, got, most in (("shadows", shadows, MOST_SHADOWS), ("people", people, MOST)):
+        if got > most:
+            raise UsageError(f"{what} that a step of a canary takes", got=got, allowed=f"1 to {most}")
 
 
 def with_people(state: dict[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 The router's loss is measured, not predicted: the nats a token by which the exit that it chooses is worse than full depth on a
 question's reference answer. Time is the processor's, of both in turns: what else the machine does disturbs that least. What the
-scheduler would spend of it on latency is no model's, and is left out (decision 0087).
+scheduler would spend of it on latency is no model's, and is left out (decision 0026).
 
 A stable version that is shown to lose more than it promises is cheap for that, and the router that mends it runs deeper. What
 mends it may cost what the stable version would if it kept its promise without a router: at the shallowest fixed depth that
-does, on the same questions (decision 0066).
+does, on the same questions (decision 0026).
 """
 
 from __future__ import annotations
@@ -223,8 +223,8 @@ def _routed(model: Model, parts: Sequence[Mapping[str, Sequence[Heldout]]]) -> _
 def speed(model: Model, known: Model, asked: Questions, beside: Depth = AUTO) -> Check:
     """Whether a token takes no more of the processor at depth "auto" than of the stable version at the depth `beside`: the
     median of pairs of turns, with as many as it takes to be sure of it. A turn answers up to `MOST` of the questions that
-    layers are counted on, some of each task at once: of a few the depths would be others (decision 0068). Prompts are read anew
-    in each turn, no step runs the shallow alone, and one thread computes (decision 0087). Raises EngineDeadError for a model
+    layers are counted on, some of each task at once: of a few the depths would be others (decision 0026). Prompts are read anew
+    in each turn, no step runs the shallow alone, and one thread computes (decision 0026). Raises EngineDeadError for a model
     that gives no token."""
     counted = [question.prompt for some in _some(asked).values() for question in some]
     every = [counted[place] for place in spaced(len(counted), MOST)]

@@ -19,6 +19,7 @@ Copies of requests (step 0) are compared with the answers of the stable version 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,7 +79,8 @@ class Evidence:
     counts: np.ndarray = field(default_factory=none)  # of both
     asking: set[str] = field(default_factory=set)  # keys that have asked, at any gateway
     votes: dict[str, np.ndarray] = field(default_factory=dict)  # key -> the part of `counts` that its votes are
-    kept: list[int] = field(default_factory=lambda: [0] * len(SHARES))  # people of `own`, by step
+    # people of `own`, by step, and apart those who vote
+    kept: Counter[tuple[int, bool]] = field(default_factory=Counter)
 
     def part(self, step: int, who: str, talk: bytes, *, canary: bool, at: float, api_key: str = "") -> str | None:
         """Under which key a request of this person counts; None where another conversation of the person does."""
@@ -86,12 +88,15 @@ class Evidence:
         known = self.own.get(key)
         if known is not None:
             return key if known.talk == talk and known.canary == canary else None
-        if self.kept[step] >= MOST_PEOPLE:
+        votes = who.startswith(VOTER)
+        if self.kept[step, votes] >= MOST_PEOPLE:
             return None
+        if key in self.others:  # who is known of another gateway counts there, whatever our clock says
+            at = max(at, math.nextafter(self.others[key].at, math.inf))
         self.own[key] = Person(at, canary, talk, key=api_key)
-        if not who.startswith(VOTER):
+        if not votes:
             self.asking.add(api_key)
-        self.kept[step] += 1
+        self.kept[step, votes] += 1
         return key
 
     def see(self, key: str, kind: str, bad: bool) -> None:
@@ -109,8 +114,7 @@ class Evidence:
         self._count(key, person, place, before)
 
     def _count(self, key: str, person: Person, place: int, before: tuple[int, int, int]) -> None:
-        if key in self.others:
-            self.hear(self.others)
+        if key in self.others and self.others[key].at < person.at:  # as in `joined`
             return
         more = np.subtract(_flags(person, place), before)
         self.counts[int(key[0]), int(person.canary), place] += more

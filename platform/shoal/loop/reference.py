@@ -40,6 +40,7 @@ BLOCKS = (10, 25, 50)  # values; the first whose means follow each other by less
 LAG = 0.2
 WIDER = 1.1  # of the scatter of block means, for it is an estimate
 LEAST_BAND = 0.1  # standard deviations of a request: the reference's own error
+LEAST_SPREAD = 0.25  # of a signal in a part of the week, in standard deviations of all its values
 PART_OF_MEANS, PART_OF_SHARES = 40, 100  # values in each part of the week, or of the day
 QUANTILES = 201
 USUAL, RHYTHM = 2.3263479, 3.719016  # normal quantiles of what chance stays below in 99 %, and in 99.99 %
@@ -184,6 +185,8 @@ def _standard(signal: str, name: str, values: np.ndarray, at: np.ndarray) -> Sta
     spreads = np.array([clipped[part == each].std() for each in parts])
     # the few values of a part may have missed what is rare: beside a spread that is too small it would be far out
     spreads = np.maximum(spreads, float((clipped - means[part]).std()))
+    # what is always the same in its part of the week has no spread there at all, and one other request would ring
+    spreads = np.maximum(spreads, LEAST_SPREAD * float(clipped.std()))
     block, scatter = _scatter((clipped - means[part]) / spreads[part])
     scatter *= float(np.sqrt(1 + block * len(parts) / len(values)))  # the means of the parts are estimates, too
     mean, spread = means[of_hour].tolist(), spreads[of_hour].tolist()

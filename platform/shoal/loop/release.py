@@ -28,7 +28,7 @@ from shoal.data.alone import alone
 from shoal.errors import CheckpointError, ConfigError, DataError, ResourceError, UsageError
 from shoal.loop import versions
 from shoal.loop.audit import FIRST, Audit
-from shoal.loop.canary_state import PEOPLE, SHADOWS, Canary, with_people
+from shoal.loop.canary_state import PEOPLE, SHADOWS, Canary, need_few, with_people
 from shoal.loop.versions import Version
 from shoal.machine import write_aside
 
@@ -227,7 +227,8 @@ class Release:
         people: int = PEOPLE,
     ) -> Version:
         """Starts the canary of a version (None: the candidate), with so many people a step at least, `shadows` in the first; or
-        lets one go on that is held, as it began. Raises as `promote`."""
+        lets one go on that is held, as it began. Raises as `promote`, and UsageError for too many people."""
+        need_few(shadows, people)
         with self._changing(seen) as before:
             chosen = self._chosen(name, before)
             if before.canary is not None and before.canary.version == chosen.number and before.held is not None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from shoal.model.net import Net
 
 Pair = tuple[Tensor, Tensor]  # A [r, I] and B [r, O]; the scale is in B
-IN_LOOPS = 64  # rows up to which the compiled loop is used (docs/log.md)
+IN_LOOPS = 64  # rows up to which the compiled loop is used
 NONE = -1  # of a row without an adapter
 LINEARS = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")  # of a layer
 
@@ -195,7 +195,7 @@ def _array(matrix: Tensor) -> np.ndarray:
 
 def _stacks(names: Sequence[str], adapters: Sequence[Adapter]) -> list[Stack]:
     """Of the linears of a layer. On a CPU all matrices lie one after the other in one memory: its loops are given it whole, as
-    each array that they are given takes two tenths of a microsecond (decision 0134)."""
+    each array that they are given takes two tenths of a microsecond (decision 0011)."""
     held = [[adapter.pairs.get(name) for adapter in adapters] for name in names]
     sides = [[[pair[side] for pair in pairs if pair is not None] for side in (0, 1)] for pairs in held]
     on_cpu = sides[0][0][0].device.type == "cpu"

@@ -9,7 +9,7 @@ fp32 result to the bit, so which one runs decides the speed and nothing else.
     float      levels multiplied as floats, on any device
 
 `trusted` tests a kernel on this machine before it is used. `choice` measures those that passed once for each shape, and
-remembers. Weights alone in int8, with activations left in fp32, are no kernel here: those are other numbers (decision 0011).
+remembers. Weights alone in int8, with activations left in fp32, are no kernel here: those are other numbers (decision 0003).
 
 Letters: M rows, I input width, O output width.
 """

@@ -41,7 +41,7 @@ HIGHEST_PRICE = 100.0  # nats for all layers: every prompt takes the first exit
 LEAST_PROMPTS = 8  # to fit, calibrate and test on
 NLL = -3  # place of the mean exit-1 NLL among the features
 # standard deviations above a mean, that 97.5 % of a normal distribution are below: as few and as skewed losses as calibrate a
-# router keep to a bound at 95 % in 86 to 100 % of calibrations (decision 0132)
+# router keep to a bound at 95 % in 86 to 100 % of calibrations (decision 0006)
 SURE = 1.959964
 AT_ONCE = 2**20  # gaps that are looked at together, as a router is calibrated
 HEAD_ROWS = 64  # places of a prompt whose logits exist at once

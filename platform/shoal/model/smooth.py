@@ -23,7 +23,7 @@ from shoal.model.block import Attention, Block, ExitMlp, Mlp, Norm
 from shoal.model.linears import Linear
 from shoal.model.net import Net
 
-STRENGTH = 0.7  # the best of 0.3, 0.5, 0.7 and 0.85 for SmolLM2-135M (docs/log.md)
+STRENGTH = 0.7  # the best of 0.3, 0.5, 0.7 and 0.85 for SmolLM2-135M
 LEAST = 1e-3  # of the largest: a channel that was never seen to be used may be, later
 HEAD = "output"
 

@@ -42,6 +42,7 @@ class OtherModelError(EngineDeadError):
     """A replica refuses a call, since it is not what the call wants. Another may be."""
 
     replica = ""
+    taken = False
 
 
 def reads(served: ServedModel, directory: str | Path) -> str:

@@ -308,4 +308,6 @@ def as_shoal_error(error: BaseException) -> ShoalError:
         return QueueFullError("all engines are busy and the queue is full", do="try again in a second")
     lost = (RayError, RayServeException, AioRpcError, asyncio.CancelledError)
     what = "was lost" if isinstance(error, lost) and not isinstance(error, RayTaskError) else "failed"
-    return EngineDeadError(f"the engine replica {what}", got=type(cause).__name__, do="try again")
+    dead = EngineDeadError(f"the engine replica {what}", got=type(cause).__name__, do="try again")
+    dead.taken = not isinstance(error, DeploymentUnavailableError)  # Serve had no replica to give it to
+    return dead

@@ -283,7 +283,10 @@ class EngineReplica:
                         begun, self._streams = True, self._streams + 1
                         yield [Begun(self._name, weights), *events]
         except RequestError as error:
-            yield [Finished(request.id, "error", error=error)]
+            # vLLM's end raises: it had the request, and may have ended by it
+            died = bool(weights) and isinstance(error, EngineDeadError) and error.taken
+            front = [Begun(self._name, weights)] if died and not begun else []
+            yield [*front, Finished(request.id, "error", error=error)]
         except Exception as error:
             raise _failed(error) from None
         finally:

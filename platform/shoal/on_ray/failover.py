@@ -163,14 +163,16 @@ async def unbroken(
             pause = error.retry_after or PAUSES[-1]
         except _Refused as refused:
             if isinstance(refused.error, OtherModelError):
+                refused.error.taken = progress.losses > 0  # for whoever sends it to another version
                 progress.refuse(refused.error)
                 continue
             reason, pause = refused.error, PAUSES[min(progress.tries + 1, len(PAUSES) - 1)]
         except EngineDeadError as error:
-            progress.losses += 1
-            if progress.losses >= LOSSES:
+            lost = error.taken
+            progress.losses += lost
+            if lost and progress.losses >= LOSSES:
                 raise lost_twice(error) from error
-            lost, reason, pause = True, error, PAUSES[min(progress.tries, len(PAUSES) - 1)]
+            reason, pause = error, PAUSES[min(progress.tries + (not lost), len(PAUSES) - 1)]
         if request.deadline is None and time.monotonic() - progress.last > PATIENCE_SECONDS:
             raise reason
         progress.tries += 1

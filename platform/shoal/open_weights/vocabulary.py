@@ -54,7 +54,7 @@ def of_folder(
 
 def made(core: tokenizers.Tokenizer, names: Mapping[str, str], ends: tuple[int, ...], what: object) -> Tokenizer:
     """Our tokenizer over `core`, whose control tokens a template knows by `names`. Raises CheckpointError where tokens do
-    not stand for bytes, or when nothing ends an answer."""
+    not stand for bytes, where text alone makes a control token, or when nothing ends an answer."""
     need_close(core, what)
     _need_byte_level(core, what)
     _need_known_tokens(core, what)
@@ -73,7 +73,13 @@ def made(core: tokenizers.Tokenizer, names: Mapping[str, str], ends: tuple[int, 
     count = len(around) - len(inside)
     if around[count:] != inside:
         raise CheckpointError(f"tokenizer {what}", got="tokens put behind a text", allowed="tokens put in front of it")
-    return Tokenizer(core, Controls(ends, tuple(around[:count]), dict(names)))
+    tokenizer = Tokenizer(core, Controls(ends, tuple(around[:count]), dict(names)))
+    if (spelt := _reached(tokenizer)) is not None:
+        do = (
+            "save it with control tokens that are no pieces of text: no merge ends in one, and ignore_merges finds none"
+        )
+        raise CheckpointError(f"tokenizer {what}", got=f"pieces that make {spelt!r} of a user's text", do=do)
+    return tokenizer
 
 
 def closing(tokenizer: Tokenizer, template: str, config: ModelConfig) -> Tokenizer:
@@ -106,6 +112,13 @@ def calling(tokenizer: Tokenizer, template: str) -> Tokenizer:
         return tokenizer.with_calls(format_of(template, tokenizer.controls.names))
     except EndlessTemplateError as error:
         raise CheckpointError("the chat template", got=f"{_ENDLESS}, given tools", do=_MEND) from error
+
+
+def _reached(tokenizer: Tokenizer) -> str | None:
+    """A control token that a tokenizer's own pieces make of text which spells it; None where all stay text."""
+    around = ("{}", " {} ", "a{}a")  # where pieces join otherwise
+    texts = {name: tokenizer.encode_batch([each.format(name) for each in around]) for name in tokenizer.specials}
+    return next((name for name, rows in texts.items() if any(tokenizer.special(name) in row for row in rows)), None)
 
 
 def _need_byte_level(core: tokenizers.Tokenizer, what: object) -> None:

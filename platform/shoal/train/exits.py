@@ -1,7 +1,7 @@
 """Early exits beside a backbone that stays as it is to the bit: how they begin, and what shows that nothing else changed.
 
 An exit is a SwiGLU and a norm of its own in front of the shared head. It begins as a copy of what stands behind the last
-layer's attention, whose last matrix is then solved for: ridge regression of full depth's states (decision 0047). From there it
+layer's attention, whose last matrix is then solved for: ridge regression of full depth's states (decision 0004). From there it
 learns to say what full depth says (`TrainConfig.trains`, `cross_entropy` 0).
 
 Letters: M tokens, F inner width of an exit, D width.
@@ -27,7 +27,7 @@ from shoal.train.parallel import Ranks
 T = TypeVar("T")
 
 SOLVED_ON = 2.7  # tokens for each inner channel of an exit that its last matrix is solved on
-RIDGE = 3e-3  # of the mean channel's energy, added to each: the best of 3e-4 to 1 for SmolLM2-135M (docs/log.md)
+RIDGE = 3e-3  # of the mean channel's energy, added to each: the best of 3e-4 to 1 for SmolLM2-135M
 
 
 def with_exits(config: ModelConfig) -> ModelConfig:

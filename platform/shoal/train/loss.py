@@ -3,7 +3,7 @@
 Sums, never means: `step` divides by the counts of the whole global batch, so that the split into workers and micro-batches
 does not change the gradient. `LossModel` is the root that FSDP shards, so that the tied head, which the loss calls, is
 gathered once with the root and not at every exit. With a `teacher` it also says how far the net is from that one: what
-training in INT8 minimises (decision 0018). Without one the early exits may learn from full depth, whose logits are then
+training in INT8 minimises (decision 0003). Without one the early exits may learn from full depth, whose logits are then
 computed once for all of them.
 
 What an update may leave out or add (an exit that is not its turn, layers, self-distillation) is decided by `optim`, from seed

@@ -75,7 +75,7 @@ class WholeMuon(Muon):
 def orthogonal(update: torch.Tensor, coefficients: Sequence[float], steps: int) -> torch.Tensor:
     """`update` [m, n] with its singular values near 1: `steps` times a x + b x^3 + c x^5 of each, by products alone
     (Newton-Schulz, kellerjordan.github.io/posts/muon). In bfloat16, which is enough; on a CPU at least in fp32: most have no
-    instructions for bfloat16, and take 15 to 27 times as long (docs/log.md, 2026-11-30)."""
+    instructions for bfloat16, and take 15 to 27 times as long."""
     precise = torch.promote_types(update.dtype, torch.float32)
     x = update.to(precise if update.is_cpu else torch.bfloat16)
     wide = x.shape[0] <= x.shape[1]

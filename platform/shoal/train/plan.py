@@ -254,7 +254,7 @@ def finetune_plan(model: str, data: str, run: str, **more: Any) -> FitPlan:
 
 def quantize_plan(model: str, data: str, out: str, **more: Any) -> FitPlan:
     """INT8 from a model directory: a short, gentle run with INT8 rounding in the forward pass, held to what the model said
-    before (decision 0018), then export."""
+    before (decision 0003), then export."""
     name, config = described.read_config(models.here(model, weights=False))
     if (models.here(model, weights=False) / described.SOURCE).exists():
         # It is smoothed first, which makes a tied head a matrix of its own.

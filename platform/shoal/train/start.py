@@ -207,7 +207,7 @@ def _backbone(plan: FitPlan, state: Mapping[str, T], config: ModelConfig) -> dic
 
 def _smooth(net: Net, feed: Feed, ranks: Ranks) -> None:
     """Move what single channels of the activations have too much of, for some rows of the data, into the weights, in place and
-    alike on all ranks: a model of other people's has not learned to live with the rounding (decision 0041)."""
+    alike on all ranks: a model of other people's has not learned to live with the rounding (decision 0003)."""
     with ranks.alike():
         batches = [batch for step in range(min(SMOOTHED_BY, feed.steps_in_epoch)) for batch in feed.at(step)]
     rows = [

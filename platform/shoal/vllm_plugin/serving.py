@@ -137,6 +137,8 @@ class VllmEngine:
         if reason := writing.resume(given, self._context):
             yield [writing.end(reason)]
             return
+        if self._llm.errored:
+            raise _ended(taken=False)
         limit = None if request.deadline is None else asyncio.get_running_loop().time() + request.deadline
         outputs = self._llm.generate(inputs, params, request.id, priority=request.priority)
         try:
@@ -154,14 +156,14 @@ class VllmEngine:
         except StopAsyncIteration:
             yield [writing.end("cancelled")]
         except VllmDeadError as error:
-            raise EngineDeadError("the vLLM process ended", do="try again") from error
+            raise _ended() from error
         except GenerationError:
             raise
         except (VLLMClientError, ValueError) as error:
             raise _refusal(error) from error
         except Exception as error:
             if self._llm.errored:
-                raise EngineDeadError("the vLLM process ended", do="try again") from error
+                raise _ended() from error
             log.error("vLLM failed on a request\n%s", frames(error))
             raise GenerationError("vLLM failed on this request", got=type(error).__name__) from error
         finally:
@@ -218,6 +220,13 @@ def _why(error: Exception) -> str:
     if isinstance(error, ValidationError) and error.errors():
         return str(error.errors()[-1]["msg"])[:300]
     return last_line(error)
+
+
+def _ended(*, taken: bool = True) -> EngineDeadError:
+    """`taken`: with the request, which may be what ended it."""
+    error = EngineDeadError("the vLLM process ended", do="try again")
+    error.taken = taken
+    return error
 
 
 def _refusal(error: Exception) -> RequestError:
@@ -312,6 +321,8 @@ class _Writing:
             if self.tokens <= len(self.request.answer):
                 if token != self.request.answer[self.tokens - 1]:
                     raise _other_answer()
+                if stopped:
+                    return [self.end("stop")]
                 continue
             logprob = _logprob(token, part.logprobs[index], self.request.sampling.logprobs) if part.logprobs else None
             events.append(Token(self.request.id, token, shown, logprob, self.layers))

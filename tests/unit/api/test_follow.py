@@ -452,7 +452,8 @@ def test_after_all_have_looked_each_gateway_knows_what_all_of_them_counted(did: 
                 if what == "failed":
                     alone.counts[1, 1, 1, 0] -= 1  # what failed is no answer
             elif what == "down":
-                trial.vote(("3.canary", 1, ""), (str(place), str(place)), "down")
+                trial.remember(str(place), "3.canary", "", str(place))
+                trial.vote(str(place), str(place), "down")
                 alone.counts[1, 1, 3] += 1
             else:
                 look(number)

@@ -8,11 +8,16 @@ import random
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from shoal.api.bodies import ChatRequest
+from shoal.api.messages.bodies import MessagesRequest
 from shoal.api.meter import Meter
+from shoal.api.responses.bodies import ResponsesRequest
+from shoal.api.service import _conversation
 from shoal.api.split import Note, Split
 from shoal.api.trial import Trial
 from shoal.engine.events import LATER, Event, Finished, FinishReason, Request, Signals, Token
@@ -109,6 +114,19 @@ def test_what_fails_at_the_canary_goes_on_at_the_stable_version(error: Exception
         assert stats[sample("release_share", version="2.canary")] == SHARES[3]
         full = isinstance(error, QueueFullError)
         assert seen(trial.evidence, "canary") == (0 if full else 1,) * 2
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_canary_that_was_never_given_a_request_is_no_loss(taken: bool) -> None:
+    async def work() -> None:
+        error = EngineDeadError("unavailable")
+        error.taken = taken
+        made = split(Engine(0, error))
+        await read(made, Request([5, 6], id="r"), Note())
+        (rest,) = made.stable.asked  # type: ignore[attr-defined]
+        assert rest.losses == taken
 
     asyncio.run(work())
 
@@ -241,6 +259,47 @@ def test_who_leaves_ends_the_canarys_work_and_counts_against_nobody() -> None:
     asyncio.run(work())
 
 
+def as_chat(system: str, *turns: str) -> ChatRequest:
+    return ChatRequest.model_validate(
+        {"model": "m", "messages": [{"role": "system", "content": system}, *as_turns(turns)]}
+    )
+
+
+def as_message(system: str, *turns: str) -> MessagesRequest:
+    return MessagesRequest.model_validate(
+        {"model": "m", "max_tokens": 9, "system": system, "messages": as_turns(turns)}
+    )
+
+
+def as_items(system: str, *turns: str) -> ResponsesRequest:
+    return ResponsesRequest.model_validate({"model": "m", "instructions": system, "input": as_turns(turns)})
+
+
+def as_text(system: str, *turns: str) -> ResponsesRequest:
+    """Its first turn a text, and of those after it what the clients send: all."""
+    given = turns[0] if len(turns) == 1 else as_turns(turns)
+    return ResponsesRequest.model_validate({"model": "m", "instructions": system, "input": given})
+
+
+def as_turns(turns: Sequence[str]) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(turns)]
+
+
+@pytest.mark.parametrize("form", [as_chat, as_message, as_items, as_text])
+def test_conversations_under_one_long_instruction_are_told_apart_in_each_form_of_chat(form: Callable[..., Any]) -> None:
+    """Else all of a key's are one: drawn for one version, and one person, of whom no canary is decided."""
+    access = SimpleNamespace(priority=0, key=None, facts={}, columns={})
+    request: Any = SimpleNamespace(state=SimpleNamespace(access=access), client=SimpleNamespace(host="127.0.0.1"))
+
+    def talk(*turns: str) -> bytes:
+        return _conversation(request, form("You are an assistant. " * 100, *turns))
+
+    assert talk("hello") and talk("hello") == talk("hello", "Good day", "a fish?") != talk("a fish?")
+    if form is as_items:
+        access.columns["conversation"] = "stored"  # its turns before
+        assert talk("and then?") == talk("why?") and b"stored" in talk("why?")
+
+
 def test_a_conversation_stays_and_whom_few_reach_many_reach_as_well() -> None:
     talks = [f"talk {number}".encode() for number in range(4000)]
     before: set[bytes] = set()
@@ -281,7 +340,7 @@ def test_thumbs_on_answers_of_the_trial_are_evidence_and_the_newest_of_a_person_
         assert trial is not None
         for answer in ("a", "a2", "b"):
             trial.takes = lambda conversation, answer=answer: answer != "b"  # type: ignore[method-assign,misc]
-            await read(made, Request([5], id="r"), Note(id=answer))
+            await read(made, Request([5], id="r"), Note(id=answer, conversation=answer.encode()))
         made.voted("a", "ann", "down")
         made.voted("a", "ann", "down")
         made.voted("a2", "ann", "down")
@@ -290,12 +349,46 @@ def test_thumbs_on_answers_of_the_trial_are_evidence_and_the_newest_of_a_person_
         made.voted("b", "cid", "up")
         made.voted("b", "ann", "down")
         made.voted("before the trial", "dan", "down")
-        assert [seen(trial.evidence, side, "down") for side in ("canary", "stable")] == [(2, 1), (1, 0)]
+        assert [seen(trial.evidence, side, "down") for side in ("canary", "stable")] == [(1, 1), (1, 0)]
         made.voted("a", "ann", None)
-        assert seen(trial.evidence, "canary", "down") == (1, 0)
+        assert seen(trial.evidence, "canary", "down") == (0, 0)
+        trial.takes = lambda conversation: True  # type: ignore[method-assign]
         for person in range(40):
-            made.voted("a", str(person), "down")
+            await read(made, Request([5], id="r"), Note(id=f"{person}", conversation=b"%d" % person))
+            made.voted(f"{person}", f"{person}", "down")
         assert made.condemned() is trial and "thumbs down" in trial.decided[1]
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("person", ["", "ann"])
+def test_of_one_who_asks_one_votes_whatever_names_and_answers_there_are(person: str) -> None:
+    """A version is drawn once for a conversation, and for a person once a step: forty names that vote on it are no forty."""
+
+    async def work() -> None:
+        made = split(Engine(0))
+        assert (trial := made.trial) is not None
+        for turn in range(3):
+            await read(made, Request([5], id="r"), Note(id=f"{turn}", conversation=b"one", person=person))
+            for name in range(40):
+                made.voted(f"{turn}", f"invented {turn} {name}", "down")
+        assert seen(trial.evidence, "canary", "down") == (1, 1) and made.condemned() is None
+        assert len(trial.evidence.own) == 2, "nor do they take the place of those who ask"
+
+    asyncio.run(work())
+
+
+def test_votes_on_answers_of_a_trial_before_are_no_evidence_of_this_one() -> None:
+    """Those of a version that was taken back counted as the stable one's."""
+
+    async def work() -> None:
+        made = split(Engine(0))
+        await read(made, Request([5], id="r"), Note(id="a", conversation=b"a"))
+        assert made.trial is not None
+        for label in ("3.canary", "2.canary"):
+            made.trial = Trial(Engine(0), label, Canary(int(label[0]), 3, "now", began=9), made.pace)  # type: ignore[arg-type]
+            made.voted("a", "ann", "down")
+            assert not made.trial.evidence.own
 
     asyncio.run(work())
 

@@ -143,7 +143,7 @@ def test_what_gpus_exchange_follows_the_definition() -> None:
 
 
 def test_tensor_parallelism_does_not_pay_up_to_7b(capsys: pytest.CaptureFixture[str]) -> None:
-    """By hand, and against what FSDP2 exchanges (decision 0090): what would be added cannot hide, what would be spared does."""
+    """By hand, and against what FSDP2 exchanges (decision 0015): what would be added cannot hide, what would be spared does."""
     of = scale.gpu_named("h100")
     found = scale.in_tensors("7b", 512, 8, of, 0.4)
     tokens = 8_388_608 * 8 / 512

@@ -134,6 +134,37 @@ def test_an_answer_of_weight_0_is_read_and_not_learned(tmp_path: Path, config: M
         assert TOKENIZER.decode(ids[answer]) == "yy" and "xx" in TOKENIZER.decode(ids)
 
 
+NULLS = dict.fromkeys(["weight", "tool_calls", "function_call", "tool_call_id", "name", "tools", "functions", "messages",
+                       "text", "conversations", "instruction", "system", "history", "input", "task", "group", "augmented",
+                       "image_url", "response_format"])  # fmt: skip
+
+
+def filled(value: Any) -> Any:
+    """With null for all that is not given, as tables of rows have it."""
+    if isinstance(value, list):
+        return [filled(one) for one in value]
+    return {**NULLS, **{name: filled(one) for name, one in value.items()}} if isinstance(value, dict) else value
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "b"}]},
+        {"messages": [{"role": "user", "content": "a"},
+                      {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "function": {"name": "f"}}]},
+                      {"role": "tool", "tool_call_id": "1", "content": "r"}, {"role": "assistant", "content": "b"}]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"instruction": "a", "output": "b"}, {"text": "a"},
+    ],
+)  # fmt: skip
+def test_null_is_not_given(row: dict[str, Any], tmp_path: Path, config: ModelConfig) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in (row, filled(row))))
+    for heldout in (False, True) if "text" not in row else (False,):
+        rows = read_chats(path, TOKENIZER, config, limit=1000, heldout=heldout)
+        assert not rows.refused and rows.row(0)[0].tolist() == rows.row(1)[0].tolist()
+
+
 def test_instructions_are_chats() -> None:
     row = {"instruction": "Translate.", "input": "fish", "output": "poisson"}
     assert said(row) == [("user", "Translate.\nfish"), ("assistant", "poisson")]

@@ -254,6 +254,8 @@ def test_an_evaluation_item_is_taken_out_and_the_document_stays(document, tmp_pa
         lambda text: " ".join(chr(0xFEE0 + ord(word[0])) + word[1:] if word[0].isascii() else word for word in text.split()),
         lambda text: unicodedata.normalize("NFD", text), lambda text: text.replace("integer", "in\u00adteger"),
         lambda text: text.replace("returns", r"\emph{returns}"),
+        lambda text: text.replace("eturns", "e-\n  turns").replace("nteger", "n\u2010\nteger"),
+        lambda text: text.replace("1,000", "1{,}000"),
     ],
 )  # fmt: skip
 def test_a_reformatted_item_is_found_whichever_side_has_the_form(form, document, tmp_path: Path) -> None:

@@ -73,6 +73,72 @@ def _left(text: str) -> str:
     return scrubbed(text, ALL, Counter())
 
 
+# A kind is not only looked for where a space parts it from the rest.
+WITHIN = ["KEY={}", "key: '{}'", '{{"a": "hello\\n{}\\nbye"}}', '{{"log": "\\\\t{}\\\\n"}}', '"{{\\"k\\": \\"{}\\"}}"',
+          "?a=%20{}%20", "a&nbsp;{}&lt;br&gt;", "\x1b[31m{}\x1b[0m", "_{}_", "__{}__", "\u7535\u8bdd{}\u53f7", "{}\ub85c",
+          "`{}`", "<td>{}</td>", "a,{},b"]  # fmt: skip
+
+
+@pytest.mark.parametrize("within", WITHIN)
+def test_each_form_is_found_wherever_programs_write_it(within: str) -> None:
+    missed = {}
+    for form in (form for forms in KINDS.values() for form in forms):
+        left = _left(within.format(form))
+        secret = form.removeprefix(next(filter(form.startswith, WORDS), "")).removesuffix("@db/orders")
+        if "[" not in left.replace("\x1b[", "") or any(
+            piece.strip("'") in left for piece in secret.split() if sum(map(str.isalnum, piece)) > 3
+        ):
+            missed[form] = left
+    assert not missed
+
+
+def test_what_is_escaped_is_found_as_it_will_be_read_and_no_more_goes() -> None:
+    assert _left("to=ann%40example.org&x=1") == "to=[email]&x=1"
+    assert _left("ann&#64;example.org, &#1;&#1;ann\\u0040example.org!") == "[email], &#1;&#1;[email]!"
+    assert _left('"a\\n+49\\u00a030 1234\\u00a05678\\n"') == '"a\\n[phone]\\n"'
+    assert _left(r"https:\/\/ann:s3cret@example.org") == r"https:\/\/ann:[secret]@example.org"
+
+
+def test_a_number_beside_another_is_found_where_it_begins_and_ends_by_itself() -> None:
+    """As in logs and tables: what holds no spaces, and no other number within."""
+    others = ("American telephone", "bank account (IBAN)", "payment card", "American social security number",
+              "telephone with country code")  # fmt: skip
+    forms = [form for kind in others for form in KINDS[kind] if " " not in form]
+    missed = {form: left for form in forms if form in (left := _left(f"17 {form} 200 5"))}
+    assert len(forms) > 10 and not missed
+    assert _left("1 4111 1111 1111 1111") == "1 [card]" and _left("(212) 555-0143 (212) 555-0199") == "[phone] [phone]"
+    rows = "\n".join(f"{n} {n * 7919 % 997} {n * 104729 % 99991} {n * 31 % 10}" for n in range(2000))
+    assert _left(rows) == rows
+
+
+_AWS_SECRET = "wJalrXUtnFEMI/K7MDENG/" + "bPxRfiCYEXAMPLEKEY"
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        *((f"{url}@db:6379/0", "s3cret") for url in ("redis://:{}", "postgres://ann@corp:{}", "smtp://ann%40example.org:{}",
+                                                     "ftp://ann:{}$&!", "ftp://ann:a@{}")),
+        *((key, _AWS_SECRET) for key in ("AWS_SECRET_ACCESS_KEY={}", "aws_secret_access_key = {}", '"SecretAccessKey": "{}"',
+                                         "secretAccessKey: {}")),
+        ("discord.com/api/webhooks/123456789012345678/{}", "a1B2c3D" * 9), ("api.telegram.org/bot123456789:{}/", "a1B2c" * 7),
+        *((key, "5551234567") for key in ('"phone_number": "{}"', "userPhone={}", "| Phone | {} |", "<phones>{}</phones>")),
+        ('"passportNumber": "{}"', "533380006"), ("my_ssn: {}", "536904399"),
+    ],
+)  # fmt: skip
+def test_secrets_and_numbers_are_found_in_settings_and_urls(text: str, secret: str) -> None:
+    assert secret not in _left(text.format(secret))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["postgres://{user}:{password}@{host}", "http://%s:%s@%s", "https://$USER:$PASS@h", "http://<user>:<password>@h", "ftp://u:***@h",
+     "amqp://u:${PASS}@h", "amqp://u:{{ pass }}@h", "hotel 1234567", "tel_5551234", "stem_cells[1234567]"],
+)  # fmt: skip
+def test_a_place_for_a_password_and_a_word_in_a_word_stay(text: str) -> None:
+    assert _left(text) == text
+
+
 def test_there_are_24_kinds_and_each_is_found_in_all_its_forms() -> None:
     assert len(KINDS) == 24
     missed = {}
@@ -153,7 +219,8 @@ def test_what_stands_anywhere_in_a_long_line_is_found() -> None:
 @pytest.mark.parametrize(
     "piece",
     ["eyJ", "eyJa.", "xoxb-1-", "//a/:_authToken=", "PuTTY-User-Key-File-2:", "glpat-", "sk-", "aws key ", "GB12 ", "+1 1 ",
-     "tel ", f"{_BEGIN_RSA}\n", "://a:", "12345678:", "passport no ", "1 2\n11\n"],
+     "tel ", f"{_BEGIN_RSA}\n", "://a:", "12345678:", "passport no ", "1 2\n11\n", "\\", "%41", "&#64;", "_a", "\u53f7a", "://:a@",
+     "aws key=", "/bot", "\\na@", "phone_no"],
 )  # fmt: skip
 def test_no_text_takes_the_square_of_its_length(piece: str) -> None:
     """A fifth of a megabyte that a client wrote took 70 s. In seconds of this process, generously."""

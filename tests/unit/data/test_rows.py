@@ -150,8 +150,15 @@ def test_what_is_no_text_is_not_learned_as_python_shows_it(tmp_path: Path, read_
 
 
 def test_several_licences_are_one_text(tmp_path: Path, read_all) -> None:
-    write(tmp_path, {"text": "one", "license": ["MIT", "CC0-1.0"]})
+    write(tmp_path, {"text": "one", "license": ["MIT", None, "CC0-1.0", " "]})
     assert read_all()[0].license == "MIT, CC0-1.0"
+
+
+def test_a_parquet_file_without_rows_is_said_to_be_empty(tmp_path: Path, read_all) -> None:
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "t.parquet")
+    with pq.ParquetWriter(tmp_path / "u.parquet", pa.schema({"text": pa.string()})):
+        pass
+    assert split(read_all())[1] == [("t.parquet", "empty"), ("u.parquet", "empty")]
 
 
 @pytest.mark.parametrize("name", ["text", "question", "answer", "license", "group", "image"])

@@ -164,7 +164,7 @@ def test_every_value_that_noise_can_have_is_above_zero_and_finite_and_grows_as_i
 
 
 def test_the_noise_of_many_draws_is_always_above_zero() -> None:
-    """3 * 10^7 of them, where one in 2^24 was 0. (10^8: docs/log.md, 2026-11-26.)"""
+    """3 * 10^7 of them, where one in 2^24 was 0."""
     large, least = Sampler(torch.zeros(2**16, dtype=torch.bool)), math.inf
     for start in range(0, 480, 32):
         noise = large.noise([7] * 32, range(start, start + 32))

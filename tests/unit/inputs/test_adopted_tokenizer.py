@@ -53,6 +53,19 @@ def test_another_bpe_cuts_text_as_before_behind_our_control_tokens(pair, text: s
     assert [adopted._core.id_to_token(i) for i in ids] == theirs or "<|endoftext|>" in text
 
 
+@pytest.mark.parametrize("name", SPECIAL)
+def test_pieces_that_spell_a_control_token_of_ours_are_refused(name: str, tmp_path: Path) -> None:
+    """Ours takes the place of a piece of that name, and a user's text was cut into it."""
+    core = tokenizers.Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(False, use_regex=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator([name] * 9, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet))
+    core.save(str(tmp_path / "t.json"))
+    assert len(core.encode(name).ids) == 1
+    with pytest.raises(CheckpointError, match="leaves text as it is"):
+        Tokenizer.adopt(tmp_path / "t.json", 512)
+
+
 def test_control_tokens_are_ours_alone(pair) -> None:
     adopted, other = pair
     assert [adopted.special(name) for name in SPECIAL] == list(range(9)) and adopted.token_bytes(END_ID) == b""

@@ -10,7 +10,7 @@ import pytest
 from shoal.engine.signals import EVERY
 from shoal.loop.canary import ALPHA, CHECKS, LEAST_TIMES, LOOKED_AT, Pace, advanced, checks, judged
 from shoal.loop.canary_state import SHARES, Canary
-from shoal.loop.evidence import CHANCE, KINDS, MOST_PEOPLE, Evidence, dumped, joined, loaded, log_evidence, none
+from shoal.loop.evidence import CHANCE, KINDS, MOST_PEOPLE, VOTER, Evidence, dumped, joined, loaded, log_evidence, none
 from tests.canaries import add, both
 
 START = Canary(2, 0, "2026-11-27T12:00:00+00:00", shadows=200, people=300)
@@ -121,6 +121,37 @@ def test_one_gateway_keeps_no_more_people_of_a_step_than_it_has_room_for(monkeyp
     assert sum(key is not None for key in kept) == 10
     assert evidence.part(1, "3", b"", canary=False, at=1.0) is not None, "one who is known"
     assert evidence.part(2, "30", b"", canary=False, at=1.0) is not None, "another step"
+
+
+@pytest.mark.parametrize("ours", [1.0, 5.0, 9.0])
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_seen_of_who_is_known_elsewhere_costs_no_look_at_all_people(
+    ours: float, first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a restart each request of one took 0.2 s a kind, with sixty thousand people. Counts are those of a whole look,
+    whoever was `first`, and whatever the clocks say."""
+    there, here = Evidence(), Evidence()
+    there.see(str(there.part(1, "a", b"", canary=True, at=5.0)), "failures", True)
+    if first:
+        here.see(str(here.part(1, "a", b"", canary=True, at=ours)), "failures", False)
+    here.hear(loaded(dumped(there.own)))
+    with monkeypatch.context() as patch:
+        patch.setattr(Evidence, "hear", lambda *_: pytest.fail("looked at everybody"))
+        key = str(here.part(1, "a", b"", canary=True, at=ours))
+        for bad in (True, False):
+            here.see(key, "down", bad)
+        here.unsee(key, "failures")
+    counts = here.counts.copy()
+    here.hear(here.others)
+    assert (here.counts == counts).all()
+
+
+def test_who_votes_takes_no_place_of_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.loop.evidence.MOST_PEOPLE", 10)
+    evidence = Evidence()
+    for number in range(20):
+        evidence.part(1, f"{VOTER}{number}", b"", canary=True, at=0.0)
+    assert evidence.part(1, "a", b"", canary=True, at=0.0) is not None and len(evidence.own) == 11
 
 
 @pytest.mark.parametrize(

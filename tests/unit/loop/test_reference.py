@@ -112,6 +112,25 @@ def test_a_rhythm_of_the_day_is_no_drift_where_the_reference_has_a_day() -> None
     assert detected(morning, tomorrow).state == "alarm"
 
 
+@pytest.mark.parametrize("days", [2, 15])
+@pytest.mark.parametrize("off", [0.0, 1e-9])
+def test_what_is_the_same_in_each_part_of_the_day_makes_a_reference_that_one_request_does_not_ring(
+    days: int, off: float
+) -> None:
+    """A program by day and another by night: without a spread in any part this never ended."""
+
+    def asked(count: int, odd: float = 0.0) -> pa.Table:
+        table = rows(count, hours=24 * days)
+        night = table["at"].to_numpy() / 1000 % DAY < DAY / 2
+        values = np.where(night, 1.0, 2.0) + off * np.random.default_rng(0).normal(size=count)
+        values[count // 2] += odd
+        return table.set_column(table.column_names.index("prompt_surprisal"), "prompt_surprisal", pa.array(values))
+
+    reference = measured(asked(8_000), "w")
+    assert np.isfinite(reference.standardised(asked(8_000))).any()
+    assert detected(reference, asked(8_000, odd=1.0)).state == "quiet"
+
+
 def cut_by_hour(rng: np.random.Generator, start: float, *, more: float = 0.0) -> pa.Table:
     """5,000 requests of one day; the share that is cut swings between 2 and 48 %, as one slice takes another's place."""
     at = start + np.sort(rng.random(5_000)) * DAY

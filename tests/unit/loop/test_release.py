@@ -13,9 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shoal import Model, cli
+from shoal.api.trial import Trial
 from shoal.data.alone import alone
 from shoal.errors import CheckpointError, DataError, ResourceError, ShoalError, UsageError
 from shoal.loop import versions
+from shoal.loop.canary import Pace
+from shoal.loop.canary_state import MOST, MOST_SHADOWS
+from shoal.loop.evidence import MOST_PEOPLE
 from shoal.loop.gate import Check
 from shoal.loop.learned import learners
 from shoal.loop.paired import FAIL, PASS
@@ -229,6 +233,24 @@ def test_any_letter_of_an_audit_log_counts(release: Release, line: int, place: i
             release.check()
     finally:
         release.audit.path.write_text("".join(f"{each}\n" for each in lines))
+
+
+@pytest.mark.parametrize(("step", "asked"), [(0, "shadows"), (1, "people"), (2, "people")])
+def test_a_step_takes_no_more_people_than_are_kept_of_it(release: Release, step: int, asked: str) -> None:
+    """Else it never ends: of the first 20,000 people one in twenty is a canary's."""
+    with pytest.raises(UsageError, match=asked):
+        release.begin(2, why="try", **{asked: 10_000})  # type: ignore[arg-type]
+    release.begin(2, why="try", shadows=MOST_SHADOWS, people=MOST)
+    canary = release.state().canary
+    assert canary is not None
+    trial = Trial(None, "2.canary", replace(canary, step=step), Pace())  # type: ignore[arg-type]
+    for number in range(MOST_PEOPLE):
+        talk = str(number).encode()
+        for side in (False, True) if not step else (trial.takes(talk),):
+            trial.evidence.see(str(trial.part(talk, "", canary=side).key), "failures", False)
+        if trial.evidence.people(step) >= trial.canary.enough:
+            return
+    raise AssertionError("a step that never ends")
 
 
 def test_a_canary_begins_steps_and_is_taken_back(release: Release) -> None:

@@ -20,18 +20,19 @@ pytest.importorskip("ray")
 
 from grpc.aio import AioRpcError, Metadata
 from ray.exceptions import ActorDiedError, RayTaskError
-from ray.serve.exceptions import BackPressureError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from shoal import Model, Request, presets
 from shoal.api.serve_args import ServeArgs
 from shoal.data import models
 from shoal.engine.events import Event, Finished, Token
 from shoal.engine.metrics import Samples, sample
-from shoal.errors import EngineDeadError, QueueFullError, RequestError, ShoalError
+from shoal.errors import EngineDeadError, EnginesLostError, QueueFullError, RequestError, ShoalError
 from shoal.on_ray.calls import Begun, OtherModelError, Wanted
 from shoal.on_ray.clients import ReplicaClient, as_shoal_error
 from shoal.on_ray.engines import LEAVE_SECONDS, EngineReplica
-from shoal.on_ray.failover import LOSSES
+from shoal.on_ray.failover import LOSSES, unbroken
 from tests.s3 import service
 
 WANTED = Wanted("call", "")
@@ -245,6 +246,45 @@ def test_a_bug_is_told_without_what_it_says(caplog: pytest.LogCaptureFixture) ->
             asyncio.run(work())
         assert "my secret" not in "".join(traceback.format_exception(caught.value))
         assert "KeyError" in caplog.text and __file__ in caplog.text and "my secret" not in caplog.text
+
+
+@pytest.mark.parametrize(("taken", "calls"), [(True, LOSSES), (False, 3)])
+def test_an_engine_that_raises_its_death_before_any_event_had_the_request(
+    taken: bool, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM's does, which may have ended by the prompt. One that was dead before had nothing of it."""
+    monkeypatch.setattr("shoal.on_ray.failover.PAUSES", (0.0,))
+    asked = list[str]()
+
+    class Dying:
+        async def batches(self, request: Request, gap: object) -> AsyncGenerator[list[Event], None]:
+            asked.append(request.id)
+            if len(asked) == 3:
+                yield [Finished(request.id, "length")]
+                return
+            error = EngineDeadError("the vLLM process ended")
+            error.taken = taken
+            raise error
+
+    replica = Replica(ServeArgs(model="m"), "m")
+    replica._engine, replica._weights = Dying(), "w"  # type: ignore[assignment]
+
+    async def read() -> list[Event]:
+        return [event async for events in unbroken(replica.generate, Request("x")) for event in events]
+
+    if taken:
+        with pytest.raises(EnginesLostError, match="the vLLM process ended"):
+            asyncio.run(read())
+    else:
+        assert len(asyncio.run(read())) == 1
+    assert len(asked) == len({*asked}) == calls and not replica._running["w"]
+
+
+def test_a_deployment_that_is_unavailable_had_nothing_of_a_request() -> None:
+    error = as_shoal_error(DeploymentUnavailableError(DeploymentID("engines", "app")))
+    assert isinstance(error, EngineDeadError) and not error.taken
+    lost = as_shoal_error(ActorDiedError())
+    assert isinstance(lost, EngineDeadError) and lost.taken and not OtherModelError("other").taken
 
 
 def test_an_error_of_ours_stays_as_it_is() -> None:

@@ -190,6 +190,20 @@ def test_a_request_that_another_version_s_engine_was_lost_with_is_sent_on_no_mor
     assert len(replicas.got) == 1
 
 
+def test_what_was_never_given_to_an_engine_is_no_loss() -> None:
+    """However often it is refused. Another version is told whether an engine was lost with it."""
+    refused = EngineDeadError("unavailable")
+    refused.taken = False
+    replicas = Told([[refused]] * (LOSSES + 1) + [[[TOKEN], [DEAD]], [refused], [[END]]])  # type: ignore[arg-type]
+    tokens, _ = asyncio.run(read(unbroken(replicas.stream, LONG)))
+    assert len(tokens) == 1 and len(replicas.got) == LOSSES + 4
+    other = Finished("x", "error", error=other_weights("a"))
+    for lost, calls in ((False, [[[other]]] * 2), (True, [[[TOKEN], [DEAD]], [[other]], [[other]]])):
+        with pytest.raises(OtherModelError) as caught:
+            asyncio.run(read(unbroken(Told(calls).stream, LONG)))  # type: ignore[arg-type]
+        assert caught.value.taken is lost
+
+
 def test_an_error_of_the_request_itself_is_no_loss() -> None:
     replica = Replica(iter([3]), lambda: Finished("x", "error", error=GenerationError("not finite")))
     _, end = run(replica, LONG)

@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken
+from tokenizers import AddedToken, models, normalizers
 
 from shoal import presets
 from shoal.api.bodies import Message
 from shoal.api.limits import Limits
 from shoal.api.prompts import encode_messages, prompt_ids
 from shoal.data.chats.rows import read_chats
+from shoal.errors import CheckpointError
 from shoal.inputs.chat import encode_chat
 from shoal.inputs.tokenizer import SPECIAL, Tokenizer
+from shoal.open_weights.vocabulary import made
 from tests.unit.open_weights import taught
 from tests.unit.open_weights.taught import TOLD, jinja, served, tokenizer
 
@@ -100,6 +102,28 @@ def test_every_field_of_a_request_is_text(family: str) -> None:
     for name in (*its.specials, *TOLD[family]["added"]):
         for text in spellings(name):
             assert count(text) == plain, text
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["ignore_merges", "a merge"])
+@pytest.mark.parametrize("text", ["{}", "x {} y"])
+def test_a_tokenizer_whose_pieces_make_a_control_token_of_text_is_refused(whole: bool, text: str) -> None:
+    names = ("<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)))
+    pieces = [*names, "\u2581", *"<>/sxy", "</", "</s"]
+    merges = [("<", "/"), ("</", "s"), ("</s", ">")]
+
+    def imported(merges: list[tuple[str, str]], whole: bool) -> Tokenizer:
+        vocab = {piece: number for number, piece in enumerate(pieces)}
+        core = tokenizers.Tokenizer(
+            models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>", ignore_merges=whole)
+        )
+        core.normalizer = normalizers.Replace(" ", "\u2581")
+        core.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names[:3]])
+        return made(core, {"eos_token": "</s>"}, (2,), "x")
+
+    sound = imported(merges[:2], False)
+    assert not controls(sound, sound.encode(text.format("</s>")))
+    with pytest.raises(CheckpointError, match=r"tokenizer x: got .*pieces that make '<.*>' of a user's text"):
+        imported(merges[:2] if whole else merges, whole)
 
 
 @pytest.mark.parametrize("done", DONE)

@@ -134,7 +134,7 @@ def _of_messages(row: Mapping[str, Any], native: bool) -> dict[str, Any]:
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise DataError("no messages")
     for message in messages:
-        if message.get("weight", 1) not in (0, 1):
+        if message.get("weight") not in (None, 0, 1):
             raise DataError("a weight that is neither 0 nor 1")
     if functions or any(
         m.get("tool_calls") or m.get("function_call") or m.get("role") in (*_RESULTS, "developer") for m in messages

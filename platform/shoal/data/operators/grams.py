@@ -1,7 +1,8 @@
 """Words and runs of n words as 64-bit hashes: what two texts are compared by. Letters: n words in a gram, W words in a text.
 
 Notable: texts are compared by their words alone. Case, spaces, punctuation, markup (tags, entities, link targets, LaTeX's
-commands), invisible characters and Unicode's variants of a letter make no difference, nor do commas in a number.
+commands), invisible characters and Unicode's variants of a letter make no difference, nor do commas in a number and a
+hyphen where a line ends within a word.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ _INVISIBLE = "\u00ad\u200b-\u200d\u2060\ufeff"  # soft hyphen, spaces without a 
 # scripts without spaces: a character is a word
 _ALONE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 _LETTER = r"[^\W_\u0e00-\u0eff\u3040-\u9fff]"
-_WORD = re.compile(rf"[{_ALONE}]|\d{{1,3}}(?:,\d{{3}})+(?!\d)|{_LETTER}(?:{_LETTER}|[{_INVISIBLE}\u0300-\u036f])*")
+_BROKEN = rf"(?<=[^\W\d_])[-\u2010]\r?\n[ \t]{{0,20}}(?=[^\W\d_{_ALONE}])"  # by a hyphen at a line's end
+_WORD = re.compile(
+    rf"[{_ALONE}]|\d{{1,3}}(?:(?:,|\{{,\}})\d{{3}})+(?!\d)|{_LETTER}(?:{_LETTER}|[{_INVISIBLE}\u0300-\u036f]|{_BROKEN})*"
+)
 _MARKUP = re.compile(
     r"</?[A-Za-z][^<>]{0,200}>|&(?:[A-Za-z]{2,8}|#\d{1,6}|#[xX][0-9A-Fa-f]{1,6});"  # HTML
     r"|\]\([^()\s]{0,500}\)|```\w*"  # Markdown
     r"|\\(?:(?:begin|end)\{[a-z]{1,20}\*?\}|(?:text|math)[a-z]{2,4}\b|(?:sub){0,2}section\b|emph\b|underline\b|item\b|[nrt])"
 )
-_IGNORED = re.compile(rf"[,{_INVISIBLE}]")  # within a word
+_IGNORED = re.compile(rf"[-\u2010\s{{}},{_INVISIBLE}]")  # within a word
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that the order of the words counts
 _FIGURE = 2**63  # this bit of a word's hash: it holds a digit
 

@@ -14,12 +14,14 @@ from importlib import import_module
 
 from stdnum import iban, luhn
 
-from shoal.data.operators.secret_tokens import Span
+from shoal.data.operators.secret_tokens import AFTER, BEFORE, Span
 
 _GAP = "[ \u00a0\u2010-\u2013-]"
 _CARD = re.compile(
-    rf"(?<![\w.-])(?<!\d{_GAP})(?:[2-6]\d{{12,18}}|[2-6]\d{{3}}({_GAP})\d{{4}}\1\d{{4}}\1\d{{4}}(?:\1\d{{3}})?"
+    rf"(?<![\w.-])(?<!\d\d\d{_GAP})(?:[2-6]\d{{3}}({_GAP})\d{{4}}\1\d{{4}}\1\d{{4}}(?:\1\d{{3}})?"
     rf"|3\d{{3}}({_GAP})\d{{6}}\2\d{{4,5}})(?![\w-]|\.\d|{_GAP}\d{{4}}{_GAP})"
+    # what no spaces part ends at one
+    r"|(?<![\w.-])(?:[2-6]\d{12,18}|[2-6]\d{3}-\d{4}-\d{4}-\d{4}(?:-\d{3})?|3\d{3}-\d{6}-\d{4,5})(?![\w-]|\.\d)"
 )
 _IBAN = re.compile(
     rf"(?<!\w)(?:[A-Z]{{2}}\d{{2}}(?:{_GAP}?[A-Z0-9]){{11,30}}|[a-z]{{2}}\d{{2}}[a-z0-9]{{11,30}})(?!\w)"
@@ -61,14 +63,15 @@ NAMED = {
     r"aadhaar": ("in_.aadhaar",),
 }
 _FILLER = (
-    r"(?:[\s:#=.,\"'()-]|\b(?:no|nr|num|number|nummer|n\u00b0|num\u00e9ro|n\u00famero|is|was|ist|est|es)(?!\w)){0,8}"
+    rf"(?:[\s:#=.,\"'()>|-]"
+    rf"|_?(?:no|nr|num|number|nummer|n\u00b0|num\u00e9ro|n\u00famero|is|was|ist|est|es){AFTER}){{0,8}}"
 )
 _NAMED = re.compile(
-    rf"\b(?:{'|'.join(f'({words})' for words in NAMED)})\b{_FILLER}(?<!\w)(?P<digits>\d(?:[ .-]?\d){{7,13}})(?!\w)",
+    rf"{BEFORE}(?:{'|'.join(f'({words})' for words in NAMED)}){AFTER}{_FILLER}(?<!\w)(?P<digits>\d(?:[ .-]?\d){{7,13}})(?!\w)",
     re.IGNORECASE,
 )
 _PASSPORT = re.compile(
-    rf"(?:passport|reisepass(?:nummer)?|passeport|pasaporte|passaporto|paspoort)\b{_FILLER}"
+    rf"(?:passport|reisepass(?:nummer)?|passeport|pasaporte|passaporto|paspoort){AFTER}{_FILLER}"
     r"(?<!\w)(?P<digits>(?-i:[A-Z]{0,3}\d{6,9}|[A-Z][A-Z0-9]{8}|\d{2}[A-Z]{2}\d{5}))(?!\w)", re.IGNORECASE,
 )  # fmt: skip
 _MACHINE_READABLE = re.compile(r"P[A-Z<][A-Z<]{3}[A-Z<]{39}\s+[A-Z0-9<]{9}\d[A-Z<]{3}\d{7}[MFX<]\d{7}[A-Z0-9<]{16}")

@@ -2,7 +2,7 @@
 
 Three steps. MinHash finds candidates: a signature of 80 values stands for a document's 5-grams of words, and two documents
 whose values agree in one of 40 bands of 2 are looked at. Of these, the ones that agree in 5 of all values go on: documents
-that share a line agree in a band once there are enough of them, and hardly in more (decision 0124). Then the texts themselves
+that share a line agree in a band once there are enough of them, and hardly in more (decision 0018). Then the texts themselves
 decide: they are near copies when their words, counted, agree to 80 %, a fifth of their 5-grams too, and half of their figures,
 so that neither a shared licence header nor a shared vocabulary nor a form that is filled in makes a copy.
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import chain
 
 import phonenumbers
 from phonenumbers import NumberParseException
 
-from shoal.data.operators.secret_tokens import Span
+from shoal.data.operators.secret_tokens import AFTER, BEFORE, Span
 
 # whose numbers are looked for where no country code is given
 REGIONS = (
@@ -27,7 +28,7 @@ _WORDS = (
     "|celular|whatsapp|sms|fax"
 )
 _PHONE = re.compile(
-    rf"(?<![\w.+/=-])(?<!\d{_GAP})(?:"
+    rf"(?:(?<![\w.+/-])|(?<=/)(?=\+))(?<!\d{_GAP})(?:"
     rf"(?P<abroad>\+[1-9]\d{{0,2}}{_GROUPS}{{1,6}}|00[1-9]\d{{6,13}}|00{_GAP}?[1-9]\d{{0,2}}{_GAP}{_GROUPS}{{1,6}})"
     # (555) 123-4567, 1-800-555-0199, 555 123 4567; but no three of more numbers in a row
     rf"|(?P<american>(?:1{_GAP})?(?:\(\d{{3}}\) ?|[2-9]\d{{2}}{_GAP})\d{{3}}{_GAP}\d{{4}}(?!{_GAP}\d))"
@@ -35,8 +36,14 @@ _PHONE = re.compile(
     rf"|1[3-9]\d{_GAP}\d{{4}}{_GAP}\d{{4}})"
     rf")(?![\w-])(?!{_GAP}\d)"
 )
+# What signs hold together ends at a space, whatever number stands behind it, as in a line of a log.
+_TIED = re.compile(
+    r"(?<![\w.+-])(?<!\d/)(?:(?P<abroad>\+[1-9](?:\d{8,14}|\d{0,2}(?:[./-]\(?\d{1,12}\)?){2,6}))"
+    r"|(?P<american>(?:1[.-])?[2-9]\d{2}(?P<sign>[.-])\d{3}(?P=sign)\d{4}|\(\d{3}\) ?\d{3}-\d{4})"
+    r"|(?P<home>0\d{1,4}/\d{5,8}|\(0\d{1,4}\) ?\d{5,8}))(?![\w-]|[./]\d)"
+)
 _NAMED = re.compile(
-    rf"\b(?:{_WORDS})\b(?:[\s:=#.\"']|\b(?:no|nr|number|nummer|num\u00e9ro|n\u00famero|is|ist)\b){{0,6}}(?<!\w)"
+    rf"{BEFORE}(?:{_WORDS})s?{AFTER}(?:[\s:=#.\"'>|]|[_-]?(?:no|nr|num|number|nummer|num\u00e9ro|n\u00famero|is|ist){AFTER}){{0,6}}(?<!\w)"
     rf"(?P<number>\(?\d{_GROUPS}{{1,6}})(?![\w-]|\.\d)", re.IGNORECASE,
 )  # fmt: skip
 _DATE = re.compile(r"(?:\d{1,2}([./-])\d{1,2}\1(?:19|20)\d\d|(?:19|20)\d\d([./-])\d{1,2}\2\d{1,2})(?!\d)")
@@ -47,7 +54,7 @@ _LEAST_NAMED = 7  # behind a word
 
 def phone_spans(text: str) -> Iterator[Span]:
     """Where telephone numbers stand in `text`; spans may overlap."""
-    for found in _PHONE.finditer(text):
+    for found in chain(_PHONE.finditer(text), _TIED.finditer(text)):
         if _is_phone(found[0], found.lastgroup or ""):
             yield found.span()
     for found in _NAMED.finditer(text):

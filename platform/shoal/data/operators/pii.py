@@ -4,12 +4,15 @@ and passport numbers).
 
 Notable: patterns find what is written in a usual form and nothing else; names, postal addresses and dates of birth stay. Code
 stays code: what ``@`` joins is an address only below a domain that is given out, so ``x@self.weight`` and ``q@k.mT`` are left.
+Texts are searched as they are, and again with what is escaped in them as it will be read (`_unescaped`).
 """
 
 from __future__ import annotations
 
+import html
 import ipaddress
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
@@ -49,6 +52,16 @@ _IP = re.compile(
     r"(?<![\w.])(?:\d{1,3}(?:\.\d{1,3}){3}(?![\w-]|\.\d)"
     r"|(?<![0-9A-Fa-f]:)(?<!::)[0-9A-Fa-f]{1,4}(?::[0-9A-Fa-f]{0,4}){1,6}:[0-9A-Fa-f]{1,4}(?!\w|:[\w:]|\.\d))"
 )
+# What stands for another character, or parts words though it counts as a letter: as JSON, URLs, HTML, terminals and Markdown
+# write it, and letters of scripts without spaces (and Korean's particles) beside others.
+_ALONE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+_ESCAPE = re.compile(
+    r"\\(?:[nrt\"'/]|u[0-9A-Fa-f]{4}|x[0-9A-Fa-f]{2})|%[0-9A-Fa-f]{2}"
+    r"|&(?:nbsp|lt|gt|amp|quot|apos|commat|#\d{1,6}|#[xX][0-9A-Fa-f]{1,5});|\x1b\[[0-9;]{0,20}m"
+    r"|(?:(?<![^\s(*~>\[])_{1,3}(?=[\w+(])|(?<=[\w=)])_{1,3}(?![^\s.,;:!?)*~<\]]))"
+    rf"|(?<=[A-Za-z0-9_=-])[{_ALONE}]|[{_ALONE}](?=[A-Za-z0-9+(])"
+)
+_CONTROLS = {"n": "\n", "r": "\n", "t": "\t"}
 _TWO_DIGITS = re.compile(r"\d\d")
 _VERSION = re.compile(r"(?:[=<>~!^]=|(?<![A-Za-z])v(?:er(?:sion)?)?_*)[\s:=\"']*\Z", re.IGNORECASE)
 
@@ -62,7 +75,7 @@ def scrubbed(text: str, kinds: Sequence[Kind], counts: Counter[str]) -> str:
     """`text` without the personal data of these `kinds`; what was taken out is added to `counts`, by kind."""
     for kind in kinds:
         pieces, done = list[str](), 0
-        for start, end in merged(_SPANS[kind](text)):
+        for start, end in merged([*_SPANS[kind](text), *_unescaped(text, _SPANS[kind])]):
             pieces += [text[done:start], f"[{kind}]"]
             counts[kind] += 1
             done = end
@@ -85,7 +98,7 @@ def email_spans(text: str) -> Iterator[Span]:
     """Where e-mail addresses stand in `text`."""
     for found in _EMAIL.finditer(text) if "@" in text else ():
         top: str = found[1]
-        if top.startswith("xn--") or ((top.islower() or top.isupper()) and top.lower() in TOP):
+        if top.startswith("xn--") or ((top.islower() or top.isupper() or top.istitle()) and top.lower() in TOP):
             yield found.span()
 
 
@@ -101,6 +114,37 @@ def ip_spans(text: str) -> Iterator[Span]:
                 yield found.span()
         except ValueError:
             continue
+
+
+def _unescaped(text: str, find: Callable[[str], Iterator[Span]]) -> Iterator[Span]:
+    """Where `find` finds something in the lines of `text` that hold an `_ESCAPE`, once each is the character it stands for."""
+    end = 0
+    while first := _ESCAPE.search(text, end):
+        start = text.rfind("\n", 0, first.start()) + 1
+        end = text.find("\n", first.end())
+        end = end if end >= 0 else len(text)
+        pieces, length, done = list[str](), 0, start
+        plain, places = [0], [start]  # from a place in the line as it is read on, the same in `text`
+        for escape in _ESCAPE.finditer(text, start, end):
+            length += escape.start() - done
+            pieces += [text[done : escape.start()], _character(escape[0])]
+            done = escape.end()
+            plain += [length, length + 1]
+            places += [escape.start(), done]
+            length += 1
+        for span in find("".join([*pieces, text[done:end]])):
+            at = [bisect_right(plain, place) - 1 for place in span]
+            yield (places[at[0]] + span[0] - plain[at[0]], places[at[1]] + span[1] - plain[at[1]])
+
+
+def _character(escape: str) -> str:
+    """What an `_ESCAPE` stands for: one character; a space where that is a part of one, or parts words."""
+    if escape[0] == "&":
+        return html.unescape(escape)[:1] or " "
+    if escape[0] == "\\":
+        return chr(int(escape[2:], 16)) if escape[1] in "ux" else _CONTROLS.get(escape[1], escape[1])
+    code = int(escape[1:], 16) if escape[0] == "%" else 128
+    return chr(code) if code < 128 else " "
 
 
 def _in_lines(find: Callable[[str], Iterator[Span]]) -> Callable[[str], Iterator[Span]]:

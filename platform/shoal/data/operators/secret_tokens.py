@@ -12,6 +12,9 @@ from functools import cache
 from importlib import import_module
 
 Span = tuple[int, int]  # where a match begins and ends
+# of a word that names a number: in a sentence, and in keys such as "user_phone", "phoneNumber" and "PHONE"
+BEFORE = r"(?-i:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))"
+AFTER = r"(?-i:(?![A-Za-z])|(?<=[a-z])(?=[A-Z]))"
 
 # module and class of a plugin -> fixed words without which it finds nothing. Left out: plugins that take words or file hashes
 # for secrets (keywords, entropy, Artifactory, IBM), and public IP addresses, which `pii` has.
@@ -42,15 +45,32 @@ _OWN = re.compile(
     r"(?<![\w-])(?:(?:sk|pk|rk)[-_](?:[A-Za-z]+[-_]){0,3}[A-Za-z0-9_-]{16,}"  # OpenAI, Anthropic, Stripe's test keys
     r"|github_pat_\w{22,}|hf_[A-Za-z0-9]{30,}|npm_[A-Za-z0-9]{36}|xox[abeoprs]-[A-Za-z0-9-]{10,}|xapp-[A-Za-z0-9-]{10,}"
     r"|AIza[0-9A-Za-z_-]{35}|ya29\.[\w-]{20,}|GOCSPX-[\w-]{20,}"  # Google
-    r"|do[opr]_v1_[a-f0-9]{64}|shp(?:at|ca|pa|ss)_[a-fA-F0-9]{32}|dapi[a-f0-9]{32}|sq0atp-[\w-]{22})(?![\w-])"
+    r"|whsec_[A-Za-z0-9]{24,}|do[opr]_v1_[a-f0-9]{64}|shp(?:at|ca|pa|ss)_[a-fA-F0-9]{32}|dapi[a-f0-9]{32}|sq0atp-[\w-]{22})(?![\w-])"
 )
 _OWN_WORDS = ("sk", "pk", "rk", "github_pat_", "hf_", "npm_", "xox", "xapp-", "AIza", "ya29.", "GOCSPX-", "_v1_", "shp",
-              "dapi", "sq0atp-")  # fmt: skip
+              "dapi", "sq0atp-", "whsec_")  # fmt: skip
+# Of these group 1 is the secret. The plugins want a user's name and no signs in a URL, and quotes around a key.
+_WITH_NAMES = {
+    "://": re.compile(r"://[^\s/:?#\"'<>`,|]{0,200}:([^\s/?#\"'<>`,|]{1,500})@(?=[^\s@])"),
+    "ecret": (_AWS := re.compile(
+        r"(?i:aws.{0,20}?key|secret_?access_?key|session_?token)[\"']?\s{0,3}(?:[:=]|=>)\s{0,3}[\"']?"
+        r"([A-Za-z0-9/+]{40}|[A-Za-z0-9/+=]{100,2000})(?![A-Za-z0-9/+=])"
+    )),
+    "ECRET": _AWS,
+    "oken": _AWS,
+    "OKEN": _AWS,
+    "discord": re.compile(r"discord(?:app)?\.com/api/webhooks/(\d{5,30}/[\w-]{30,200})"),
+    "/bot": re.compile(r"/bot(\d{8,10}:[A-Za-z0-9_-]{35})(?![\w-])"),
+}  # fmt: skip
+# what stands where a program, or who reads, puts a password
+_PLACEHOLDER = re.compile(
+    r"\$?\{[^{}]*\}|\{\{[^{}]*\}\}|\$\w+|\$\([^()]*\)|%\(\w+\)s|%\w+%|%s|<[^<>]*>|\[[^]]*\]|\*+|\.+"
+)
 # The whole block: a header alone is what programs look for. Without an end, as far as lines of base64 go.
 _PRIVATE_KEY = re.compile(
     r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
     r"(?:(?:(?!-----).){40,20000}?-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
-    r"|(?:(?:\\[nr]|[\s\"'+,])*[A-Za-z0-9+/=]{40,})+)"
+    r"|(?:(?:\\+[nr]|[\s\"'+,>#*|])*[A-Za-z0-9+/=]{40,})+)"
     r"|PuTTY-User-Key-File-[23]:(?:(?!PuTTY-).){40,20000}?Private-MAC: [0-9a-f]+",
     re.DOTALL,
 )
@@ -73,6 +93,8 @@ def secret_spans(text: str) -> Iterator[Span]:
         for found in _OWN.finditer(text):
             if any(map(_DIGIT.search, _RUN.findall(found[0]))):  # "sk_" begins names as well
                 yield found.span()
+    for pattern in {pattern: None for word, pattern in _WITH_NAMES.items() if word in text}:
+        yield from (found.span(1) for found in pattern.finditer(text) if not _PLACEHOLDER.fullmatch(found[1]))
     for name, words, patterns, valid in _plugins():
         if any(word in text for word in words):
             for pattern in patterns:
@@ -94,7 +116,7 @@ def _found(
             if not within and (tail := _TAIL.match(text, end, end + LONGEST)) is not None:
                 end = tail.end()
             done = end
-            if valid is None or valid(text[start:end]):
+            if not (within and _PLACEHOLDER.fullmatch(text, start, end)) and (valid is None or valid(text[start:end])):
                 yield start, end
 
 

@@ -54,7 +54,7 @@ def documents(file: File, number: str, row: Fields) -> Iterator[Document | Skipp
     yield file.document(
         modality,
         row=number,
-        license=", ".join(_plain("license", one) for one in _listed(row.get("license"))),
+        license=", ".join(filter(None, (_plain("license", one) for one in _listed(row.get("license"))))),
         group=str(row.get("group", "")),
         text=text,
         image=image,
@@ -231,7 +231,7 @@ def _group(table: pq.ParquetFile, group: int, columns: list[str], number: int) -
     meta = table.metadata.row_group(group)
     chunks = [meta.column(at) for at in range(meta.num_columns)]
     size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.partition(".")[0] in columns)
-    if size > MAX_ROW * meta.num_rows:  # even the mean is
+    if size > MAX_ROW * max(1, meta.num_rows):  # even the mean is
         yield f"{number}-", Unusable(TOO_LONG)
         return
     some = max(1, min(BATCH, HELD // max(1, size)))  # each may be the largest: a dictionary has it once for all

@@ -2,7 +2,7 @@
 `attention` call them as parts of their own.
 
 A tile of 4 rows x 4 outputs multiplies at the processor's full rate (100 GFLOP/s in fp32 on a core where oneDNN, with a packed
-copy of the weight, comes to 60 at eight rows and to 100 from 32 on; docs/log.md). One and two rows are bound by memory, which
+copy of the weight, comes to 60 at eight rows and to 100 from 32 on). One and two rows are bound by memory, which
 plain loops read fastest.
 
 Letters: N rows, D input width, O output width.

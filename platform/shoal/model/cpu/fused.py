@@ -26,7 +26,7 @@ from shoal.model.reach import Reach
 
 Rope = tuple[Tensor, Tensor]
 PLAIN = torch.empty(0, dtype=torch.int32), torch.empty(0)  # shift and scale of a matrix in fp
-FEW = {1: 128, 2: 8}  # threads: rows up to which `product` in fp is faster than oneDNN (docs/log.md)
+FEW = {1: 128, 2: 8}  # threads: rows up to which `product` in fp is faster than oneDNN
 # new tokens of a request that are attended one by one; longer chunks share what they read (`paged.py`). A token and as many
 # drafts as one may ask for are no more (`events.MAX_DRAFTS`): the other way rounds otherwise, and in INT8 that moves roundings
 SHORT = 17

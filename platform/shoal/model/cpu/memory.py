@@ -1,5 +1,5 @@
 """Weights on large memory pages: a product of few rows is as fast as memory is read, and the processor's own reading ahead
-ends at each page. 2 MiB pages instead of 4 KiB: products of one row 1.2 to 1.3 times as fast (docs/log.md)."""
+ends at each page. 2 MiB pages instead of 4 KiB: products of one row 1.2 to 1.3 times as fast."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from numba.core import cgutils, errors
 I8, I32, I64, F32, F64 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.DoubleType()
 _BYTES = {str(I8): 1, str(F32): 4, str(F64): 8}
 # Bytes of a weight that are fetched ahead, in the order of memory, into the second cache: the first has room for too few that
-# are on their way. 4 KiB into the first: half the speed of one thread at eight rows of fp32 (docs/log.md).
+# are on their way. 4 KiB into the first: half the speed of one thread at eight rows of fp32.
 AHEAD = 16384
 
 Values = list[ir.Value]

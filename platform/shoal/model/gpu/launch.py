@@ -37,7 +37,7 @@ PROGRAMS = 264  # that fill a device: two for each of 132 multiprocessors; what 
 BUSY = 128  # that keep it busy: from so many rows and KV heads on one reads all by itself, in one launch,
 MOST_KEYS = 4096  # unless it may be more keys than these: beside short requests one program would read for long
 LEAST_KEYS = 128  # of a piece: of each the sums of a group's heads must be joined
-FEW_NUMBERS = 2**14  # of summaries that a piece of the chosen blocks scores itself: of more, a team (decision 0094)
+FEW_NUMBERS = 2**14  # of summaries that a piece of the chosen blocks scores itself: of more, a team (decision 0012)
 ALONE_BLOCKS = 4096  # that a program scores which is a row's only one
 JOINED = 2**13  # numbers of pieces that are joined at once: 64 registers of each of 128 threads
 TILE = 64  # at most: keys of a step of the attention's loop, blocks that a program scores,
@@ -354,7 +354,7 @@ def _teams(programs: int, near: int, far: int, share: float, tiles: int) -> tupl
     programs are a team, one at least of the `tiles` each. `share`: bytes of the chosen keys for one of summaries.
 
     One of F teams of C programs scores by 1/C of the summaries, then reads 1/F of the keys alone. As F C programs fill what the
-    window's leave of a device, both together are least where they are equal (decision 0094)."""
+    window's leave of a device, both together are least where they are equal (decision 0012)."""
     room = max(1, PROGRAMS // programs - near)
     teams = max(1, min(far, room, round(math.sqrt(room * share))))
     return teams, max(1, min(room // teams, tiles))
