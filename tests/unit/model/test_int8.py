@@ -206,13 +206,3 @@ def test_cpus_without_the_newest_instructions_compute_the_same(way, name, featur
         pytest.skip("describes an x86-64")
     env = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
     assert child(OTHER, way, **env) == "same"
-
-
-def test_what_a_processor_can_is_what_numba_was_told_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from shoal.model.cpu import tiles
-
-    monkeypatch.setattr(tiles.config, "CPU_FEATURES", "+avx,-avx2,+fma")
-    assert tiles.features() == {"avx", "fma"}
-    monkeypatch.setattr(tiles.config, "CPU_FEATURES", None)
-    monkeypatch.setattr(tiles.binding, "get_host_cpu_features", lambda: {"avx": True, "avx2": False})
-    assert tiles.features() == {"avx"}

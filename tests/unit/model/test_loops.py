@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("numba")
 
 
+from shoal.model import slots
 from shoal.model.cpu import attention, compiled, decode, draw, integers
-from shoal.model.cpu.parts import Form, Layer, Matrix, Rows, Sight
 
 RNG = np.random.default_rng
 
@@ -157,58 +158,21 @@ def test_two_softmaxes_are_mixed_by_their_share_however_far_apart_they_are(apart
     assert weight == pytest.approx(wanted, rel=1e-12, abs=1e-300)
 
 
-# ---- a whole layer
-
-
-@pytest.mark.parametrize("after", [False, True])
-def test_a_layer_adds_attention_and_mlp_with_a_norm_before_or_behind_each(
-    after: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the definition, in float64; attention itself is twice the query and one here."""
-    eps, heads, dim, inner = 0.3, 2, 3, 5
-    x, kv = RNG(1).normal(size=(2, 7)), np.zeros((4, 1, 9, 2 * dim))
-    qkv, back, up, down = (RNG(n).normal(size=size) for n, size in enumerate(((12, 7), (7, 6), (10, 7), (7, 5))))
-    more = [RNG(9 + n).normal(size=each.T.shape) for n, each in enumerate((qkv, back, up, down))]
-    norms, got = RNG(8).normal(size=(2, 7)), dict[str, tuple[Any, ...]]()
-
-    def project(rows: Any, *given: Any) -> None:
-        got["project"] = given[:-1]
-        given[-1][:] = rows[:, : heads * dim].reshape(2, heads, dim)
-
-    def attend(q: Any, *given: Any) -> None:
-        got["attend"] = given[:-1]
-        given[-1][:] = 2 * q + 1
-
-    monkeypatch.setattr(decode, "times", lambda x, matrix, out: np.matmul(x, matrix.weight.T, out=out))
-    monkeypatch.setattr(decode, "plus", lambda x, added, index, out: np.add(out, x @ added[index], out=out))
-    monkeypatch.setattr(decode, "project_and_store", project)
-    monkeypatch.setattr(decode, "attend", attend)
-    matrices = [Matrix(each, None, None) for each in (qkv, back, up, down)]
-    weights = Layer(norms[0], matrices[0], "bias", "q norm", "k norm", matrices[1], norms[1], *matrices[2:])
-    keep = np.zeros((2, dim))
-    rows = Rows(keep, "cross", "positions", "slots", "tables", "short", "requests", 4)
-    sight = Sight(11, 12, 13, "gamma", "gate's bias", 14)
-    out = decode.layer(x, tuple(weights), tuple(Form(eps, 1, after)), tuple(rows), kv, "summaries", tuple(sight), more)
-
-    def normed(y: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        whole: np.ndarray = y / np.sqrt((y**2).mean(-1, keepdims=True) + eps) * weight
-        return whole
-
-    def linear(y: np.ndarray, number: int) -> np.ndarray:
-        whole: np.ndarray = y @ matrices[number].weight.T + y @ more[number]
-        return whole
-
-    def mlp(y: np.ndarray) -> np.ndarray:
-        both = linear(y, 2)
-        return linear(both[:, :inner] / (1 + np.exp(-both[:, :inner])) * both[:, inner:], 3)
-
-    def attention(y: np.ndarray) -> np.ndarray:
-        return linear(2 * linear(y, 0)[:, : heads * dim] + 1, 1)
-
-    y = x + (normed(attention(x), norms[0]) if after else attention(normed(x, norms[0])))
-    assert out == pytest.approx(y + (normed(mlp(y), norms[1]) if after else mlp(normed(y, norms[1]))), rel=1e-12)
-    assert got["project"][:5] == ("bias", "q norm", "k norm", eps, 1) and got["project"][5] is keep
-    assert got["project"][6:10] == ("cross", "positions", "slots", 4) and got["project"][10] is kv
-    assert got["attend"][0] is kv and got["attend"][1:] == (
-        "summaries", "tables", "short", "requests", "positions", 4, 11, 12, 13, "gamma", "gate's bias", 14,
-    )  # fmt: skip
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_a_slot_of_int8_is_written_and_read_as_slots_say(kind: Any) -> None:
+    """As torch does it; the key and the value of a slot leave each other's numbers alone."""
+    rows = (RNG(15).normal(size=(6, 2, 5)) * [[[1e-30]], [[3.0]], [[1e20]], [[0.0]], [[1.0]], [[1.0]]]).astype(kind)
+    rows[4, 0, 2], rows[5, 1, 3] = np.nan, np.inf
+    wanted = slots.encode(*torch.from_numpy(rows).unbind(1), torch.int8)
+    kv, room = np.full((1, 1, 7, slots.width(5, torch.int8)), 77, np.int8), np.full((7, 10), 9.0, kind)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for n, (key, value) in enumerate(rows):
+            attention._store_levels(value, kv[0, 0, n + 1], attention.VALUE)
+            assert (kv[0, 0, n + 1, :5] == 77).all() and (kv[0, 0, n + 1, 10:12] == 77).all()
+            attention._store_levels(key, kv[0, 0, n + 1], attention.KEY)
+    assert (kv[0, 0, 1:] == wanted.numpy()).all() and (kv[0, 0, 0] == 77).all()
+    for which, numbers in enumerate(slots.decode(wanted, torch.from_numpy(rows).dtype)):
+        with np.errstate(invalid="ignore"):
+            read = attention._levels(kv, 0, 0, 1, 6, which, room)[:, which * 5 : (which + 1) * 5]
+        assert read.shape == (6, 5)
+        np.testing.assert_array_equal(read, numbers.numpy())

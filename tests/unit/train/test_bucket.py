@@ -11,12 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from torch.distributed.checkpoint.api import CheckpointException as DcpError
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from shoal.data import models, remote
 from shoal.data.lease import leased
@@ -27,9 +23,8 @@ from shoal.train import bucket, log, ranges
 from shoal.train.bucket import LEASE, folder_of, need_possible, store_of
 from shoal.train.loop import fit
 from shoal.train.plan import FitPlan, finetune_plan, pretrain_plan
-from shoal.train.ranges import RangedReader, cut, together
+from shoal.train.ranges import cut, together
 from shoal.train.run import StoppedError
-from shoal.train.snapshot import Piece, write_file
 from tests.s3 import Service, service, upload
 from tests.unit.train.test_resume import Interrupted, said, stop_at, weights
 
@@ -230,38 +225,6 @@ def test_chats_corpus_and_model_are_read_from_s3_and_the_router_of_a_model_there
         remote.local(f"{uri}-chats/b.jsonl")
     with models.changed(result.out) as folder:
         assert (folder / "manifest.json").is_file()
-
-
-def test_a_rank_fetches_the_headers_and_what_it_holds(
-    s3: Service, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ranges, "HEAD", 64)
-    monkeypatch.setattr(ranges, "APART", 0)
-    monkeypatch.setattr(ranges, "MOST", 1 << 10)
-    whole = {name: torch.randn(64, 32, dtype=torch.float64) for name in ("a", "b")} | {"step": torch.tensor([3.0])}
-    place, files = Bucket(uri, s3.inside), {}
-    for rank in range(2):
-        pieces = [Piece(name, (32 * rank, 0), whole[name][32 * rank : 32 * (rank + 1)]) for name in ("a", "b")]
-        pieces += [Piece("step", (0,), whole["step"])] * (1 - rank)
-        file = tmp_path / f"shard-{rank:05d}.safetensors"
-        files[file.name] = {**write_file(file, pieces), "tag": place.put(file, f"at/{file.name}")}
-    came, part = list[int](), Bucket.part
-
-    def counted(self: Bucket, name: str, start: int, end: int, *, tag: str) -> bytes:
-        came.append(end - start)
-        return part(self, name, start, end, tag=tag)
-
-    monkeypatch.setattr(Bucket, "part", counted)
-    reader = RangedReader(place, "at/", files, tmp_path / "read")
-    found = {"b": torch.zeros(64, 32, dtype=torch.float64), "step": torch.zeros(1)}
-    load(found, storage_reader=reader, no_dist=True)
-    assert torch.equal(found["b"], whole["b"]) and torch.equal(found["step"], whole["step"])
-    headers = sum(entry["bytes"] for entry in files.values()) - 2 * 64 * 32 * 8 - 4
-    assert sum(came) <= headers + 64 * 32 * 8 + 4 + 2 * 64 and max(came) <= 1 << 10
-    place.put(tmp_path / "shard-00001.safetensors", "at/shard-00000.safetensors")
-    with pytest.raises(DcpError, match=r"shard-00000\.safetensors is not what its manifest says"):
-        load(found, storage_reader=RangedReader(place, "at/", files, tmp_path / "again"), no_dist=True)
-    assert load_file(str(tmp_path / "shard-00001.safetensors"))["a"].shape == (32, 32)
 
 
 @given(st.lists(st.tuples(st.integers(0, 1 << 26), st.integers(1, 1 << 25)), max_size=12))
