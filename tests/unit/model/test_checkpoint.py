@@ -2,7 +2,6 @@
 
 import json
 import warnings
-import weakref
 from pathlib import Path
 
 import pytest
@@ -274,27 +273,6 @@ def test_weights_in_many_files_are_the_same_weights(model, cut):
     assert again.keys() == model.net.state_dict().keys()
     assert all(torch.equal(tensor, again[key]) for key, tensor in model.net.state_dict().items())
     assert files.weight_bytes(cut) == sum((cut / name).stat().st_size for name in names)
-
-
-def test_of_tensors_that_come_one_by_one_those_of_a_file_are_held(tmp_path):
-    made: list[weakref.ref[torch.Tensor]] = []
-    most = 0
-
-    def tensors():
-        nonlocal most
-        for number in range(20):
-            tensor = torch.full((25,), float(number))
-            made.append(weakref.ref(tensor))
-            most = max(most, sum(ref() is not None for ref in made))
-            yield f"t{number:02}", tensor
-
-    files.save_weights(tmp_path, tensors(), 250)
-    assert most <= 4 and len(files.weight_files(tmp_path)) == 10, (
-        "two in a file, and who makes and who writes has one each"
-    )
-    assert {name: tensor[0].item() for name, tensor in files.load_weights(tmp_path).items()} == {
-        f"t{number:02}": number for number in range(20)
-    }
 
 
 def test_an_index_names_files_of_its_directory_only(cut):

@@ -246,16 +246,6 @@ def test_a_router_that_does_not_read_the_prompts_loss_decides_the_same_without_i
     assert model.router.reads_nll, "both looks share the sums of a page"
 
 
-def test_page_sums_without_the_loss_are_those_with_it_elsewhere():
-    model = Model.from_preset("test", dtype="float64")
-    tokens = torch.randint(9, 265, (45,))
-    hidden = model.net(tokens[None], exits=(1,))[1][0]
-    whole, without = (page_sums(model.net, hidden, tokens, nll) for nll in (True, False))
-    assert whole[:, -3:-1].all() and not without[:, -3:-1].any()
-    whole[:, -3:-1] = 0
-    assert torch.equal(whole, without)
-
-
 def test_calibration_survives_its_file():
     config, x, gaps = synthetic(120)
     table = fit_router(config, x, gaps).calibration

@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 
 from shoal import Engine, Model, Request, Sampling, presets
 from shoal.config import TrainConfig, load
-from shoal.data.chats.whole import read_whole
-from shoal.errors import CheckpointError, ConfigError, DataError, UsageError
+from shoal.errors import CheckpointError, ConfigError, UsageError
 from shoal.evaluate import routing
 from shoal.inputs.chat import encode_chat
 from shoal.inputs.tokenizer import Tokenizer
@@ -341,25 +340,6 @@ def test_the_loss_is_kl_from_full_depth_and_its_gradient_stays_in_the_exits() ->
     sums.kl.sum().backward()
     moved = {name for name, p in model.net.named_parameters() if p.grad is not None and p.grad.any()}
     assert moved == {name for name, _ in model.net.named_parameters() if exits.is_exits(name, config)}
-
-
-def test_rows_of_all_forms_are_read_everywhere_and_cut(base: Path, tmp_path: Path) -> None:
-    model = Model.load(base)
-    end = model.tokenizer.ends[0]
-    path = tmp_path / "rows.jsonl"
-    chat = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Fish."}]}
-    told = {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Fish."}]}
-    lines = [json.dumps({"text": "a fish " * 20}), "{", json.dumps({"prompt": "x"}), json.dumps(chat), json.dumps(told)]
-    path.write_text("\n".join(lines))
-    read = read_whole(path, model.tokenizer, model.config, template=model.chat_template, limit=16)
-    whole = [token for row in range(len(read)) for token in read.row(row)[0].tolist()]
-    assert whole[: len(model.encode("a fish " * 20).ids)] == model.encode("a fish " * 20).ids
-    assert read.lengths.max() == 16 and read.answer.all() and whole.count(end) == 1 + 3 + 3
-    assert read.refused == {"broken JSON": 1, "no known form": 1}
-    assert read.refused_at == {"broken JSON": 2, "no known form": 3}
-    path.write_text("{}\n")
-    with pytest.raises(DataError, match="no row to learn from: got 'line 1: no known form'"):
-        read_whole(path, model.tokenizer, model.config)
 
 
 def test_what_cannot_be_adapted_is_refused_before_it_starts(base: Path, rows: Path, tmp_path: Path) -> None:
