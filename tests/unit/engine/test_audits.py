@@ -19,12 +19,14 @@ from shoal.engine import audits, compared
 from shoal.engine.audits import Audits, Evidence, bounded, spans
 from shoal.engine.events import Event, Finished, Guide, Token
 from shoal.engine.front import AsyncEngine
+from shoal.engine.metrics import sample
 from shoal.engine.pages import Pages
 from shoal.engine.plan import Outcome, Plan, Sampled, Work
 from shoal.engine.running import Running
 from shoal.engine.text import TextStream
 from shoal.errors import EngineDeadError
 from shoal.inputs import media
+from shoal.model.cost import head_flops, layer_flops
 from shoal.model.cpu import fused
 from shoal.model.router import TOLERANCES
 from tests.unit.engine.lively import lively, with_router
@@ -459,3 +461,53 @@ def test_a_look_runs_over_prompt_and_answer_in_the_rows_that_it_is_given_and_eac
     assert (judge._pages.available, judge._pages.cached) == (400, 0), "its pages are for nobody else"
     of = judge.evidence[0.05]
     assert (of.answers, of.allowed) == (1, 0.05) and of.lost == pytest.approx(0.5)
+
+
+def test_looks_pay_for_their_rows_and_heads_by_a_hundredth_of_all_others() -> None:
+    config, judge = LIVELY.config, judging()
+    head = head_flops(config) / (layer_flops(config, config.train_length) / GROUPS)
+    took(judge, None, [], samples=3, rows=500)
+    assert judge._owed == 0.0, "nothing is saved up"
+    judge._owed = 1000.0
+    took(judge, None, [], samples=3, rows=500)
+    owed = 1000.0 - 0.01 * (500 + 3 * head)
+    assert judge._owed == pytest.approx(owed)
+    judge.told(answer(20))
+    work = judge.work(9, 0)
+    assert work is not None and work.count == 9
+    took(judge, work, [0.5] * 5, samples=2, rows=9 * GROUPS + 100)
+    assert judge._owed == pytest.approx(owed + 9 * GROUPS + 2 * 5 * head - 0.01 * (100 + 2 * head))
+
+
+def test_answers_of_full_depth_are_learned_of_as_the_look_before_them() -> None:
+    """None of them holds up one that is to be looked at."""
+    many = judging(400, *(answer(9, layers=4) for _ in range(20)))
+    assert (len(many._waiting), many.evidence[0.05].answers, many.dropped) == (1, 19, 0)
+    judge, of = judging(), answer(9, layers=4)
+    evidence = judge.evidence[0.05]
+    judge.told(of)
+    assert not judge.idle and judge.work(9, 0) is None and judge.idle
+    assert (evidence.answers, evidence.lost, judge.dropped) == (1, 0.0, 0)
+    judge._likewise = 2
+    for dropped in (1, 2, 2):
+        judge.told(of)
+        assert judge.aside(99, 0) == 0 and judge.dropped == dropped
+    assert (evidence.answers, judge._likewise) == (2, 0)
+    judge.told(of)
+    judge.told(one := answer(9, tolerance=0.3))
+    work = judge.work(99, 0)
+    assert work is not None and work.running is one and evidence.answers == 3
+    judge._likewise = 5
+    took(judge, work, [0.25] * 4)
+    assert judge._likewise == 0, "a look came to its end"
+    told = judge.samples()
+    assert {str(key): value for key, value in told.items()} == {
+        "audit_rows_total": 8, "audits_dropped_total": 2,
+        'audited_answers_total{tolerance="0.05"}': 3, 'audited_lost_nats_total{tolerance="0.05"}': 0.0,
+        'audited_allowed_nats_total{tolerance="0.05"}': pytest.approx(0.15),
+        'router_correction_nats{tolerance="0.05"}': 0.0,
+        'audited_answers_total{tolerance="0.3"}': 1, 'audited_lost_nats_total{tolerance="0.3"}': 0.25,
+        'audited_allowed_nats_total{tolerance="0.3"}': 0.3, 'router_correction_nats{tolerance="0.3"}': 0.0,
+    }  # fmt: skip
+    evidence.shift = 0.5
+    assert judge.samples()[sample("router_correction_nats", tolerance=0.05)] == 0.5
