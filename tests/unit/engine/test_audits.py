@@ -463,6 +463,20 @@ def test_a_look_runs_over_prompt_and_answer_in_the_rows_that_it_is_given_and_eac
     assert (of.answers, of.allowed) == (1, 0.05) and of.lost == pytest.approx(0.5)
 
 
+def test_those_that_wait_are_few_and_the_first_makes_room_unless_it_is_looked_at() -> None:
+    first, *others, last = (answer(9) for _ in range(9))
+    judge = judging(400, first, *others)
+    assert (judge.dropped, len(judge._waiting)) == (0, 8)
+    judge.told(last)
+    assert (judge.dropped, [*judge._waiting]) == (1, [*others, last]) and judge._likewise == 32
+    assert judge.work(1, 0) is not None
+    judge.told(first)
+    assert (judge.dropped, [*judge._waiting]) == (2, [*others, last]), "what is begun is not given up"
+    small = judging(3, answer(PAGE))
+    assert small.idle and small.dropped == 1, "it would never have its four units"
+    assert not judging(4, answer(PAGE)).idle and judging(4, answer(PAGE + 1)).dropped == 1
+
+
 def test_looks_pay_for_their_rows_and_heads_by_a_hundredth_of_all_others() -> None:
     config, judge = LIVELY.config, judging()
     head = head_flops(config) / (layer_flops(config, config.train_length) / GROUPS)
