@@ -1,6 +1,6 @@
 """Which tests are run on which modules: the nearest ones, file by file. Of these, a change is tried on those that reach its
 lines. A group's tests say what its modules are for; a module is in one group. What is in model/gpu is in none: its
-tests run kernels in Triton's interpreter, which reads them from the disk."""
+tests (`tests/triton`) run kernels in Triton's interpreter, which reads them from the disk."""
 
 from __future__ import annotations
 
