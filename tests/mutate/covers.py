@@ -1,6 +1,6 @@
 """Which tests are run on which modules: the nearest ones, file by file. Of these, a change is tried on those that reach its
-lines. A group's tests say what its modules are for; a module is in one group. The kernels of model/gpu are in none: Triton,
-also its interpreter, reads them from the disk."""
+lines. A group's tests say what its modules are for; a module is in one group. What is in model/gpu is in none: its
+tests (`tests/triton`) run kernels in Triton's interpreter, which reads them from the disk."""
 
 from __future__ import annotations
 
@@ -129,13 +129,6 @@ GROUPS = {
         ["model/cpu/draw"],
         [*_tests("model", "loops"), *_tests("engine", "sampler runner")],
         {"NUMBA_DISABLE_JIT": "1"},
-    ),
-    "launch": Group(
-        _in("model/gpu", "launch sparse"),
-        [
-            *_tests("model", "launch paged_launches stored_launches whole_launches sparse gpu_page"),
-            "flows/test_devices",
-        ],
     ),
     "files": Group(
         _in("model", "checkpoint described digests files"), _tests("model", "checkpoint digests files replacing")

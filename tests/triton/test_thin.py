@@ -51,6 +51,7 @@ def compare(inputs: int, outputs: int, ranks: tuple[int, ...], dtype: torch.dtyp
     assert torch.equal(out[still], y[still]) and bool(out[1].signbit().all())
 
 
+@pytest.mark.smoke
 @torch.no_grad()
 def test_rows_of_a_bank_and_at_places_get_the_same_bits() -> None:
     """By the same kernels, wherever the matrices lie, and whatever lay there before."""

@@ -6,11 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import math
 import random
-import sys
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +19,6 @@ from shoal.engine import audits, compared
 from shoal.engine.audits import Audits, Evidence, bounded, spans
 from shoal.engine.events import Event, Finished, Guide, Token
 from shoal.engine.front import AsyncEngine
-from shoal.engine.guided import Grammar
 from shoal.engine.metrics import sample
 from shoal.engine.pages import Pages
 from shoal.engine.plan import Outcome, Plan, Sampled, Work
@@ -304,19 +300,6 @@ def test_nobody_ends_for_a_look_that_fails_and_after_a_few_there_is_none(monkeyp
     assert failures == audits.TRIES
 
 
-@pytest.mark.usefixtures("every")
-def test_an_engine_that_is_dead_is_idle() -> None:
-    engine = Engine(model(to(EXITS[0]), to(EXITS[0]), 99), units=400, max_batch=1, max_batch_tokens=9)
-    engine.submit(ask(LONG, 3))
-    for _ in range(50):
-        if not engine.scheduler.judge.holder:
-            engine.step()
-    assert engine.scheduler.judge.holder and not engine.idle
-    engine.die("a test")
-    assert engine.idle and engine.stats()["kv_cache_usage_perc"] == 0
-    engine.scheduler.check_integrity()
-
-
 def busy(engine: Engine, steps: int, prompt: Callable[[int], list[int]], tokens: int) -> None:
     """So many steps in which there is always somebody who waits."""
     count = 0
@@ -352,22 +335,6 @@ def test_full_depth_is_learned_of_no_sooner_than_what_is_looked_at(seed: int, mo
         engine.step()
     last = found[before:]
     assert 0.0 in last and max(last) > 0
-
-
-@pytest.mark.usefixtures("every")
-def test_where_all_go_to_full_depth_a_correction_falls_though_the_last_look_was_dropped() -> None:
-    engine = Engine(model(to(EXITS[-1]), to(EXITS[-1]), 99), units=400)
-    judge = engine.scheduler.judge
-    judge._waiting.append(engine.prepare(ask(LONG, 3)))
-    judge.drop()
-    of = judge.evidence[0.05]
-    of.proven, of.shift = True, 1.0
-    run(engine, [ask(LONG[:n], 2) for n in range(1, 33)])
-    assert (of.answers, of.shift, judge.dropped) == (0, 1.0, 1 + audits.LIKEWISE), (
-        "as likely as what would be looked at"
-    )
-    run(engine, [ask(LONG, 2), ask(LONG[:9], 2)])
-    assert (of.answers, judge.dropped) == (2, 1 + audits.LIKEWISE) and of.shift == pytest.approx(1 - 2 * 0.2 * 0.05)
 
 
 @pytest.mark.usefixtures("every")
@@ -423,18 +390,6 @@ def test_tolerances_and_engines_are_kept_apart() -> None:
     assert one.shift(0.075) == one.shift(0.04) == one.shift(None) == one.shift(0.0) == two.shift(0.06) == 0
 
 
-def test_who_asks_for_less_than_the_bound_does_not_make_up_for_who_asked_for_it() -> None:
-    """All of one bound, 0.05, lose 0.07: nine in ten may lose more than that, and one may not."""
-    judge = Engine(LIVELY, units=40).scheduler.judge
-    for place in range(400):
-        running = SimpleNamespace(request=SimpleNamespace(quality_tolerance=0.05 if place % 10 == 0 else 0.0749))
-        judge._learn(running, 0.07)  # type: ignore[arg-type]
-    assert judge.shift(0.05) == judge.shift(0.0749) > 0
-    most = SimpleNamespace(request=SimpleNamespace(quality_tolerance=sys.float_info.max))
-    judge._learn(most, 0.07)  # type: ignore[arg-type]
-    assert judge.evidence[1.0].allowed == 1.0 and math.isfinite(sum(judge.samples().values()))
-
-
 # --- by hand: no model runs ------------------------------------------------------------------------------------------------
 
 PAGE = LIVELY.config.page
@@ -485,29 +440,6 @@ def test_rows_that_are_looked_at_are_those_that_an_early_exit_gave(
     assert spans(answer(12, **told), 4) == found
 
 
-def test_one_in_32_is_chosen_of_those_that_the_router_decides_within_a_tolerance() -> None:
-    judge = judging()
-    for number, owed, failed, audited in (
-        (0.0, 0.0, 0, True), (math.nextafter(1 / 32, 0), 0.0, 2, True), (1 / 32, 0.0, 0, False), (0.0, 1e-9, 0, False),
-        (0.0, 0.0, 3, False),
-    ):  # fmt: skip
-        judge._draws = SimpleNamespace(random=lambda number=number: number)  # type: ignore[assignment]
-        judge._owed, judge._failed = owed, failed
-        judge.decided(one := answer(9))
-        assert one.audited is audited
-    judge._failed = 0
-    for other in (answer(9, tolerance=None), answer(9, tolerance=0.005), answer(9, grammar=Grammar.__new__(Grammar))):
-        judge.decided(other)
-        assert not other.audited
-
-
-def test_which_of_the_first_are_chosen_is_always_the_same() -> None:
-    judge, draws = judging(), random.Random(0)
-    for _ in range(300):
-        judge.decided(one := answer(9))
-        assert one.audited is (draws.random() < 1 / 32)
-
-
 @pytest.mark.parametrize("room", [6, 3, 99])
 def test_a_look_runs_over_prompt_and_answer_in_the_rows_that_it_is_given_and_each_is_seen_once(room: int) -> None:
     """Of twenty tokens the rows from 4 on gave the answer, five of them by the first exit; the last token has no row."""
@@ -531,49 +463,6 @@ def test_a_look_runs_over_prompt_and_answer_in_the_rows_that_it_is_given_and_eac
     assert (of.answers, of.allowed) == (1, 0.05) and of.lost == pytest.approx(0.5)
 
 
-def test_a_look_that_gave_no_number_says_nothing() -> None:
-    judge = judging(400, answer(20))
-    work = judge.work(99, 0)
-    assert work is not None and work.end == 19
-    took(judge, work, [math.nan] + [0.0] * 14)
-    assert (judge.evidence[0.05].answers, judge.dropped, judge.idle) == (0, 1, True)
-
-
-def test_a_correction_is_of_the_bound_that_a_tolerance_has() -> None:
-    judge = judging()
-    judge.evidence[0.05].shift, judge.evidence[1.0] = 0.5, Evidence(shift=0.75)
-    found = {tolerance: judge.shift(tolerance) for tolerance in (None, 0.0, 0.04, 0.05, 0.07, 0.1, 1.0, 9.0)}
-    assert found == {None: 0.0, 0.0: 0.0, 0.04: 0.0, 0.05: 0.5, 0.07: 0.5, 0.1: 0.0, 1.0: 0.75, 9.0: 0.75}
-
-
-def test_a_look_begins_where_the_prefix_cache_ends_and_no_later_than_the_answer() -> None:
-    for stored, start in ((0, 0), (1, PAGE), (2, 2 * PAGE), (3, 2 * PAGE + 3)):
-        judge, one = judging(), answer(4 * PAGE, prompt=2 * PAGE + 4)
-        other = answer(4 * PAGE).holding
-        other.needed(judge._pages, GROUPS)
-        other.take(judge._pages, stored * PAGE, GROUPS)
-        other.advance(judge._pages, stored * PAGE, 0, GROUPS)
-        judge.told(one)
-        work = judge.work(999, 0)
-        assert work is not None and (work.start, work.end) == (start, 4 * PAGE - 1)
-        assert work.spans == [(1, 2 * PAGE + 3, 4 * PAGE - 1)]
-
-
-def test_a_page_of_rows_is_set_aside_beside_prompts_as_long_as_units_are_there_to_spare() -> None:
-    judge = judging(12, answer(PAGE + 1))  # two pages in four groups
-    asides = [(PAGE - 1, 0), (PAGE, 0), (PAGE + 1, 1), (2 * PAGE, PAGE), (9 * PAGE, PAGE)]
-    assert [judge.aside(room, 4) for room, _ in asides] == [wanted for _, wanted in asides]
-    assert judge.aside(99, 5) == 0 and judge.work(99, 5) is None, "one unit is lacking"
-    assert judging(12).aside(99, 0) == 0, "nobody waits"
-    work = judge.work(3, 4)
-    assert work is not None and work.end == 3
-    took(judge, work, [])
-    # a page is held, and one is still to come
-    assert judge._pages.available == 8 and judge.aside(99, 4) == PAGE and judge.aside(99, 5) == 0
-    work = judge.work(99, 4)
-    assert work is not None and (work.start, work.end) == (3, PAGE)
-
-
 def test_those_that_wait_are_few_and_the_first_makes_room_unless_it_is_looked_at() -> None:
     first, *others, last = (answer(9) for _ in range(9))
     judge = judging(400, first, *others)
@@ -586,31 +475,6 @@ def test_those_that_wait_are_few_and_the_first_makes_room_unless_it_is_looked_at
     small = judging(3, answer(PAGE))
     assert small.idle and small.dropped == 1, "it would never have its four units"
     assert not judging(4, answer(PAGE)).idle and judging(4, answer(PAGE + 1)).dropped == 1
-
-
-def test_units_go_to_who_lacks_no_more_than_it_holds_and_after_three_times_it_is_dropped() -> None:
-    one, other = answer(2 * PAGE), answer(9)
-    judge = judging(400, one, other)
-    assert judge.make_room(0) is False, "nothing is held"
-    for tries in (1, 2, 3):
-        assert judge.work(2 * PAGE, 0) is not None and sum(one.holding.owned) == 2 * GROUPS
-        judge._found.append(9.0)
-        assert not judge.make_room(2 * GROUPS + 1) and judge.holder == [one]
-        assert judge.make_room(2 * GROUPS) and judge.holder == [] and judge._pages.available == 400
-        assert one.holding.at == 0 and judge.dropped == (tries == 3) and judge._likewise == 32 * (tries == 3)
-    assert [*judge._waiting] == [other] and judge._tries == 0
-    assert judge.work(99, 0) is not None and judge._found == [] and judge.make_room(1)
-
-
-def test_after_steps_that_failed_three_times_nothing_is_looked_at_any_more() -> None:
-    judge = judging(400, *(answer(9) for _ in range(5)))
-    for failed, waiting, dropped in ((1, 4, 1), (2, 3, 2), (3, 0, 5)):
-        assert judge.work(99, 0) is not None
-        judge.failed()
-        assert (judge._failed, len(judge._waiting), judge.dropped, judge.holder) == (failed, waiting, dropped, [])
-        assert judge._pages.available == 400
-    judge.told(answer(9))
-    assert judge.idle and judge.dropped == 6
 
 
 def test_looks_pay_for_their_rows_and_heads_by_a_hundredth_of_all_others() -> None:

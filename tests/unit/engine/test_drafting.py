@@ -7,7 +7,6 @@ The cost of a step: `plain` a request more than the first, `fixed` where somebod
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import random
 from dataclasses import dataclass, field
@@ -19,40 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal import Request, Sampling
-from shoal.engine.acceptance import (
-    BEGINNINGS,
-    CREDIT,
-    KINDS,
-    OWN,
-    SEEN,
-    SHARED,
-    START,
-    TRIES,
-    WINDOW,
-    Kind,
-    Kinds,
-    Record,
-    Stood,
-)
-from shoal.engine.drafting import ADVANCE, AGAIN, AHEAD, FEW, LOSS, TOLERANCES, TRY, WORTH, Drafting, best
-from shoal.engine.events import Guide
+from shoal.engine.acceptance import CREDIT, KINDS, OWN, SEEN, SHARED, START, TRIES, WINDOW, Kind, Kinds, Record, Stood
+from shoal.engine.drafting import ADVANCE, AGAIN, AHEAD, FEW, LOSS, TRY, Drafting, best
 from shoal.engine.plan import Outcome, Plan, Sampled, Work
 from shoal.engine.price import AGAIN as LOOK
-from shoal.engine.price import (
-    ALIKE,
-    DRIFT,
-    FASTER,
-    NOISE,
-    PLAIN,
-    RARE,
-    ROW,
-    SLOWER,
-    SPIKE,
-    UNKNOWN,
-    WANDERS,
-    Price,
-    Prices,
-)
+from shoal.engine.price import DRIFT, FASTER, NOISE, PLAIN, RARE, ROW, SPIKE, UNKNOWN, WANDERS, Price, Prices
 from shoal.engine.price import SEEN as DRAFTED
 from shoal.engine.running import Running
 from shoal.engine.text import TextStream
@@ -117,31 +87,6 @@ def test_who_waits_for_its_deeper_groups_drafts_nothing() -> None:
     assert drafting.drafts(running) == 0
 
 
-@pytest.mark.parametrize(("drafts", "seconds"), [(3, 1.0), (0, 1.2)])
-def test_a_step_whose_drafts_came_to_nothing_says_nothing_of_steps_without(drafts: int, seconds: float) -> None:
-    """A first draft that ends its answer is none, and what drafts has run all the same. Where units lacked for drafts, none was
-    made."""
-    drafting, running = Drafting(3), decoding(most=50)
-    price = drafting.prices.at(1)
-    for _ in range(PLAIN + 1):
-        price.learn_plain(1.0)
-    assert drafting.start([running], 99) > 0
-    work = Work(running, 1, 1, 0, 4, sample=True, drafts=drafts)
-    drafting.learn(Plan([work]), Outcome([Sampled(60)]), 3.0)
-    assert price.plain == pytest.approx(seconds)
-
-
-def test_beside_a_prompt_a_step_whose_drafts_were_left_out_for_want_of_units_says_nothing_either() -> None:
-    drafting, running = Drafting(3), decoding(most=50)
-    for _ in range(PLAIN):
-        drafting.prices.at(1).learn_plain(1.0)
-    for _ in range(PLAIN):
-        assert drafting.start([running], 99) > 0
-        works = [Work(running, 1, 1, 0, 4, sample=True), Work(decoding(groups=None), 0, 40, 0, 1)]
-        drafting.learn(Plan(works), Outcome([Sampled(60)]), 9.0)
-    assert drafting.prices.at(2).plain == 0.0 and drafting.prices.at(1).plain == 1.0
-
-
 # --- what is chosen --------------------------------------------------------------------------------------------------------
 
 
@@ -173,36 +118,6 @@ def test_one_answer_of_a_step_drafts_and_another_does_not() -> None:
 
 
 # --- what steps cost -------------------------------------------------------------------------------------------------------
-
-
-def test_what_a_step_with_drafts_costs_is_found_from_a_few() -> None:
-    rng = random.Random(0)
-    for batch in (1, 4, 16):
-        price = Price(batch, 0.25)
-        assert not price.plain
-        for _ in range(3):
-            price.learn_plain(2.0)
-        for _ in range(60):
-            most = rng.randint(1, 6)
-            rows = most if batch == 1 else rng.randint(most, most * batch)
-            price.learn(most, rows, 2.0 * (1 + 0.4 + 0.1 * most + 0.05 * rows))
-        for most, rows in ((1, 1), (3, 3 * batch), (6, 6 * batch)):
-            assert price.extra(most, rows) == pytest.approx(0.4 + 0.1 * most + 0.05 * rows, rel=0.1)
-
-
-def test_numbers_of_decisions_change_by_decision() -> None:
-    """Decision 0009: what stands, what tries may lose, what steps cost, and which sizes are alike."""
-    assert (BEGINNINGS, KINDS, START, SEEN, WINDOW) == ((4, 16), 1024, 0.75, 8.0, 60.0)
-    assert (TRIES, OWN, CREDIT, SHARED) == (0.004, 0.015, 8.0, 1.0)
-    assert (PLAIN, FASTER, SLOWER, SPIKE, DRAFTED, RARE) == (2, 0.3, 0.1, 4.0, 8, 2.0)
-    assert (NOISE, DRIFT, UNKNOWN, LOOK, WANDERS, ROW) == (0.05, 0.001, (1.0, 0.15, 0.3), 128, 0.05, 0.1)
-    assert (ALIKE, ADVANCE, LOSS, TRY, AGAIN) == (2, 1.5, 0.01, 2, 64)
-    assert (WORTH, AHEAD, FEW, TOLERANCES) == (1.03, 6, 4, (0.0, 0.05, 0.1, 0.2, 0.4))
-    drafting = Drafting(0)
-    drafting.start([one := decoding(tolerance=0.0)], 99)
-    price = drafting.prices.at(1)
-    assert one.acceptance is not None and (one.acceptance.most, one.acceptance.share) == (AHEAD, START)
-    assert (drafting._left, price.plain, price.batch) == (ADVANCE, 0.0, 1)
 
 
 def test_a_step_without_drafts_is_due_the_later_the_more_is_gained() -> None:
@@ -255,17 +170,6 @@ def test_what_steps_cost_is_what_bayes_theorem_says(batch: int) -> None:
         np.testing.assert_allclose(price._doubt, doubt, rtol=1e-9, atol=1e-12)
 
 
-def test_what_is_seen_too_seldom_is_doubted_no_more_than_at_first() -> None:
-    """With two drafts in every step nobody tells `fixed` from `each`: what is forgotten would grow for ever."""
-    price = Price(1, 0.25)
-    for _ in range(PLAIN):
-        price.learn_plain(1.0)
-    for _ in range(20_000):
-        price.learn(2, 2, 1.5)
-    for i, share in enumerate(UNKNOWN):
-        assert 0 < price._doubt[i][i] <= share**2 * (1 + 1e-9)
-
-
 def test_a_step_without_drafts_counts_for_what_it_says_of_the_machine() -> None:
     """The fastest of the first two or little more; then it weighs three tenths if it was faster, and else one, of four times as
     long at most."""
@@ -303,73 +207,6 @@ def test_a_fast_step_with_drafts_says_that_one_without_is_faster_too() -> None:
             wanted = 2.0 + min(0.0, off) * shifted / (own + noise + shifted)
             assert price.plain == pytest.approx(wanted, rel=1e-9), (drafted, seconds)
         assert 0.5 * before <= price.plain <= before
-
-
-def test_a_look_that_was_due_and_not_taken_tells_nothing_of_steps_without_drafts() -> None:
-    """As beside a prompt, whose step is no measure."""
-    price = Price(1, 0.25)
-    for _ in range(PLAIN):
-        price.learn_plain(2.0)
-    due = [price.look(1.5) for _ in range(60)]
-    assert due.count(True) == 1 and price._since == 60
-    for _ in range(LOOK):
-        price.look(1.5)
-    assert price._since == LOOK
-    price.learn_plain(2.0)
-    assert price._since == 0
-
-
-def test_the_first_draft_is_thought_to_cost_what_others_do_not() -> None:
-    """After four drafts that cost far more than four first groups, a fifth does not seem to cost a fourth of that."""
-    price = Price(1, 0.2)
-    for _ in range(2):
-        price.learn_plain(1.0)
-    price.learn(2, 2, 2.4)
-    assert price.extra(2, 2) == pytest.approx(1.4, rel=0.05) and price.extra(3, 3) - price.extra(2, 2) < 0.55
-
-
-def test_a_step_in_which_the_machine_paused_counts_as_one_of_a_few() -> None:
-    price = Price(1, 0.25)
-    for _ in range(20):
-        price.learn_plain(1.0)
-        price.learn(2, 2, 1.5)
-    price.learn(2, 2, 1000.0)
-    assert price.extra(2, 2) < 0.8
-    price.learn_plain(1000.0)
-    assert price.plain < 1.5
-
-
-def test_a_machine_that_got_faster_leaves_no_wrong_sense_in_what_is_doubted() -> None:
-    """What steps cost is found again: bounds on the deviations alone left a covariance that was none, and costs of hundreds."""
-    for seed in range(3):
-        draw, price = random.Random(seed), Price(8, cheap=0.25)
-        for step in range(2006):
-            plain = 1.0 if step < 6 else 0.05
-            if (step - 6) % 128 < 2 or not price.plain:
-                price.learn_plain(plain * draw.uniform(0.97, 1.1))
-                continue
-            most = draw.choice([2, 2, 2, 4])
-            rows = most * draw.randint(1, 8)
-            price.learn(most, rows, plain * (1.05 + 0.2 * most + 0.05 * rows / 8) * draw.uniform(0.97, 1.1))
-            for x in ((1.0, 2.0, 2.0), (1.0, 2.0, 16.0), (1.0, 4.0, 4.0), (1.0, 4.0, 32.0)):
-                assert sum(x[i] * price._doubt[i][j] * x[j] for i in range(3) for j in range(3)) >= 0
-            assert max(map(abs, price.shares())) < 12
-
-
-@pytest.mark.parametrize("first", [[0.3, 0.01], [0.3, 0.3]])
-def test_first_steps_that_waited_for_kernels_do_not_make_drafts_free(first: list[float]) -> None:
-    """What a step without drafts takes is at most what one with drafts does."""
-    price, free = Price(1, cheap=0.25), 0
-    for seconds in first:
-        price.learn_plain(seconds)
-    for _ in range(1000):
-        if price.look(2.0):
-            price.learn_plain(0.01)
-            continue
-        price.learn(2, 2, 0.016)
-        free += price.extra(2, 2) < 0.3
-    assert price.plain < 0.0115
-    assert free < 500 and (first[0] == first[1] or not free)
 
 
 def test_another_batch_size_begins_with_what_the_nearest_costs() -> None:
@@ -410,62 +247,7 @@ def test_a_size_that_was_not_measured_since_is_thought_to_cost_what_the_nearest_
     assert prices.known(4).batch == 4, "of three nobody knows what a step without drafts takes"
 
 
-def test_beside_a_prompt_a_step_is_judged_as_the_last_that_was_measured() -> None:
-    """A token then is one less of four to compute, and its row costs what rows of four do."""
-    drafting = Drafting(0)
-    some = [decoding(prompt=[50 + n] * 4, most=99, tolerance=0.0) for n in range(4)]
-    for count, plain, dear in ((3, 1.0, 1.1), (4, 2.0, 7.0)):
-        for seconds, drafts in ((plain, 0), (plain, 0), (plain, 0), (dear, 2)):
-            drafting.start(some[:count], 99)
-            drafting._counted = dict.fromkeys(some[:count], drafts) if drafts else {}
-            works = [Work(one, 4, 1, 0, 4, sample=True, drafts=drafts) for one in some[:count]]
-            drafting.learn(Plan(works), Outcome([Sampled(5, drafted=drafts)] * count), seconds)
-    prices, asked = drafting.prices, some[:3]
-    assert best([(0.9, 6)] * 3, 3, prices.at(3).shares())[0] > 1.5 > best([(0.9, 6)] * 3, 4, prices.at(4).shares())[0]
-    for each in asked:
-        each.acceptance.kinds[0].left = 1.0  # type: ignore[union-attr]
-        each.acceptance.add(60, 60)  # type: ignore[union-attr]
-    drafting._left = 1.0
-    assert drafting.start(asked, 99) == 0, "of four it does not pay"
-    before = prices.at(3).shares(), prices.at(4).shares()
-    drafting._counted, drafting._left = {some[0]: 2}, 0.5
-    works = [Work(one, 4, 1, 0, 4, sample=True, drafts=2 * (one is some[0])) for one in asked]
-    works.append(Work(decoding(), 0, 2, 0, 4, sample=True))
-    told = [Sampled(5, after=(Sampled(5),), drafted=2), *[Sampled(5)] * 3]
-    drafting.learn(Plan(works), Outcome(told), 50.0)
-    assert (prices.at(3).shares(), prices.at(4).shares()) == before
-    lost = prices.at(4).extra(2, 2) - 1 / 4
-    assert some[0].acceptance is not None and lost > 1
-    assert some[0].acceptance.task.again == drafting._now + int(lost / TRIES)
-    for one in asked:
-        drafting.start([one], 99)
-        assert drafting._price(1).batch == 1, "where so few are left, they are not alike"
-
-
 # --- what stands -----------------------------------------------------------------------------------------------------------
-
-
-def test_what_stands_is_learned_over_answers_of_a_task() -> None:
-    kinds = Kinds()
-
-    def record(*beginning: int) -> Record:
-        return Record(6, kinds.of("way", [*beginning, *range(40, 60)]))
-
-    assert record(1, 1, 1, 1).share == START
-    for _ in range(12):
-        record(1, 1, 1, 1).add(0, 1)
-        record(2, 2, 2, 2).add(6, 6)
-    assert record(1, 1, 1, 1).share < 0.2 and record(2, 2, 2, 2).share > 0.9
-    assert 0.3 < record(3, 3, 3, 3).share < 0.9, "of another task what is known of all"
-    assert Record(6, kinds.of("another way", [1, 1, 1, 1])).share == START
-    mine = record(2, 2, 2, 2)
-    before = mine.share
-    mine.add(0, 1)
-    # its own failure counts once: not again as one of its application's, which nobody else is of
-    assert SEEN * (before - 0.1) / (1 + SEEN) < mine.share < before
-    for _ in range(13):
-        mine.add(0, 1)
-    assert mine.share < 0.4 < 0.5 < record(2, 2, 2, 2).share, "its own soon say more than those of others"
 
 
 def test_a_share_counts_what_is_known_beside_it_as_so_many_drafts_and_leaves_out_what_is_told_apart() -> None:
@@ -503,15 +285,6 @@ def test_what_is_known_of_an_answer_is_of_its_kinds_from_the_widest_and_then_its
     ]  # fmt: skip
 
 
-def test_a_try_is_due_once_both_the_steps_of_all_and_those_of_its_own_are_over() -> None:
-    kind = Kind()
-    assert kind.due(0), "nothing was lost"
-    kind.again, kind.after, kind.time = 10, 2.5, 2.5
-    assert [kind.due(now) for now in (9, 10, 11)] == [False, True, True]
-    kind.time = 2.4
-    assert not kind.due(10) and not kind.due(11)
-
-
 def test_what_a_task_lost_beyond_its_gains_is_taken_of_what_all_may_lose() -> None:
     kinds = Kinds()
     one, other = (Record(6, kinds.of("way", [task] * 4)) for task in (1, 2))
@@ -525,20 +298,13 @@ def test_what_a_task_lost_beyond_its_gains_is_taken_of_what_all_may_lose() -> No
     assert one.earn(CREDIT + SHARED + 3, 6) == 0 and one.kinds[0].left == SHARED, "and no more"
 
 
-def test_a_share_is_always_that_of_all_that_is_known() -> None:
-    kinds, draw, live = Kinds(), random.Random(0), list[Record]()
-    for _ in range(300):
-        if len(live) < 6:
-            live.append(Record(6, kinds.of("way", [draw.randrange(3)] * 4 + [draw.randrange(3)] * 12)))
-        for each in live:
-            anew = Record(6, each.kinds)
-            anew.own = each.own
-            assert each.share == anew.share
-        each = draw.choice(live)
-        good = draw.randrange(4)
-        each.add(good, good + draw.randrange(2))
-        if draw.random() < 0.1:
-            live.remove(each)
+def test_a_try_is_due_once_both_the_steps_of_all_and_those_of_its_own_are_over() -> None:
+    kind = Kind()
+    assert kind.due(0), "nothing was lost"
+    kind.again, kind.after, kind.time = 10, 2.5, 2.5
+    assert [kind.due(now) for now in (9, 10, 11)] == [False, True, True]
+    kind.time = 2.4
+    assert not kind.due(10) and not kind.due(11)
 
 
 def test_of_a_kind_the_last_drafts_count_and_of_kinds_the_last() -> None:
@@ -581,86 +347,6 @@ def test_a_try_waits_for_what_all_answers_of_its_task_lost_in_a_step() -> None:
         assert other.task.again == 20 + int(0.375 / TRIES)
         answers[0].earn(-0.125, 21)
         assert task.again == 21 + int(0.125 / TRIES), "another step's loss is another"
-
-
-def test_alike_are_answers_of_one_depth_adapter_manner_and_tolerance_whose_prompts_begin_alike() -> None:
-    def kinds(
-        groups: int = 4,
-        adapter: str = "",
-        tolerance: float | None = None,
-        answered: int = 0,
-        other: int = 0,
-        **sampling: Any,
-    ) -> list[Kind]:
-        one = decoding(prompt=[7] * 4 + [8 + other] * 16, answered=answered, most=50)
-        one.request = dataclasses.replace(one.request, adapter=adapter, sampling=Sampling(max_tokens=50, **sampling))
-        found = drafting._record(one, groups, tolerance).kinds
-        return [*found]
-
-    def alike(one: list[Kind], *others: list[Kind]) -> list[int]:
-        return [sum(a is b for a, b in zip(one, other, strict=True)) for other in others]
-
-    drafting = Drafting(3)
-    first = kinds()
-    assert alike(first, kinds(), kinds(answered=9), kinds(other=1), kinds(temperature=0.5), kinds(tolerance=0.0)) == [
-        3,
-        3,
-        2,
-        3,
-        3,
-    ]
-    guide = Guide("choice", ["a"])
-    apart = [kinds(groups=3), kinds(adapter="l"), kinds(temperature=0), kinds(guided=guide), kinds(tolerance=0.01)]
-    assert alike(first, *apart) == [0] * 5 and all(alike(one, *apart).count(0) == 4 for one in apart)
-    assert alike(kinds(tolerance=0.01), *[kinds(tolerance=t) for t in (0.05, 0.051, 0.1)]) == [3, 0, 0]
-    assert alike(kinds(tolerance=0.3), *[kinds(tolerance=t) for t in (0.2, 0.4, 0.41)]) == [0, 3, 0]
-    assert alike(kinds(tolerance=0.5), kinds(tolerance=50.0)) == [3]
-
-
-@pytest.mark.parametrize(
-    ("asked", "tolerance", "default", "most"),
-    [(None, None, 3, 3), (None, 0.1, 3, AHEAD), (None, 0.0, 9, 9), (2, 0.1, 3, 2), (0, 0.1, 3, 0), (None, None, 0, 0)],
-)
-def test_who_has_a_tolerance_drafts_some_where_nobody_says_otherwise(
-    asked: int | None, tolerance: float | None, default: int, most: int
-) -> None:
-    one = decoding(asked=asked, most=50)
-    assert (
-        Drafting(default)._record(one, 4, tolerance).most == Drafting(default)._record(one, 2, tolerance).most == most
-    )
-    assert Drafting(default)._record(one, 1, tolerance).most == 0
-    assert Drafting(default, able=False)._record(one, 4, tolerance).most == 0
-    assert Drafting(default).prices._cheap == 0.25
-
-
-def test_the_time_of_a_task_is_its_answers_part_of_the_steps_in_which_they_could_draft() -> None:
-    drafting = Drafting(0)
-    some = [decoding(prompt=[50 + n] * 4, most=99, tolerance=0.0) for n in (0, 0, 1)]
-    others = [decoding(groups=1), decoding(asked=0)]
-    for batch, times in (
-        (some + others, (2 / 5, 1 / 5)),
-        (some[:1] + others, (2 / 5 + 1 / 3, 1 / 5)),
-        (others, (11 / 15, 1 / 5)),
-    ):
-        drafting.start(batch, 99)
-        tasks = [each.acceptance.task for each in (some[0], some[2]) if each.acceptance]
-        assert [task.time for task in tasks] == pytest.approx(times)
-
-
-def test_a_try_is_of_two_drafts_by_one_answer_whose_task_is_due_while_something_may_be_lost() -> None:
-    drafting = Drafting(0)
-    some = [decoding(prompt=[50 + n] * 4, most=99, tolerance=0.0) for n in range(3)]
-    for _ in range(PLAIN):
-        drafting.start(some, 99)
-        works = [Work(each, 4, 1, 0, 4, sample=True) for each in some]
-        drafting.learn(Plan(works), Outcome([Sampled(5)] * 3), 1.0)
-    drafting.prices.at(3).learn(2, 2, 9.0)  # far too dear
-    some[0].acceptance.task.again = drafting._now + 1  # type: ignore[union-attr]
-    assert drafting.start(some, 99) == TRY and [drafting.drafts(each) for each in some] == [0, TRY, 0]
-    some[1].sampling.__dict__["max_tokens"] = some[1].answered + 2
-    assert drafting.start(some, 99) == 1 == drafting.drafts(some[1]), "as many as there is room for"
-    drafting._left = 0.0
-    assert drafting.start(some, 99) == 0
 
 
 # --- over many steps -------------------------------------------------------------------------------------------------------
@@ -779,24 +465,6 @@ def test_an_answer_that_changes_its_mind_loses_little_more(costs: tuple[int, flo
         assert stream.seconds < stream.without
 
 
-@pytest.mark.parametrize("costs", COSTS)
-@pytest.mark.parametrize("share", [0.2, 0.4])
-def test_after_longer_texts_drafts_that_do_not_pay_are_soon_found_out(
-    costs: tuple[int, float, float, float], share: float
-) -> None:
-    """Beside steps of texts that take twice as long all drafts look cheap. While only drafts were thought to have become
-    cheaper, up to 44 of 100 were lost, and 17 in the mean."""
-    found = list[float]()
-    for seed in range(3):
-        stream = Stream(*costs, rng=random.Random(seed))
-        for _ in range(3):
-            stream.longer = 2.0
-            stream.run(2, 0.95, 100, (60, 120))
-            stream.longer = 1.0
-            found.append(stream.run(1, share, 150, (60, 120)))
-    assert min(found) > 0.9 and float(np.mean(found)) > 0.98, found
-
-
 @pytest.mark.parametrize(("batch", "row", "share"), [(4, 0.05, 0.75), (8, 0.025, 0.6)])
 def test_drafts_beside_a_prompt_are_judged_by_what_was_measured_last(batch: int, row: float, share: float) -> None:
     """Answers of some steps: half of all steps have a prompt, fewer decode in those than in the others, and what they take is
@@ -857,23 +525,6 @@ def test_chains_that_fail_now_and_then_do_not_end_what_pays() -> None:
     assert float(np.mean(found)) > 0.85 * (always(costs, 0.8, length) - 1)
 
 
-def test_answers_of_few_steps_are_not_tried_whenever_they_come() -> None:
-    """Of sixteen at once one that tries makes a step take three quarters longer. Eight steps of a task come after each two
-    hundred of another, by whose time a try is due: of the eight nine hundredths were lost, each time."""
-    found = list[float]()
-    for seed in range(2):
-        stream = Stream(16, 2.2, 0.3, 0.08, rng=random.Random(seed))
-        for turn in range(9):
-            stream.run(2, 0.2, 200, (40, 40))
-            while stream.live:
-                stream.step()
-            told = stream.run(1, 0.2, 8, (5, 5))
-            while stream.live:
-                stream.step()
-            found += [told] * (turn > 0)
-    assert float(np.mean(found)) > 0.98, found
-
-
 @pytest.mark.parametrize("batch", [1, 4])
 def test_drafts_that_would_end_their_answers_are_given_up_like_those_that_fall(batch: int) -> None:
     """As of answers of a word or a label. They are none of the step's drafts, and it has run them all the same; 97 of 100 steps
@@ -925,48 +576,6 @@ def test_what_a_step_beside_a_prefill_took_is_no_price_but_what_stood_counts() -
     assert running.acceptance.own.good >= 3 * TRY and running.acceptance.credit
 
 
-def test_each_pays_its_part_of_a_step_by_its_drafts_and_gains_what_stood_of_them() -> None:
-    """Of three requests one drafts 3, of which 1 stands, one drafts 1, which stands, and one none: the step takes 1.6 of those
-    without. A task of its own each."""
-    drafting = Drafting(0)
-    some = [decoding(prompt=[50 + n] * 4, most=99, tolerance=0.0) for n in range(3)]
-    for _ in range(2):
-        drafting.start(some, 99)
-        plain = [Work(each, 4, 1, 0, 4, sample=True) for each in some]
-        drafting.learn(Plan(plain), Outcome([Sampled(5)] * 3), 1.0)
-    price = drafting.prices.at(3)
-    drafting.start(some, 99)
-    drafting._counted, drafting._left = {some[0]: 3, some[1]: 1}, 1.0
-    works = [Work(each, 4, 1, 0, 4, sample=True, drafts=drafts) for each, drafts in zip(some, (3, 1, 0), strict=True)]
-    told = [Sampled(5, after=(Sampled(5),) * good, drafted=drafts) for good, drafts in ((1, 3), (1, 1), (0, 0))]
-    drafting.learn(Plan(works), Outcome(told), 1.6)
-    cost = price.extra(3, 4)
-    assert cost == pytest.approx(0.6, abs=0.1) and price.plain == pytest.approx(1.0, abs=1e-3)
-    records = [each.acceptance for each in some]
-    assert [(each.own.good, each.own.tried) for each in records if each] == [(1, 2), (1, 1), (0, 0)]
-    one, other = 1 / 3 - cost * 3 / 4, 1 / 3 - cost / 4
-    assert records[1] is not None and records[1].task.left == pytest.approx(other) and other > 0 > one
-    assert drafting._left == pytest.approx(1.0 + LOSS + one)
-    assert records[0] is not None and records[0].task.again == drafting._now + int(-one / TRIES)
-
-
-def test_what_drafting_may_lose_grows_with_time_up_to_what_is_advanced() -> None:
-    drafting, deep = Drafting(0), decoding(tolerance=0.0)
-    drafting._left = ADVANCE - 1.5 * LOSS
-    for left in (ADVANCE - 0.5 * LOSS, ADVANCE, ADVANCE):
-        drafting.start([deep], 99)
-        drafting.learn(Plan([Work(deep, 2, 1, 0, 4, sample=True)]), Outcome([Sampled(5)]), 1.0)
-        assert drafting._left == pytest.approx(left)
-
-
-def test_steps_of_shallow_answers_do_not_say_what_drafts_cost() -> None:
-    drafting, shallow = Drafting(0), decoding(groups=1)
-    for _ in range(8):
-        drafting.start([shallow], 99)
-        drafting.learn(Plan([Work(shallow, 2, 1, 0, 1, sample=True)]), Outcome([Sampled(5)]), 0.01)
-    assert not drafting.prices.at(1).plain
-
-
 def test_where_a_clock_stands_still_nobody_drafts() -> None:
     drafting, deep = Drafting(0), decoding(tolerance=1.0)
     for _ in range(4):
@@ -1001,23 +610,6 @@ def test_what_is_audited_follows_from_what_drafts_cost_and_how_many_stand() -> N
         for kind in drafting.kinds.of((4, "", False, True, 2), [50, 51]):
             kind.add(4 * stood, 24)
         assert drafting.audits(asking(), 8, 4) == pays
-
-
-def test_where_nothing_may_be_lost_any_more_only_an_answer_whose_task_has_gained_is_audited() -> None:
-    drafting = Drafting(0)
-    for _ in range(4):
-        drafting.prices.at(8).learn_plain(1.0)
-        drafting.prices.at(8).learn(6, 48, 2.2)
-    task = drafting.kinds.of((4, "", False, True, 2), [50, 51])[1]
-    for left, gained, pays in (
-        (0.0, 0.0, False),
-        (-0.5, 0.0, False),
-        (1e-9, 0.0, True),
-        (0.0, 1e-9, True),
-        (-1.0, 1.0, True),
-    ):
-        drafting._left, task.left = left, gained
-        assert drafting.audits(asking(), 8, 4) is pays, (left, gained)
 
 
 def test_a_batch_size_at_which_drafts_did_not_pay_once_is_tried_again() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shoal import Engine, Request, Sampling
-from shoal.engine import filters, graphs
+from shoal.engine import graphs
 from shoal.engine.drafts import Rounds
 from shoal.engine.events import MAX_DRAFTS, Guide
 from shoal.engine.graphs import Graphs
 from shoal.engine.plan import Outcome, Plan, Sampled
-from shoal.model.cpu import fused
 from shoal.model.sending import send
 from tests import pretend_gpu
 from tests.pretend_gpu import pretended
@@ -37,17 +35,10 @@ FREE: list[dict[str, Any]] = [
     {"presence_penalty": 0.5, "frequency_penalty": 0.5},
     {"banned": tuple((a, b) for a in range(20, 260, 2) for b in range(20, 260, 3)), "frequency_penalty": -0.7},
 ]  # fmt: skip
-# Without them, too, each kind of a step is held to what the page says (test_the_page_says_how_often_each_kind_of_a_step_waits).
-WITH_GRAPHS = (pytest.param(False, marks=pytest.mark.drill), True)
 GUIDED: dict[str, Any] = {"guided": Guide("regex", "[a-f]{2,9}"), "ignore_eos": False}
 
 
-@pytest.fixture(autouse=True)
-def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiled loops of a CPU are no part of it."""
-    monkeypatch.setattr(fused, "usable", lambda x: False)
-    monkeypatch.setattr(fused, "few", lambda rows: False)
-    monkeypatch.setattr(graphs, "LEAST_TOKENS", 16)
+pytestmark = pytest.mark.usefixtures("torch_alone")
 
 
 def asked(seed: int, count: int, kinds: list[dict[str, Any]], tolerances: tuple[float | None, ...]) -> list[Request]:
@@ -183,7 +174,7 @@ def steps_on_a_gpu(
 
 
 @pytest.mark.drill
-@pytest.mark.parametrize("recorded", WITH_GRAPHS)
+@pytest.mark.parametrize("recorded", [False, True])
 def test_a_step_with_drafts_waits_for_one_copy(recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """And gives what it gives where the host reads each draft."""
     requests = asked(3, 4, FREE, (None,))
@@ -209,7 +200,7 @@ TOLERANT: list[dict[str, Any]] = [
 
 
 @pytest.mark.drill
-@pytest.mark.parametrize("tolerance", [0.05, pytest.param(1.0, marks=pytest.mark.drill)])
+@pytest.mark.parametrize("tolerance", [0.05, 1.0])
 def test_prices_come_with_the_tokens_and_are_those_of_the_host(tolerance: float) -> None:
     """A step with drafts under a tolerance waits once, whatever they cost; tokens, logprobs, and what was spent are those of a
     CPU, where each price is computed when it is asked for."""
@@ -232,80 +223,6 @@ def test_prices_come_with_the_tokens_and_are_those_of_the_host(tolerance: float)
             [entry.logprob for entry in b.logprobs], abs=1e-5
         )
     assert tolerance < 1 or any(each.finished and each.finished.spent for each in want)
-
-
-@pytest.mark.drill
-def test_the_law_of_a_draft_is_what_it_was_drawn_from_though_that_was_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A top-p of all tokens, which four candidates are too few for: full depth gives what the draft's law never does, so that
-    no draft stands that it would not have said, and the answer is that of no tolerance. Where the host reads each draft, laws
-    are whole."""
-    sampling = Sampling(temperature=1.0, top_p=1 - 1e-12, seed=5, max_tokens=8, ignore_eos=True, speculative=3)
-    requests = [Request([40, 50, 60], sampling, depth="full", quality_tolerance=tolerance) for tolerance in (3.0, None)]
-    (_, whole), (_, plain) = (steps_on_a_gpu([each], recorded=False) for each in requests)
-    assert whole != plain
-    monkeypatch.setattr(filters, "CANDIDATES_THERE", 4)
-    _, cut = steps_on_a_gpu(requests[:1], recorded=False)
-    assert cut == plain
-    monkeypatch.setattr(Rounds, "of", lambda works, device: None)
-    _, read = steps_on_a_gpu(requests[:1], recorded=False)
-    assert read == whole
-
-
-@pytest.mark.drill
-@pytest.mark.parametrize("recorded", WITH_GRAPHS)
-def test_a_top_p_of_many_tokens_changes_no_answer(recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though its drafts are drawn from the likeliest alone, as if these were enough."""
-    sampling = Sampling(temperature=2.0, top_p=0.95, seed=5, max_tokens=12, ignore_eos=True, speculative=3)
-    requests = [Request([40, 50, 60], sampling, depth="full")]
-    _, want = steps_on_a_gpu(requests, recorded)
-    monkeypatch.setattr(filters, "CANDIDATES_THERE", 4)
-    steps, answers = steps_on_a_gpu(requests, recorded)
-    assert answers == want and {len(waits) for _, waits in steps} == {2}, "the verification looks twice"
-
-
-COUNTED: dict[str, tuple[dict[str, Any], float | None]] = {
-    "drafts": ({"temperature": 0.8, "top_k": 9, "top_p": 0.9, "logprobs": 1}, None),
-    "drafts within a tolerance": ({"temperature": 0.8}, 0.5),
-    "drafts within a tolerance, greedy": ({}, 0.5),
-    "drafts within a tolerance, with a top-p": ({"temperature": 0.8, "top_p": 0.9, "logprobs": 1}, 0.5),
-    "drafts under penalties": ({"repetition_penalty": 1.3, "presence_penalty": 0.5}, None),
-    "drafts under banned runs": ({"banned": ((70,), (71, 72))}, None),
-    "drafts under penalties, within a tolerance": ({"frequency_penalty": 0.5}, 0.5),
-    "drafts under a grammar": (GUIDED, None),
-    "drafts with a top-p that keeps more than 1,024 tokens": ({"temperature": 2.0, "top_p": 0.95}, None),
-    "early exits that are compared": ({"speculative": 0}, None),
-}  # fmt: skip
-
-
-@pytest.mark.drill
-def test_the_page_says_how_often_each_kind_of_a_step_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted for k = 2, of one request after the other."""
-    seen, steps = dict[str, str](), list[int]()
-    with pretended() as gpu:
-        made = lively()
-        engine = Engine(made.to(gpu), units=200, max_batch=1, max_batch_tokens=64, speculative_max_batch=1)
-        run = engine.runner.run
-
-        def counted(plan: Plan) -> Outcome:
-            pretend_gpu.waited.clear()
-            found = run(plan)
-            (work,) = plan.works
-            if work.count == 1 and work.drafts == work.running.sampling.speculative:
-                steps.append(sum("nonzero" not in each for each in pretend_gpu.waited))
-            return found
-
-        engine.runner.run = counted  # type: ignore[method-assign]
-        for name, (kind, tolerance) in COUNTED.items():
-            monkeypatch.setattr(filters, "CANDIDATES_THERE", 4 if "more than" in name else 1024)
-            common = {"temperature": 0, "max_tokens": 7, "ignore_eos": True, "seed": 2, "speculative": 2}
-            sampling, compared = Sampling(**{**common, **kind}), "compared" in name
-            steps.clear()
-            engine.generate([Request([40, 50], sampling, depth="full", quality_tolerance=tolerance, gaps=compared)])
-            # a draft may end an answer before the second is made
-            seen[name] = {1: "1", 2: "2", 3: "k + 1"}[max(steps)]
-    page = Path("docs/benchmarks/gpu.md").read_text()
-    rows = "".join(f"| {name} | {times} |\n" for name, times in seen.items())
-    assert f"| of a step, on a pretended GPU | the host waits |\n|---|---|\n{rows}\n" in page, rows
 
 
 def test_a_model_that_gives_no_numbers_ends_its_requests_as_before() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shoal.engine.events import Completion, Finished, Guide, Request, Sampling, Signals, Token, TokenLogprob
+from shoal.engine.events import Guide, Request, Sampling, Token
 from shoal.errors import RequestError
 
 # field: its least and its greatest value, and what is too much; of whole numbers the next one
@@ -45,30 +45,6 @@ def test_a_number_is_taken_from_its_least_to_its_greatest(name: str) -> None:
         refused(f"{name}: got", **{name: value})
     for odd in (True, "1", math.nan, math.inf, 10**400, *([1.0] if name in WHOLE else [None])):
         refused(f"{name}: got" if odd is not None else f"{name}: allowed", **{name: odd})
-
-
-def test_what_is_allowed_is_told() -> None:
-    refused("temperature: got -1; allowed: 0 to 100", temperature=-1)
-    refused("top_k: got -1; allowed: 0 to 2147483648", top_k=-1)
-    refused("repetition_penalty: got 0; allowed: 0.001 to 100", repetition_penalty=0)
-    refused("min_tokens: got 5; allowed: 0 to 4", min_tokens=5, max_tokens=4)
-    refused("seed: got 1.5; allowed: a whole number", seed=1.5)
-    assert Sampling(seed=-(2**70)).seed == -(2**70) and Sampling(min_tokens=4, max_tokens=4).min_tokens == 4
-
-
-def test_nobody_changes_what_was_given_afterwards() -> None:
-    ids, runs, bias, stops = [5], [[6, 7]], {8: 1.0}, ["a"]
-    made = Sampling(stop_token_ids=ids, banned=runs, logit_bias=bias, stop=stops)
-    ids.append(1)
-    runs[0].append(1)
-    runs.append([1])
-    bias[1] = 1.0
-    stops.append("b")
-    assert (made.stop_token_ids, made.banned, made.logit_bias, made.stop) == ((5,), ((6, 7),), {8: 1.0}, ("a",))
-    answer = [60]
-    request = Request("x", answer=answer)
-    answer.append(1)
-    assert request.answer == (60,)
 
 
 @pytest.mark.parametrize(
@@ -162,39 +138,6 @@ def test_a_request_that_cannot_be_run_is_named(given: dict[str, Any], param: str
     with pytest.raises(RequestError) as caught:
         Request("x", **given)
     assert caught.value.param == param
-
-
-def test_a_request_asks_for_nothing_beyond_its_prompt_unless_told() -> None:
-    one, other = Request("x"), Request("x", deadline=0, quality_tolerance=0, spent=0, depth=2, priority=-1)
-    assert one.id != other.id
-    assert (one.depth, one.priority, one.spent, one.deadline, one.quality_tolerance) == ("auto", 0, 0.0, None, None)
-    assert not (one.signals or one.gaps) and (one.answer, one.adapter, one.payer, one.client, one.beside) == (
-        (),
-        *[""] * 4,
-    )
-    plain = Sampling()
-    assert (plain.temperature, plain.top_p, plain.top_k, plain.min_p) == (1.0, 1.0, 0, 0.0)
-    assert (plain.max_tokens, plain.min_tokens, plain.include_stop, plain.ignore_eos) == (16, 0, False, False)
-    assert (plain.presence_penalty, plain.frequency_penalty, plain.repetition_penalty) == (0.0, 0.0, 1.0)
-    assert TokenLogprob(3, -1.0).top == ()
-    named = Sampling().logprobs, Sampling().prompt_logprobs, Sampling().seed, Sampling().speculative, Sampling().frame
-    assert named == (None,) * 5 and (one.ran, one.routed) == (0, False)
-
-
-def test_an_event_says_nothing_that_it_is_not_told() -> None:
-    assert vars(Token("x", 60, "a")) == {
-        "request": "x", "token": 60, "text": "a", "logprob": None, "depth": 0, "spent": None, "ran": 0,
-    }  # fmt: skip
-    end = Finished("x", "stop")
-    assert (end.text, end.depth, end.first_depth, end.mean_depth) == ("", 0, 0, 0.0)
-    assert (end.prompt_tokens, end.cached_tokens, end.completion_tokens) == (0, 0, 0)
-    assert (end.queue_seconds, end.first_token_seconds, end.total_seconds) == (0.0, 0.0, 0.0)
-    assert (end.error, end.prompt_logprobs, end.spent, end.signals) == (None, (), None, None)
-    assert (Signals().predicted_gaps, Signals().drafts_accepted, Signals().gaps) == ((), 0, ())
-    assert all(value is None for name, value in vars(Signals()).items() if value not in ((), 0)), "not even 0.0"
-    nothing = Completion()
-    assert (nothing.tokens, nothing.text, nothing.depth, nothing.logprobs) == ([], "", 0, [])
-    assert (nothing.finish_reason, nothing.finished) == ("error", None)
 
 
 @pytest.mark.parametrize(

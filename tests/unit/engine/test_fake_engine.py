@@ -167,20 +167,3 @@ def test_what_waits_is_found(found: dict[str, Any]) -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_leaks_or_waits_is_found(more: dict[str, Any], fault: str) -> None:
     assert FAULTS[fault] in more[f"test:{fault}"]["error"]
-
-
-@pytest.mark.drill
-def test_an_attention_that_left_fp32_is_found(more: dict[str, Any]) -> None:
-    assert more["test:drift"]["kernels"]["_norm"] != [KERNELS["_norm"]]
-
-
-@pytest.mark.drill
-def test_memory_that_is_not_pinned_is_found(more: dict[str, Any]) -> None:
-    assert all(
-        "from the host" in waits for kind in ("decode", "prompt") for waits in steps(more["test:pageable"], kind)
-    )
-
-
-@pytest.mark.drill
-def test_a_copy_to_the_host_and_back_is_found(more: dict[str, Any]) -> None:
-    assert "to the host" in steps(more["test:copy"], "decode")[0]

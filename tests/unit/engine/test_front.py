@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import gc
 import threading
 import traceback
-import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from functools import partial
-from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
 
 from shoal import Engine, Model, Request, Sampling
 from shoal.engine.events import LATER, Event, Finished, Token
-from shoal.engine.front import IDLE_SECONDS, AsyncEngine, _Asked, _Reader, _there, settle
+from shoal.engine.front import AsyncEngine
 from shoal.errors import CheckpointError, EngineDeadError, GenerationError, QueueFullError, RequestError
 from shoal.model.adapters import Adapter, nothing
-from tests.clocks import tells
 
 SECONDS = 120.0  # for anything here; far above what it takes, the kernels' first compilation included
 
@@ -333,26 +327,6 @@ def test_embeddings_that_may_wait_come_after_all_others_and_give_them_their_plac
     run(work())
 
 
-@pytest.mark.parametrize("urgent", [True, False])
-def test_embeddings_that_may_wait_have_a_tenth_of_the_time_beside_answers_that_may_not(
-    urgent: bool, model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those that may not are not kept by it."""
-    engine = AsyncEngine(Engine(model))
-    run(engine.close())  # and what its thread did is called here
-    now = iter([10.0, 12.0] * 2)
-    tells(monkeypatch, "shoal.engine.front", monotonic=lambda: next(now))
-    monkeypatch.setattr(Engine, "urgent", urgent)
-    engine._engine.ran = True
-    engine._pooling_later.put(_Asked(lambda: [0.0]), "", "")
-    engine._pooling_later.put(_Asked(lambda: [0.0]), "", "")
-    engine._pool()
-    free = 12.0 + (18.0 if urgent else 2.0)
-    assert [engine._may_pool(at) for at in (free - 0.01, free + 0.01)] == [False, True]
-    engine._pooling.put(_Asked(lambda: [0.0]), "", "")
-    assert [engine._may_pool(at) for at in (13.99, 14.01)] == [False, True]
-
-
 def test_closing_ends_what_is_live(model: Model) -> None:
     async def work() -> None:
         async with front(model) as engine:
@@ -419,204 +393,3 @@ def test_an_adapter_is_read_from_its_directory_and_is_the_one_that_was_there_bef
             assert engine.knows_adapter("a") and not engine.knows_adapter("b")
 
     run(work())
-
-
-# --- what the engine thread does, by hand: none runs -----------------------------------------------------------------------
-
-
-class Knot:
-    """What only the garbage collector finds."""
-
-    def __init__(self) -> None:
-        self.itself = self
-
-
-@pytest.mark.drill
-def test_what_is_loaded_is_hidden_from_the_garbage_collector_and_garbage_is_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("shoal.engine.front.gc", gc)  # and not as tests are run (tests/at_import.py)
-    gc.disable()  # by itself it would look for garbage as well
-    try:
-        kept = Knot()
-        left, hidden = weakref.ref(Knot()), weakref.ref(kept)
-        settle()
-        assert left() is None and gc.get_freeze_count()
-        del kept
-        gc.collect()
-        assert hidden() is not None, "nobody looks through what was loaded"
-        settle()
-        assert hidden() is None, "but who loads anew"
-    finally:
-        gc.enable()
-
-
-def test_a_gap_lies_between_two_lists_unless_the_last_event_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    gaps = list[float]()
-    monkeypatch.setattr(asyncio, "timeout", lambda gap: gaps.append(gap) or contextlib.nullcontext())
-
-    async def work() -> None:
-        reader, token, end = _Reader(asyncio.get_running_loop()), Token("r", 60, "a"), Finished("r", "stop")
-        reader.put(token)
-        assert await reader.get(0.0) == [token] and gaps == []
-        reader.put(token)
-        later = asyncio.create_task(reader.get(0.25))
-        for _ in range(3):
-            await asyncio.sleep(0)
-        assert not later.done() and gaps == [0.25], "a token is there, and waits for more"
-        assert reader.put(end)
-        reader.wake(ends=True)
-        assert await later == [token, end]
-
-    asyncio.run(work())
-
-
-def test_commands_are_done_at_once_or_waited_for_as_long_as_is_said() -> None:
-    engine, done = still(), list[int]()
-    engine._commands(wait=0)
-    for number in (1, 2):
-        engine._inbox.put(partial(done.append, number))
-    engine._commands(wait=0)
-    assert done == [1, 2]
-    for number, wait in ((3, None), (4, SECONDS)):
-        threading.Timer(0.05, engine._inbox.put, [partial(done.append, number)]).start()
-        engine._commands(wait=wait)
-        assert done[-1] == number
-
-
-@pytest.mark.parametrize(
-    ("idle", "embeds", "ran", "events", "waits"),
-    [
-        (True, False, False, 0, [None, IDLE_SECONDS, None]),
-        (True, True, False, 0, [0, 0, 0]),
-        (False, False, True, 0, [0, 0, 0]),
-        (False, False, False, 1, [0, 0, 0]),
-        (False, False, False, 0, [0, IDLE_SECONDS, 0]),
-        (False, True, False, 0, [0, 0, 0]),
-    ],
-)
-def test_the_engine_s_thread_waits_only_where_there_is_nothing_to_do(
-    idle: bool, embeds: bool, ran: bool, events: int, waits: list[float | None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without end where no request is live, and for a moment where all are paused. Who is told to stop steps once more, for the
-    ends of what is cancelled."""
-    waited, steps = list[float | None](), list[int]()
-    engine = still(idle=idle, dead=None, step=lambda: steps.append(1) or [Token("gone", 60, "a")] * events)
-    engine._engine.ran = ran
-    monkeypatch.setattr(AsyncEngine, "_embedding", embeds)
-    monkeypatch.setattr(engine, "_may_pool", lambda now: False)
-
-    def commands(wait: float | None) -> None:
-        waited.append(wait)
-        if len(waited) == len(waits):
-            engine._stopped.set()
-
-    monkeypatch.setattr(engine, "_commands", commands)
-    engine._run()
-    assert waited == waits and len(steps) == waits.count(waits[0])
-
-
-class Loop:
-    """An event loop that keeps what it is to call."""
-
-    def __init__(self, closed: bool = False) -> None:
-        self.closed, self.calls = closed, list[Callable[[], None]]()
-
-    def is_closed(self) -> bool:
-        return self.closed
-
-    def call_soon_threadsafe(self, call: Callable[[], None]) -> None:
-        if self.closed:
-            raise RuntimeError("Event loop is closed")
-        self.calls.append(call)
-
-
-def still(**engine: Any) -> AsyncEngine:
-    """Without its threads, before an engine of which nothing else is asked."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(threading.Thread, "start", lambda self: None)
-        there: Any = SimpleNamespace(scheduler=SimpleNamespace(max_queue=3), ran=True, urgent=False, **engine)
-        return AsyncEngine(there, backlog=4)
-
-
-def reading(engine: AsyncEngine, name: str, loop: Any) -> _Reader:
-    engine._readers[name] = _Reader(loop)
-    return engine._readers[name]
-
-
-def test_a_reader_that_falls_behind_is_paused_once_and_each_loop_is_called_once_for_all_that_wait() -> None:
-    paused, one, two = list[str](), Loop(), Loop()
-    engine = still(pause=paused.append)
-    slow, quick, other = reading(engine, "slow", one), reading(engine, "quick", one), reading(engine, "other", two)
-    token = Token("slow", 60, "a")
-    engine._deliver([token] * 4)
-    assert (paused, slow.paused, slow.sent, one.calls) == ([], False, 4, []), "nobody waits, and four may be unread"
-    slow.taken = 1
-    engine._deliver([token])
-    assert paused == [], "one was read meanwhile"
-    engine._deliver([token])
-    assert (paused, slow.paused) == (["slow"], True)
-    engine._deliver([token])
-    assert paused == ["slow"] and slow.sent == 7 and len(slow._coming) == 7
-    slow._waits = quick._waits = True
-    ends = Finished("other", "stop")
-    engine._deliver([token, Token("quick", 61, "b"), Token("gone", 62, ""), Token("quick", 63, ""), ends])
-    assert {*engine._readers} == {"slow", "quick"} and (quick.sent, other.sent) == (2, 1)
-    assert (len(one.calls), len(two.calls)) == (1, 1)
-    for call in (*one.calls, *two.calls):
-        call()
-    woken = [(each._some.is_set(), each._last.is_set()) for each in (slow, quick, other)]
-    assert woken == [(True, False), (True, False), (True, True)], "the last event cuts a pause short"
-
-
-def test_requests_of_a_loop_that_was_closed_are_ended() -> None:
-    """Nobody reads them any more; one that has ended is none."""
-    cancelled, closed = list[str](), Loop(closed=True)
-    engine = still(cancel=cancelled.append, pause=lambda request: None)
-    for name in ("a", "b"):
-        reading(engine, name, closed)
-    engine._deliver([Token("a", 60, "x"), Token("a", 61, "y"), Finished("b", "stop")])
-    engine._inbox.get_nowait()()
-    assert cancelled == ["a"] and engine._inbox.empty()
-    engine._deliver([Token("a", 62, "z")])  # which nobody waits for
-    engine._inbox.get_nowait()()
-    assert cancelled == ["a", "a"]
-
-
-def test_of_embeddings_those_whose_callers_left_are_passed_over_and_those_that_may_wait_come_last() -> None:
-    engine, ran = still(), list[str]()
-    engine._pool()
-    assert ran == [] and not engine._may_pool(1e9), "nobody waits"
-    for name, pooling, left in (
-        ("later", engine._pooling_later, False), ("left", engine._pooling, True), ("first", engine._pooling, False),
-        ("second", engine._pooling, False),
-    ):  # fmt: skip
-        pooling.put(asked := _Asked(lambda name=name: ran.append(name)), "", "")  # type: ignore[misc]
-        assert not left or asked.answer.cancel()
-    for wanted in (["first"], ["first", "second"], ["first", "second", "later"]):
-        engine._engine.ran = False
-        assert engine._may_pool(-1e9), "whoever runs does not"
-        engine._pool()
-        assert ran == wanted
-    engine._pooling.put(asked := _Asked(lambda: ran.append("gone")), "", "")
-    asked.answer.cancel()
-    engine._pool()
-    assert len(ran) == 3 and not engine._embedding
-
-
-def test_a_place_is_given_by_the_first_whose_caller_is_there_and_who_left_hears_nothing() -> None:
-    left, there = _Asked(lambda: 1), _Asked(lambda: 2)
-    left.answer.cancel()
-    for given, found in (([left, left, there], there), ([left, None], None), ([None], None), ([there, left], there)):
-        assert _there(iter(given).__next__) is found
-    ran = list[int]()
-    late = _Asked(lambda: ran.append(1))
-    late.answer.cancel()
-    late()
-    left.fail(ValueError("no place"))
-    assert ran == [] and late.answer.cancelled() and left.answer.cancelled()
-    there.fail(error := ValueError("no place"))
-    assert there.answer.exception(0) is error
-    wrong = _Asked(lambda: 1 / 0)
-    wrong()
-    assert isinstance(wrong.answer.exception(0), ZeroDivisionError)

@@ -3,7 +3,6 @@ as a device does."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import random
 from collections.abc import Callable, Iterator
@@ -24,22 +23,13 @@ from shoal.engine.engine import Completion
 from shoal.engine.events import Guide
 from shoal.engine.graphs import Graphs, buckets
 from shoal.engine.plan import Outcome, Plan
-from shoal.model.cache import GroupCache
-from shoal.model.cpu import fused
-from shoal.model.gpu import launch
-from shoal.model.net import Net
 from tests.recorded import Again
 from tests.unit.engine.lively import lively
 
 MODEL = lively()
 
 
-@pytest.fixture(autouse=True)
-def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiled loops of a CPU are no part of it."""
-    monkeypatch.setattr(fused, "usable", lambda x: False)
-    monkeypatch.setattr(fused, "few", lambda rows: False)
-    monkeypatch.setattr(graphs, "LEAST_TOKENS", 16)  # so that tables of several widths are recorded
+pytestmark = pytest.mark.usefixtures("torch_alone")
 
 
 def replaying(record: Any, most: int = 6, **more: Any) -> Engine:
@@ -320,14 +310,6 @@ def test_where_there_is_memory_for_no_graph_at_all_every_step_goes_without(
     assert len(emptied) == 1
 
 
-def test_what_says_that_memory_was_not_enough() -> None:
-    for error, says in (
-        (torch.OutOfMemoryError("HIP has none left"), True), (RuntimeError("CUDA error: out of memory"), True),
-        (full(True), True), (RuntimeError("CUDA error: an illegal memory access"), False), (None, False),
-    ):  # fmt: skip
-        assert bool(graphs._of_memory(error)) == says
-
-
 def work(**more: Any) -> Any:
     """One row that decodes, or what else is said of it."""
     running = {"adapter": more.pop("adapter", None)}
@@ -357,76 +339,6 @@ def test_steps_of_one_plain_row_a_request_are_taken_and_no_others() -> None:
     assert kept.takes([work(), work(drafts=15)]) and not kept.takes([work(), work(drafts=16)]), "17 rows are recorded"
     assert kept.takes([work(adapter="thin"), work()]), "and those with few adapters"
     assert kept.takes([work(drafts=1)] * 6) and not kept.takes([work()] * 6 + [work(drafts=1)])
-
-
-def test_a_table_has_a_power_of_two_of_pages_or_those_of_the_whole_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = dataclasses.replace(MODEL.config, max_length=100)  # 12.5 pages of 8
-    kept = Graphs(Net(config), GroupCache.zeros(config, 20, torch.float32), 2, Again())
-    assert [kept._width(pages) for pages in range(1, 14)] == [2, 2, 4, 4, 8, 8, 8, 8, 13, 13, 13, 13, 13]
-    monkeypatch.setattr(graphs, "LEAST_TOKENS", 1)
-    assert [kept._width(pages) for pages in range(1, 6)] == [1, 2, 4, 4, 8]
-    with torch.inference_mode():
-        kept.prepare()
-    assert {key[3] for key in kept._made if key[0] == "group"} == {1}
-
-
-def test_there_are_graphs_on_a_gpu_whose_kernels_run_and_choose_among_all_blocks(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    there = {"cuda": True, "kernels": True}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: there["cuda"])
-    monkeypatch.setattr(launch, "able", lambda device: there["kernels"])
-    monkeypatch.setattr(graphs, "Recorder", lambda: "recorder")
-    monkeypatch.setattr(graphs, "Graphs", lambda *given: given[2:])
-
-    def asked_for(device: str = "cuda:0", blocks: int = launch.MOST_BLOCKS) -> Any:
-        net = SimpleNamespace(config=SimpleNamespace(context=4 * blocks + 3, block=4), device=torch.device(device))
-        return graphs.of_device(net, None, 6)  # type: ignore[arg-type]
-
-    assert asked_for() == (6, "recorder")
-    assert asked_for("cpu") is None and asked_for(blocks=launch.MOST_BLOCKS + 1) is None
-    for name in there:
-        there[name] = False
-        assert asked_for() is None
-        there[name] = True
-
-    def short(*given: object) -> None:
-        raise full(False)
-
-    monkeypatch.setattr(graphs, "Graphs", short)
-    with caplog.at_level(logging.WARNING):
-        assert asked_for() is None
-    (line,) = caplog.records
-    assert "for graphs of 6 requests, so steps of more than 0 are" in line.getMessage()
-
-
-def test_a_recording_runs_twice_before_it_and_each_stream_waits_for_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it gives back replays the graph."""
-    did = list[str]()
-
-    class Stream:
-        def __init__(self, name: str = "own") -> None:
-            self.name = name
-
-        def wait_stream(self, other: Stream) -> None:
-            did.append(f"{self.name} waits for {other.name}")
-
-    @contextmanager
-    def inside(*given: Any, **named: Any) -> Iterator[None]:
-        did.append("in the graph" if named else f"on {given[0].name}")
-        yield
-        did.append("out")
-
-    there = {
-        "graph": inside, "stream": inside, "Stream": Stream, "current_stream": lambda: Stream("the current"),
-        "CUDAGraph": lambda: SimpleNamespace(replay="replay"), "graph_pool_handle": object,
-    }  # fmt: skip
-    for name, value in there.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    assert graphs.Recorder()(lambda: did.append("run")) == "replay"
-    assert did == [
-        "own waits for the current", "on own", "run", "run", "out", "the current waits for own", "in the graph", "run", "out",
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("fails", ["running", "beginning", "recording", "ending"])

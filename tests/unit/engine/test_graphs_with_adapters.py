@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import random
 from typing import Any
 
@@ -12,10 +11,9 @@ import torch
 
 from shoal import Engine, Request, Sampling
 from shoal.engine import graphs
-from shoal.engine.graphs import ADAPTED, BOTH, DRAFTS, PLAIN, Graphs
+from shoal.engine.graphs import ADAPTED, BOTH, Graphs
 from shoal.model import places
 from shoal.model.adapters import Adapter
-from shoal.model.cpu import fused
 from tests.adapters import linears
 from tests.recorded import Again
 from tests.unit.engine.lively import lively
@@ -23,12 +21,7 @@ from tests.unit.engine.lively import lively
 MODEL = lively()
 
 
-@pytest.fixture(autouse=True)
-def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiled loops of a CPU are no part of it."""
-    monkeypatch.setattr(fused, "usable", lambda x: False)
-    monkeypatch.setattr(fused, "few", lambda rows: False)
-    monkeypatch.setattr(graphs, "LEAST_TOKENS", 16)
+pytestmark = pytest.mark.usefixtures("torch_alone")
 
 
 def adapter(number: int, ranks: int | None = None) -> Adapter:
@@ -161,21 +154,3 @@ def test_more_adapters_in_a_step_than_there_are_places_take_the_other_way() -> N
     requests = [dataclasses.replace(one(number), id=str(number)) for number in range(many)]
     assert said(engine, requests) == said(other, requests)
     assert engine.runner.graphs is not None and engine.runner.graphs._places.made == 0
-
-
-def test_where_memory_lacks_for_adapters_others_keep_their_graphs(caplog: pytest.LogCaptureFixture) -> None:
-    record = Again()
-    engine = engine_of(record)
-    kept = engine.runner.graphs
-    assert kept is not None
-
-    def short(*given: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-
-    kept._places._fit = short  # type: ignore[method-assign]
-    with caplog.at_level(logging.WARNING):
-        assert said(engine, asked(1, 6)) == said(engine_of(), asked(1, 6))
-    assert kept._buckets[PLAIN] == [1, 2, 4, 6] and kept._buckets[DRAFTS][-1] == 17
-    assert kept._buckets[ADAPTED] == [] or max(kept._buckets[ADAPTED]) < 6
-    assert engine.runner.graphs is kept and ADAPTED not in groups(engine)
-    assert caplog.records and all("and adapters, so steps of more than" in each.getMessage() for each in caplog.records)

@@ -14,7 +14,7 @@ import torch
 from shoal import Engine, Model, Request, Sampling
 from shoal.engine import naive
 from shoal.engine.events import Completion, Guide
-from shoal.engine.guided import GrammarError, Grammars, StrayError
+from shoal.engine.guided import GrammarError, Grammars
 from shoal.errors import RequestError
 from shoal.inputs.tokenizer import END_ID, Tokenizer
 from shoal.model.net import Net
@@ -147,16 +147,6 @@ def test_a_guide_that_cannot_be_followed_is_refused_at_submission(guide: Guide) 
     assert answer.text == "yes"
 
 
-@pytest.mark.parametrize(
-    ("kind", "spec"),
-    [("grammar", "x"), ("choice", ()), ("choice", "yes"), ("choice", ("",)), ("regex", ""), ("json_object", "{}")],
-)
-def test_a_guide_of_the_wrong_form_is_refused_when_it_is_made(kind: str, spec: Any) -> None:
-    with pytest.raises(RequestError) as caught:
-        Guide(kind, spec)  # type: ignore[arg-type]
-    assert caught.value.param == "guided"
-
-
 @pytest.mark.parametrize("more", [{"ignore_eos": True}, {"min_tokens": 3}])
 def test_what_would_end_elsewhere_than_the_grammar_is_refused(more: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match="with guided"):
@@ -190,43 +180,6 @@ def test_a_grammar_that_ends_in_a_control_token_names_the_guide() -> None:
     (answer,) = answers([ask(Guide("lark", 'start: "a" <[5]> "b"'))])
     assert answer.text == "a" and answer.finished is not None and answer.finished.error is not None
     assert (answer.finish_reason, answer.finished.error.status, answer.finished.error.param) == ("error", 400, "guided")
-
-
-def test_an_answer_that_left_its_grammar_is_a_fault_of_ours() -> None:
-    """Whatever drew the token: here another engine did."""
-    request = dataclasses.replace(ask(Guide("regex", "[a-c]{20}")), answer=MODEL.tokenizer.encode("abx"))
-    (answer,) = answers([request])
-    assert answer.finished is not None and answer.finished.error is not None
-    assert (answer.finish_reason, answer.finished.error.status, answer.finished.error.param) == ("error", 500, None)
-
-
-def test_the_state_goes_forward_and_back_with_the_tokens_it_is_given() -> None:
-    tokenizer = Tokenizer.bytes_only()
-    grammars = Grammars(tokenizer, MODEL.config.vocab)
-    guide = Guide("regex", "(ab|ac|xyz)+")
-    texts = ["", "a", "ab", "aba", "abx", "abxy", "a", "ac", "acxyz", "x", ""]
-    moved = grammars.compile(guide)
-    for text in texts:
-        answer = tokenizer.encode(text)
-        assert (moved.allowed(answer) == grammars.compile(guide).allowed(answer)).all()
-    assert moved.allowed(tokenizer.encode("ab"))[END_ID] and not moved.allowed(tokenizer.encode("a"))[END_ID]
-    for _ in range(2):
-        with pytest.raises(StrayError):
-            moved.allowed(tokenizer.encode("acq"))
-        assert (moved.allowed(tokenizer.encode("ac")) == grammars.compile(guide).allowed(tokenizer.encode("ac"))).all()
-
-
-def test_each_token_that_ends_an_answer_may_come_where_the_grammar_may_end_and_nowhere_else() -> None:
-    """llguidance knows one of them. At the beginning a control token is none that an answer may hold."""
-    tokenizer = Tokenizer.bytes_only()
-    assert tokenizer.ends == (END_ID,)
-    tokenizer.ends = (END_ID, 5)
-    grammar = Grammars(tokenizer, MODEL.config.vocab).compile(Guide("regex", "(ab)*"))
-    for text, may in (("", True), ("a", False), ("ab", True), ("aba", False)):
-        allowed = grammar.allowed(tokenizer.encode(text))
-        assert allowed[END_ID] == allowed[5] == may
-        others = [token for token in range(9) if token not in tokenizer.ends]
-        assert not allowed[others].any() and allowed[tokenizer.encode("b" if len(text) % 2 else "a")].all()
 
 
 def test_closed_tokens_stay_closed_under_a_grammar() -> None:

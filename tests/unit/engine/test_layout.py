@@ -18,9 +18,7 @@ from shoal.engine.device import Unread, fetched, picked, viewed
 from shoal.engine.holding import Holding
 from shoal.engine.layout import StepLayout
 from shoal.engine.plan import Work
-from shoal.engine.signals import Heard
 from shoal.engine.told import ADAPTERS, IDS, POSITIONS, REQUESTS, SLOTS, Told
-from shoal.model.sending import send, sent
 
 CONFIG = presets.get("test").model
 CPU, PAGE = torch.device("cpu"), CONFIG.page
@@ -116,30 +114,6 @@ def test_a_graph_is_told_each_row_of_a_step_and_that_those_beyond_are_nobody_s()
         assert told.rows.T.tolist() == rows + [nobody] * (9 - len(rows))
 
 
-def test_tables_are_told_where_they_are_others_and_not_again_where_some_requests_left(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    sent_ = list[tuple[int, ...]]()
-    monkeypatch.setattr("shoal.engine.told.send", lambda array, there: (sent_.append(array.shape), send(array, there)))
-    told, works = Told(CONFIG, 4, 9, CPU), [work(2 * PAGE, 1, seed=0), work(PAGE, 1, seed=1), work(3, 1, seed=2)]
-
-    def fill(*some: Work) -> tuple[int, list[tuple[int, ...]]]:
-        sent_.clear()
-        longest = told.fill_tables(some)
-        for r, each in enumerate(some):
-            own = each.running.holding.tables[:, :longest]
-            assert told.tables[:, r, :longest].tolist() == np.pad(own, ((0, 0), (0, longest - own.shape[1]))).tolist()
-        return longest, [*sent_]
-
-    assert fill(*works) == (3, [(GROUPS, 3, 3)]) and fill(*works) == (3, [])
-    assert fill(*works[:2]) == (3, []) == fill(works[0]), "the last ones left"
-    assert fill(works[1]) == (2, [(GROUPS, 1, 2)]) and fill(*works) == (3, [(GROUPS, 3, 3)])
-    works[2].running.holding.tables[3, 0] += 1
-    assert fill(*works) == (3, [(GROUPS, 3, 3)])
-    works[0].drafts = PAGE
-    assert fill(*works) == (4, [(GROUPS, 3, 4)]), "up to where drafts are written"
-
-
 def test_numbers_come_in_one_copy_as_they_are() -> None:
     given = [
         torch.tensor([[0.1, 2.0], [3.0, -4.0]]), torch.tensor([], dtype=torch.int64), torch.tensor([2**53, -7]),
@@ -158,31 +132,6 @@ def test_what_is_unread_comes_once_and_each_part_to_whom_it_is_for() -> None:
     unread.read()
     unread.read()
     assert came == [("first", [[1.0, 2.0], [0.5]]), ("second", [[1.0]])] and not unread.tensors
-
-
-def test_what_is_sent_has_the_type_that_it_was_given() -> None:
-    array = np.array([[1, 2], [3, 4]], dtype=np.int64)
-    assert sent(array, CPU).data_ptr() == torch.from_numpy(array).data_ptr(), "on a CPU nothing is copied"
-    found = sent([1, 2], CPU, torch.int32)
-    assert found.tolist() == [1, 2] and found.dtype == torch.int32 and sent([0.5], CPU).dtype == torch.float32
-    stays = torch.zeros(2, 3, dtype=torch.int64)
-    send(array, stays[:, 1:])
-    array[:] = 7
-    assert stays.tolist() == [[0, 1, 2], [0, 3, 4]]
-
-
-@pytest.mark.parametrize("there", [False, True])
-def test_to_a_gpu_that_is_there_it_is_sent_from_pinned_memory_and_nothing_waits(
-    there: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pinned, moved = list[int](), list[tuple[str, dict[str, bool]]]()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(len(self)) or self)
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, **how: moved.append((device.type, how)) or self)
-    sent([1, 2], torch.device("cuda"))
-    sent([1, 2, 3], CPU)
-    assert pinned == [2] * there
-    assert moved == [(device, {"non_blocking": True}) for device in ("cuda", "cpu")]
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
@@ -256,18 +205,3 @@ def test_an_exit_loses_nothing_less_than_nothing_and_a_row_without_a_number_tell
     first, *others = divergences(full, [exit_, full])
     assert first == (0.0, 0.0) and others == [(), (), ()]
     assert divergences(full, []) == []
-
-
-def test_what_was_heard_of_an_answer_is_means_and_the_largest() -> None:
-    heard = Heard(drafts_accepted=3)
-    assert (heard.all().answer_nll, heard.all().answer_nll_max, heard.all().gaps) == (None, None, ())
-    for nats in (0.5, None, 2.0, 0.25):
-        heard.token(nats)
-    for gaps in ((0.1, 0.2), (), (0.3, 0.6)):
-        heard.compared(gaps)
-    told = heard.all()
-    assert told.answer_nll == pytest.approx(2.75 / 3) and told.answer_nll_max == 2.0
-    assert told.gaps == pytest.approx((0.2, 0.4)) and told.drafts_accepted == 3
-    sure = Heard()
-    sure.token(0.0)
-    assert (sure.all().answer_nll, sure.all().answer_nll_max) == (0.0, 0.0), "known, and nothing"

@@ -33,14 +33,6 @@ def test_the_sum_of_two_replicas_is_both() -> None:
     assert together(told) == pytest.approx(wanted), "a share is the mean of both"
 
 
-def test_nothing_is_counted_before_something_was_done_and_sums_are_of_all_but_shares() -> None:
-    assert set(Metrics().samples((1, 2)).values()) == {0}
-    assert {name for name, family in FAMILIES.items() if family.share} == {
-        "kv_cache_usage_perc",
-        "router_correction_nats",
-    }
-
-
 def test_ends_and_depths_are_told_by_their_names_and_those_that_never_were_as_none() -> None:
     metrics = Metrics(finished={"stop": 2, "cancelled": 3, "deadline": 4, "error": 5}, depths={2: 6, 7: 1})
     told = {str(key): value for key, value in metrics.samples((1, 2)).items() if "request" in key and value}
@@ -72,15 +64,6 @@ def test_a_sample_s_name_has_all_labels_of_its_family_and_no_other() -> None:
     for wrong in ({"kind": "chat", "depth": "full"}, {"kind": "chat", "depth": "full", "end": "stop", "more": 1}):
         with pytest.raises(ValueError, match="has the labels"):
             family.sample(**wrong)
-
-
-def test_what_replicas_send_still_knows_what_it_is_made_of() -> None:
-    metrics = Metrics(finished={"stop": 2})
-    metrics.request_kv_units.observe(3)
-    sent = metrics.samples((1,))
-    came = pickle.loads(pickle.dumps(sent))
-    assert came == sent
-    assert [vars(key) for key in came] == [vars(key) for key in sent]
 
 
 def test_every_row_of_the_table_is_told_by_somebody() -> None:
@@ -131,31 +114,6 @@ def test_a_run_is_counted_under_the_names_that_dashboards_read() -> None:
     assert stats["prefix_cache_hits_total"] > 0 and stats["e2e_request_latency_seconds_sum"] > 0
 
 
-def test_buckets_are_those_that_dashboards_ask_for() -> None:
-    bounds = {
-        name: [
-            float(key.labels["le"]) for key in Metrics().samples((1,)) if key.name == name and key.ending == "_bucket"
-        ]
-        for name in FAMILIES
-    }
-    seconds = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, float("inf")]
-    of_a_token = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, float("inf")]
-    counts = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, float("inf")]
-    assert {name: each for name, each in bounds.items() if each} == {
-        "time_to_first_token_seconds": seconds, "e2e_request_latency_seconds": seconds,
-        "request_queue_time_seconds": seconds, "inter_token_latency_seconds": of_a_token,
-        "request_time_per_output_token_seconds": of_a_token, "iteration_tokens_total": counts, "request_kv_units": counts,
-    }  # fmt: skip
-
-
-def test_what_the_router_looked_at_again_is_counted_and_what_went_deeper() -> None:
-    metrics = Metrics()
-    for deeper in (True, False, False):
-        metrics.looked(deeper=deeper)
-    told = metrics.samples(())
-    assert told[sample("second_looks")] == 3 and told[sample("second_looks_deeper")] == 1
-
-
 def observed(histogram: Histogram) -> tuple[int, float]:
     return histogram.count, histogram.sum
 
@@ -178,13 +136,6 @@ def test_only_a_good_end_has_latencies_and_only_more_tokens_than_one_a_time_for_
     assert observed(metrics.request_time_per_output_token_seconds) == (2, 2.5)
     assert observed(metrics.time_to_first_token_seconds) == (3, 3.0) and observed(metrics.request_kv_units) == (4, 11)
     assert metrics.finished == {"error": 1, "stop": 3, "length": 1}
-
-
-def test_a_depth_is_counted_with_its_prompt_and_what_was_cached_of_it() -> None:
-    metrics = Metrics()
-    for layers, prompt, cached in ((2, 10, 4), (4, 5, 0), (2, 1, 1)):
-        metrics.routed(layers, prompt, cached)
-    assert (metrics.prefix_queries, metrics.prefix_hits, metrics.depths) == (16, 5, {2: 2, 4: 1})
 
 
 def test_what_engines_say_of_themselves_is_how_many_say_so() -> None:

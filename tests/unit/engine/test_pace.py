@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from shoal.engine.door import Door
-from shoal.engine.events import Event, Sampling
+from shoal.engine.events import Sampling
 from shoal.engine.holding import Holding
 from shoal.engine.metrics import Metrics
-from shoal.engine.pace import SHALLOW_SHARE, WARM_UP, Pace
+from shoal.engine.pace import WARM_UP, Pace
 from shoal.engine.pages import Pages
 from shoal.errors import DeadlineError, QueueFullError
-from tests.unit.engine.test_scheduler import FakeRunner, Harness, answer, end, said
+from tests.unit.engine.test_scheduler import Harness, answer, end, said
 
 
 def learned(fixed: float, each: float) -> Pace:
@@ -44,22 +44,6 @@ def test_nothing_is_said_before_enough_was_measured() -> None:
     assert pace.seconds(4, 8) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(("fixed", "each"), [(0.4, 0.03), (0.4, 0.0), (0.0, 0.03)])
-def test_the_cost_of_a_group_and_of_a_row_are_told_apart(fixed: float, each: float) -> None:
-    pace = learned(fixed, each)
-    for groups, rows in ((1, 1), (4, 4), (2, 90)):
-        assert pace.seconds(groups, rows) == pytest.approx(fixed * groups + each * rows, abs=1e-9)
-
-
-def test_a_pause_of_the_machine_does_not_stay_and_a_slower_one_is_learned() -> None:
-    pace = learned(0.1, 0.0)
-    pace.step(4, 4, 1000.0)
-    assert (pace.seconds(4, 4) or 0) < 0.5
-    for _ in range(300):
-        pace.step(4, 4, 2.0)
-    assert pace.seconds(4, 4) == pytest.approx(2.0, rel=0.05)
-
-
 def test_shallow_only_steps_are_worth_it_for_enough_requests_that_are_shallow_enough() -> None:
     pace = learned(1.0, 0.0)
     assert pace.alone([1, 1], [1, 1, 4, 4])
@@ -68,33 +52,6 @@ def test_shallow_only_steps_are_worth_it_for_enough_requests_that_are_shallow_en
     assert pace.alone([2] * 5, [2] * 5 + [4])
     # a step is as deep as the deepest of it: (4 + 2) (3 - 2 / 2) is no less than 4 * 3, while (4 + 1) (3 - 2 / 2) would be
     assert pace.alone([1, 1], [1, 1, 4]) and not pace.alone([1, 2], [1, 2, 4])
-
-
-def pace_of_each(allowed: bool) -> tuple[float, float, FakeRunner]:
-    """Seconds a token of deep and of shallow requests, three of each, until the deep ones end."""
-    h = costly()
-    if not allowed:
-        h.scheduler.pace.alone = lambda *_: False  # type: ignore[method-assign]
-    deep = [h.submit([70 + i], 4, sampling=long()) for i in range(3)]
-    quick = [h.submit([50 + i], 1, sampling=long(400)) for i in range(3)]
-    events: list[Event] = []
-    while any(request in h.scheduler._live for request in deep):
-        events += h.step()
-    slow, fast = (h.now * 3 / sum(len(said(events, request)) for request in some) for some in (deep, quick))
-    return slow, fast, h.runner
-
-
-def test_shallow_only_steps_hasten_the_shallow_within_the_bound_of_the_deep() -> None:
-    deep, shallow, runner = pace_of_each(False)
-    assert deep == pytest.approx(shallow, rel=0.05) and not any(only for only, _ in runner.spent)
-    deeper, shallower, runner = pace_of_each(True)
-    assert deeper < (1 + SHALLOW_SHARE) * deep * 1.01
-    assert shallower < shallow / 1.4  # the first `WARM_UP` steps are all full
-    assert deeper + shallower < deep + shallow
-    alone = full = 0.0
-    for only, seconds in runner.spent:
-        alone, full = (alone + seconds, full) if only else (alone, full + seconds)
-        assert alone <= SHALLOW_SHARE * full, "at every moment, not only in the end"
 
 
 def test_a_long_prefill_lets_no_deep_request_wait_for_more_than_one_step() -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,21 +17,11 @@ from shoal.engine.events import Request, Sampling
 from shoal.engine.penalties import adjust
 from shoal.engine.sampler import Sampler
 from tests.unit.engine.lively import lively
+from tests.unit.engine.test_sampler import Draw
 
 INF = float("inf")
 VOCAB = 12
 TOKENS = st.lists(st.integers(0, VOCAB - 1), max_size=9)
-
-
-@dataclass
-class Draw:
-    sampling: Sampling
-    tokens: list[int]
-    prompt_len: int
-    seed: int = 0
-    grammar: None = None
-    watched: bool = False
-    there: Sequence[torch.Tensor] = ()
 
 
 @given(
@@ -69,59 +57,6 @@ def test_every_token_is_changed_by_what_its_definition_says(
     )
     np.testing.assert_allclose(logits[0].numpy(), expected, rtol=0, atol=1e-12)
     assert expected[sampled.token] == max(expected)
-
-
-@pytest.mark.parametrize(
-    ("asked", "changed"),
-    [  # by hand: of the tokens 0 to 5, of which 1 and 2 stand in the prompt, and 2, 2 and 3 in the answer
-        ({}, [1.0, 2.0, -3.0, 4.0, -5.0, 6.0]),
-        ({"repetition_penalty": 2.0}, [1.0, 1.0, -6.0, 2.0, -5.0, 6.0]),
-        ({"repetition_penalty": 0.5}, [1.0, 4.0, -1.5, 8.0, -5.0, 6.0]),
-        ({"presence_penalty": 1.0}, [1.0, 2.0, -4.0, 3.0, -5.0, 6.0]),
-        ({"presence_penalty": -2.0}, [1.0, 2.0, -1.0, 6.0, -5.0, 6.0]),
-        ({"frequency_penalty": 1.0}, [1.0, 2.0, -5.0, 3.0, -5.0, 6.0]),
-        ({"presence_penalty": 0.5, "frequency_penalty": -1.0}, [1.0, 2.0, -1.5, 4.5, -5.0, 6.0]),
-        ({"presence_penalty": 1.0, "frequency_penalty": -1.0}, [1.0, 2.0, -2.0, 4.0, -5.0, 6.0]),
-        ({"logit_bias": {0: 3.0, 2: -1.0}}, [4.0, 2.0, -4.0, 4.0, -5.0, 6.0]),
-        ({"logit_bias": {2: 7.0}, "repetition_penalty": 2.0}, [1.0, 1.0, 2.0, 2.0, -5.0, 6.0]),
-        ({"banned": [[5], [3, 4], [2, 3, 0]]}, [-INF, 2.0, -3.0, 4.0, -INF, -INF]),
-        ({"banned": [[1, 2, 2, 3, 5], [2, 4]]}, [1.0, 2.0, -3.0, 4.0, -5.0, 6.0]),
-        ({"min_tokens": 4, "stop_token_ids": [5]}, [-INF, 2.0, -3.0, 4.0, -5.0, -INF]),
-        ({"min_tokens": 3, "stop_token_ids": [5]}, [1.0, 2.0, -3.0, 4.0, -5.0, 6.0]),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("unread", range(4))
-def test_what_each_asks_alone_is_done_alone_in_a_batch_and_where_the_answer_is_not_all_read(
-    asked: dict[str, Any], changed: list[float], unread: int
-) -> None:
-    """Token 0 ends an answer. In the batch are one that asks for nothing, one whose answer has not begun, and one that asks for
-    all the others do not."""
-    row = torch.tensor([1.0, 2.0, -3.0, 4.0, -5.0, 6.0], dtype=torch.float64)
-    answer = [2, 2, 3]
-    there = [torch.tensor(token) for token in answer[3 - unread :]] if unread else []
-    one = Draw(Sampling(**asked), [1, 2, *answer[: 3 - unread], *[5] * unread], 2, there=there)
-    alone = row[None].clone()
-    adjust(alone, [one], [0])
-    assert alone[0].tolist() == pytest.approx(changed, rel=1e-12)
-    none, new = Draw(Sampling(), [1, 2, 3], 2), Draw(Sampling(presence_penalty=1.0, frequency_penalty=1.0), [1, 2], 2)
-    every = Sampling(repetition_penalty=2.0, presence_penalty=1.0, frequency_penalty=1.0, banned=[[4], [2, 1]])
-    other = Draw(every, [3, 2], 1, there=[torch.tensor(2)])
-    rows = row.repeat(5, 1)
-    adjust(rows, [none, one, other, new, one], [0])
-    assert torch.equal(rows[1], alone[0]) and torch.equal(rows[4], alone[0])
-    assert torch.equal(rows[0], row) and torch.equal(rows[3], row), "what stands in the prompt alone was not said"
-    assert rows[2].tolist() == pytest.approx([1.0, -INF, -8.0, 2.0, -INF, 6.0], rel=1e-12)
-
-
-def test_adjustments_are_made_one_after_the_other() -> None:
-    """Bias, then repetition, then presence and frequency; what is closed stays so."""
-    row = torch.tensor([[-1.0, 1.0, 5.0]], dtype=torch.float64)
-    asked = Sampling(
-        logit_bias={0: 3.0, 2: 9.0}, repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5, min_tokens=9,
-        banned=[[2]],
-    )  # fmt: skip
-    adjust(row, [Draw(asked, [1, 0, 0], 1)], [1])
-    assert row.tolist() == [[(-1.0 + 3.0) / 2.0 - 0.25 - 2 * 0.5, -INF, -INF]]
 
 
 @given(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from shoal.engine.events import Request, Sampling
-from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work, next_work
+from shoal.engine.plan import Plan, Work, next_work
 from shoal.engine.running import Running
 from shoal.engine.text import TextStream
 from shoal.inputs.tokenizer import Tokenizer
@@ -99,11 +99,3 @@ def test_a_plan_says_who_samples_who_decides_and_whose_prompt_is_scored() -> Non
     plan = Plan(works)
     assert plan.audit is None and Plan([*works, last := Work(one, 0, 1, 0, 1, audit=True)]).audit is last
     assert (plan.samples, plan.decisions, plan.scores, plan.shallow) == ([works[1]], [works[2]], [works[3]], False)
-
-
-def test_what_a_step_gave_says_nothing_that_it_is_not_told() -> None:
-    nothing = {"logprob": None, "error": None, "after": (), "drafted": 0, "nll": None, "spent": 0.0, "gaps": ()}
-    assert vars(Sampled(5)) == {"token": 5, **nothing}
-    assert vars(Decision(4)) == {"layers": 4, "notes": (), "signals": None}
-    assert Plan([]).samples == Plan([]).scores == [] and not Plan([]).shallow
-    assert vars(Outcome([])) == {"samples": [], "decisions": (), "scores": (), "lost": ()}

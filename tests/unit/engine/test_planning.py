@@ -109,24 +109,6 @@ def test_drafts_leave_a_prompt_a_page_of_rows() -> None:
         assert rows(h.scheduler.plan().works) == {one: (1, drafted)}
 
 
-def test_who_pauses_has_no_rows_and_drafts_of_a_step_are_of_that_step() -> None:
-    h = Harness(units=400, max_batch_tokens=24, cost=(0.1, 0.001))
-    paused, going = (h.submit([60 + i], 2, sampling=long(speculative=2)) for i in range(2))
-    h.step()
-    h.scheduler.pause(paused)
-    waits = h.submit([70] * 3, sampling=long(2))
-    h.scheduler.pause(waits)
-    assert rows(h.scheduler.plan().works) == {going: (1, 2)}
-    h.scheduler.pause(waits, False)
-    works = h.scheduler.plan().works
-    assert rows(works) == {going: (1, 2), waits: (3, 0)}
-    # in steps of the shallow alone nobody drafts by what was counted for another
-    h.scheduler.commit(Plan(works), h.runner.run(Plan(works)))
-    h.scheduler.pace.alone = lambda *_: True  # type: ignore[method-assign]
-    plan = h.scheduler.plan()
-    assert plan.shallow and rows(plan.works) == {going: (1, 0)}
-
-
 def test_the_deepest_go_first_and_of_one_depth_those_of_an_adapter_together() -> None:
     h = Harness(units=400, max_batch_tokens=40, max_batch=8)
     for depth, adapter in ((1, ""), (4, "b"), (2, "b"), (4, ""), (2, "a"), (4, "b"), (2, "b")):
@@ -152,18 +134,6 @@ def test_who_waits_enters_beside_a_page_for_each_of_those_that_run_and_nobody_ov
         assert [running.id for running in h.scheduler.waiting] == [short] if enters else [long_one, short]
 
 
-def test_until_a_depth_is_known_one_group_is_counted_of_who_waits_and_of_who_runs() -> None:
-    for units, enters in ((4, True), (3, False)):
-        h = Harness(units=400, max_batch_tokens=12)
-        first = h.submit(list(range(10, 40)), None, sampling=long(2))
-        h.step()
-        assert live(h, first).groups is None and h.scheduler._beside == 1
-        second = live(h, h.submit(list(range(50, 60)), None, sampling=long(2)))
-        assert h.scheduler._needed(second) == 3 + 1, "three pages of it, and one of who runs"
-        h.pages.allocate(h.pages.available - units)
-        assert (h.scheduler._admit([""]) is second) is enters
-
-
 def test_a_row_that_is_left_is_for_who_waits() -> None:
     h = Harness(units=400, max_batch_tokens=24)
     going = h.submit([60], sampling=long())
@@ -184,37 +154,6 @@ def test_what_may_wait_gives_its_place_or_units_only_where_these_are_lacking() -
         works = h.scheduler.plan().works
         assert comes in rows(works) and (waits in rows(works)) is not gives, (available, places)
         assert h.scheduler.metrics.preemptions == gives
-
-
-def test_who_waits_with_a_reader_that_is_behind_takes_nobody_s_place_and_no_payer_has_work_for_it() -> None:
-    h, seen = Harness(units=400, max_batch=2, max_batch_tokens=40, max_queue=9), list[set[Any]]()
-    going, behind = (h.submit([60], sampling=long(), payer=payer, priority=LATER) for payer in "ab")
-    h.step()
-    h.scheduler.pause(behind)
-    h.scheduler.pause(h.submit([61], sampling=long(), payer="c", priority=-1))
-    h.scheduler._seconds.behind = lambda payers: seen.append(set(payers)) or []  # type: ignore[method-assign, func-returns-value]
-    assert rows(h.scheduler.plan().works) == {going: (1, 0)} and h.scheduler.metrics.preemptions == 0
-    h.scheduler.pause(behind, False)
-    for payer in "de":
-        h.submit([61], sampling=long(), payer=payer, priority=1)
-    h.scheduler.plan()
-    assert seen == [{None}, {None, "d"}], "what may wait is one account; of those that wait the first counts"
-
-
-def test_waiting_is_measured_from_when_somebody_waits() -> None:
-    h, since = Harness(units=400, max_batch=1), list[float]()
-    h.scheduler.pace.waits = since.append  # type: ignore[method-assign, assignment]
-    for now in (1.0, 2.0, 3.0):
-        h.now = now
-        h.submit([60], sampling=long(2))
-    h.step()
-    h.now = 4.0
-    h.submit([61], sampling=long(2))
-    assert since == [1.0], "there was always one since"
-    h.run()
-    h.now = 9.0
-    h.submit([61], sampling=long(2))
-    assert since == [1.0, 9.0]
 
 
 def test_a_place_that_is_taken_is_waited_for_however_many_units_there_are() -> None:
@@ -290,17 +229,6 @@ def test_a_look_has_the_rows_that_are_left_and_a_page_of_them_beside_prompts() -
         {going: (1, 0), prompt: (6, 0), one.id: (17, 0)},
         {going: (1, 0), prompt: (1, 0), one.id: (22, 0)},
     ]
-
-
-def test_a_step_of_one_payer_s_own_leaves_no_row_to_a_look() -> None:
-    """Who is behind the others has all rows of it; nothing of another enters."""
-    h = Harness(units=400, max_batch_tokens=24)
-    told(h, 50)
-    other = h.submit(list(range(10, 20)), sampling=long(2), payer="b")
-    mine = h.submit(list(range(10, 70)), sampling=long(2), payer="a", priority=-1)
-    assert rows(h.scheduler._works({"a": None})) == {mine: (24, 0)}
-    assert h.scheduler._works({"c": None}) == []
-    assert [running.id for running in h.scheduler.waiting] == [other] and not h.scheduler.judge.holder
 
 
 def test_a_look_gives_its_units_to_who_waits_for_units_and_not_to_who_waits_for_a_place() -> None:
@@ -391,22 +319,6 @@ def test_what_a_second_look_runs_is_counted_and_it_goes_no_less_deep(first: int,
     assert finished.mean_depth == pytest.approx(tokens[-1].ran / 6)
     metrics = h.scheduler.metrics
     assert (metrics.looks, metrics.deeper, metrics.depths) == (1, int(depth > first), {first: 1})
-
-
-def test_drafts_after_a_second_look_take_the_first_exit_s_layers() -> None:
-    h = Harness(units=400, max_batch_tokens=40)
-    looked(h, [2, 4], 2, tokens=12, speculative=2)
-    ran, before, events = list[int](), 0, list[Any]()
-    while h.scheduler._live:
-        plan = h.scheduler.plan()
-        outcome = h.runner.run(plan)
-        events += h.scheduler.commit(plan, outcome)
-        (work,) = plan.works
-        after = work.running.ran
-        if work.running.layers == 4 and work.count == 1 and work.first == 0:
-            ran.append(after - before - outcome.samples[0].drafted)
-        before = after
-    assert len(ran) >= 3 and set(ran) == {4}
 
 
 def test_who_runs_at_full_depth_is_not_looked_at_again() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from shoal import Engine, Model, Request, Sampling
 from shoal.config import GROUPS
@@ -18,7 +17,6 @@ from shoal.errors import AdapterGoneError, ContextLengthError, RequestError
 from shoal.inputs.chat import Encoded
 from shoal.inputs.media import Patches
 from shoal.model.adapters import Adapter, nothing
-from shoal.model.gpu import launch
 from shoal.model.net import Net
 from shoal.model.router import Router
 from tests.unit.engine.lively import lively
@@ -109,49 +107,6 @@ def test_a_request_becomes_what_it_says(engine: Engine, monkeypatch: pytest.Monk
     assert (whole.layers, whole.groups) == (CONFIG.layers, GROUPS), "without a router auto is full depth"
 
 
-class Twice(Router):
-    """Looks again after 4 tokens, for tolerances up to 0.3."""
-
-    def __init__(self) -> None:
-        super().__init__(CONFIG)
-        self.calibration.after = 4
-
-    def covers(self, tolerance: float | None = None) -> bool:
-        return tolerance is None or tolerance <= 0.3
-
-
-@pytest.mark.parametrize(
-    ("budget", "more", "look"),
-    [
-        (None, {}, 4),
-        (None, {"depth": "shallow"}, None),
-        (None, {"depth": "full"}, None),
-        (None, {"quality_tolerance": 0.3}, 4),
-        (None, {"quality_tolerance": 0.31}, None),
-        (0.5, {}, None),
-        (0.5, {"quality_tolerance": 0.2}, 4),
-        (None, {"sampling": Sampling(max_tokens=4)}, None),
-        (None, {"sampling": Sampling(max_tokens=5)}, 4),
-        (None, {"answer": (60,) * 4, "depth": CONFIG.exits[0], "routed": True}, 4),
-        (None, {"answer": (60,) * 5, "depth": CONFIG.exits[0], "routed": True}, None),
-        (None, {"answer": (60,) * 4, "depth": CONFIG.exits[0]}, None),
-        (None, {"answer": (60,) * 4, "depth": CONFIG.layers, "routed": True}, None),
-    ],
-)
-def test_who_is_looked_at_again(budget: float | None, more: dict[str, Any], look: int | None) -> None:
-    """Whom the router sent, and not to full depth, within the tolerances that its second look was fitted for, while its answer
-    has no more tokens than that and gets more; a budget is of one look, and says nothing where a tolerance is asked for."""
-    router = Router(CONFIG)
-    model = Model(CONFIG, MODEL.net, MODEL.tokenizer, router=router)
-    engine = Engine(model, units=40, compute_budget=budget)
-    request = Request([50], **{"sampling": Sampling(max_tokens=9), **more})
-    assert engine.prepare(request).look is None, "its router has no second look"
-    router.later = Twice()
-    assert engine.prepare(request).look == look
-    alone = Engine(MODEL, units=40)
-    assert alone.prepare(request).look is None, "what another engine's router sent goes on without one, too"
-
-
 def test_what_it_holds_is_told_as_a_share_and_what_may_wait_is_not_urgent() -> None:
     engine, page = Engine(MODEL, units=41), CONFIG.page
     assert not engine.urgent
@@ -172,34 +127,6 @@ def test_an_idle_engine_whose_books_are_wrong_is_dead() -> None:
     assert engine.step() == [] and engine.dead is not None
 
 
-@pytest.mark.parametrize(("room", "rows"), [(60, 60), (1, 4 + CONFIG.page), (1000, 100)])
-def test_steps_are_as_small_as_torch_has_room_for_once_kernels_are_given_up(
-    room: int, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No smaller than an engine may be asked for, and no larger than before; what somebody asked for stays, and so does what
-    was chosen where they had been given up before."""
-    given_up, asked, found = set[torch.device](), list[int](), [100]
-    monkeypatch.setattr(launch, "GIVEN_UP", given_up)
-    monkeypatch.setattr("shoal.engine.engine.default_rows", lambda *_: asked.append(found[0]) or found[0])
-    ours, theirs = (Engine(MODEL, units=41, max_batch=4, max_batch_tokens=most) for most in (None, 100))
-
-    def step(*engines: Engine) -> list[int]:
-        for engine in engines:
-            assert engine.step() == [] and engine.dead is None
-        return [engine.scheduler.max_batch_tokens for engine in engines]
-
-    found[0] = room
-    assert step(ours, theirs) == [100, 100], "its kernels run"
-    given_up.add(MODEL.device)
-    assert step(ours, theirs) == [rows, 100]
-    found[0] = 60
-    later = Engine(MODEL, units=41, max_batch=4)
-    asked.clear()
-    assert step(ours, theirs, later) == [rows, 100, 60] and not asked, (
-        "the memory is looked at once, and not in each step"
-    )
-
-
 @pytest.mark.parametrize("more", [{}, {"page": 1, "block": 1}])
 def test_the_memory_that_it_tells_is_what_its_units_lie_in(more: dict[str, Any]) -> None:
     config = dataclasses.replace(CONFIG, **more)
@@ -207,14 +134,6 @@ def test_the_memory_that_it_tells_is_what_its_units_lie_in(more: dict[str, Any])
     cache = engine.runner.cache
     whole = cache.kv.nbytes + cache.summaries.nbytes
     assert engine.stats()["kv_cache_bytes"] * 41 == 40 * whole, "all but the null unit"
-
-
-@pytest.mark.parametrize(("most", "drafts"), [(1, False), (2, True)])
-def test_so_many_requests_of_a_step_draft_as_it_is_told(most: int, drafts: bool) -> None:
-    engine = Engine(MODEL, units=41, speculative=2, speculative_max_batch=most)
-    sampling = Sampling(temperature=0, max_tokens=5, ignore_eos=True)
-    engine.generate([Request([token], sampling, depth="full") for token in (50, 60)])
-    assert bool(engine.stats()["spec_decode_num_draft_tokens_total"]) == drafts
 
 
 def test_an_adapter_is_named_by_its_identity_while_it_is_loaded() -> None:

@@ -112,25 +112,6 @@ def test_10_what_lies_in_free_pages_and_unused_slots_is_never_read(value: float)
     assert engine.stats()["num_preemptions_total"] > 0
 
 
-def test_11_a_summary_is_the_mean_of_its_blocks_stored_keys() -> None:
-    seen = 0
-
-    def compare(engine: Engine) -> None:
-        nonlocal seen
-        size, cache = MODEL.config.head_dim, engine.runner.cache
-        for running in live(engine):
-            for j, computed in enumerate(running.holding.computed):
-                for block in range(computed // BLOCK):
-                    unit, at = int(running.holding.tables[j, block * BLOCK // PAGE]), block * BLOCK % PAGE
-                    keys = cache.kv[:, unit, :, at : at + BLOCK, :size]
-                    assert torch.equal(cache.summaries[:, unit, :, at // BLOCK, :size], keys.mean(2))
-                    seen += 1
-
-    engine = Engine(MODEL, units=42, max_batch=6)
-    run(engine, [ask(words(20 + i, i), DEPTHS[i % 3], 20) for i in range(6)], compare)
-    assert engine.stats()["num_preemptions_total"] > 0 and seen > 1000
-
-
 @settings(max_examples=8)
 @given(
     st.lists(st.tuples(st.integers(1, 40), st.sampled_from(DEPTHS), st.integers(0, 6)), min_size=2, max_size=7),

@@ -13,11 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoal import Engine, Model, Request, Sampling
-from shoal.engine import graphs
 from shoal.engine.events import Signals
-from shoal.engine.runner import SCORED_ROWS, Runner, _seen
-from shoal.model import block
-from shoal.model.cpu import fused
+from shoal.engine.runner import SCORED_ROWS, _seen
 from shoal.model.router import NLL
 
 MODEL = Model.from_preset("test", seed=3)
@@ -58,41 +55,6 @@ def test_a_decoding_steps_operators_do_not_grow_with_the_batch() -> None:
     assert together <= alone + 4  # one row is a view where several are gathered
     # 23 a layer, and what is computed once a step: places, rope, masks, embedding, head and sampler
     assert together <= 30 * MODEL.config.layers + 80
-
-
-def test_a_step_of_mixed_depths_makes_what_its_rows_share_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, made = Engine(MODEL, units=400), list[list[int]]()
-    for number, depth in enumerate(("full", "middle", "shallow", "full")):
-        sampling = Sampling(temperature=0, max_tokens=8, ignore_eos=True)
-        engine.submit(Request([20 + number] * (number + 1), sampling, depth=depth))
-    engine.step()
-    known = block.known_rope
-    monkeypatch.setattr(block, "known_rope", lambda at, *more: (made.append(at.tolist()), known(at, *more))[1])
-    engine.step()
-    assert made == [[1, 4, 2, 3]], "in the first group; the others run the first of these rows"
-
-
-def test_a_row_that_is_drafted_runs_through_each_group_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Group 1 over one after the other; the others over all together, from the states that each left."""
-    monkeypatch.setattr(fused, "usable", lambda x: False)
-    monkeypatch.setattr(fused, "few", lambda rows: False)
-    sampling = Sampling(temperature=0, max_tokens=8, ignore_eos=True, speculative=3)
-    engine, ran = Engine(MODEL, units=400, speculative_max_batch=1), list[tuple[int, int]]()
-    engine.submit(Request([20, 30, 40], sampling, depth="full"))
-    engine.step()
-    group = engine.runner._group
-    monkeypatch.setattr(engine.runner, "_group", lambda at, x, step: (ran.append((at, len(x))), group(at, x, step))[1])
-    engine.step()
-    assert ran == [(0, 1)] * 4 + [(1, 4), (2, 4), (3, 4)]
-
-
-def test_graphs_are_asked_for_where_steps_of_some_requests_are_to_be_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = list[Any]()
-    monkeypatch.setattr(Runner, "_compile", lambda self: None)
-    monkeypatch.setattr(graphs, "of_device", lambda *given: asked.append(given))
-    assert Runner(MODEL, 4).graphs is None and asked == []
-    made = Runner(MODEL, 4, graph_rows=3)
-    assert asked == [(made.net, made.cache, 3)] and made.graphs is None, "the device has none"
 
 
 def test_what_the_router_saw_is_told_as_far_as_it_is_a_number() -> None:
@@ -175,23 +137,3 @@ def test_no_request_waits_for_a_compiler() -> None:
     lines = [line.split(" ", 2) for line in done.stdout.splitlines()]
     assert [(precision, later) for precision, _, later in lines] == [("fp32", "[]"), ("int8", "[]")]
     assert all(int(count) > 0 for _, count, _ in lines)
-
-
-def test_a_router_is_asked_once_whether_it_reads_a_prompts_loss_and_another_one_again() -> None:
-    asked = list[str]()
-
-    class Reads:
-        def __init__(self, name: str, reads: bool) -> None:
-            self.name, self.reads = name, reads
-
-        @property
-        def reads_nll(self) -> bool:
-            asked.append(self.name)
-            return self.reads
-
-    ours: Any = SimpleNamespace(model=SimpleNamespace(router=None), _asked=(None, False))
-    told = []
-    for router in (None, one := Reads("one", True), one, other := Reads("other", False), other, None, one):
-        ours.model.router = router
-        told.append(Runner._reads_nll(ours))
-    assert told == [False, True, True, False, False, False, True] and asked == ["one", "other", "one"]

@@ -31,15 +31,6 @@ def test_what_it_holds_has_room_for_all_that_it_may_say() -> None:
     assert one.holding.tables.shape[1] == 3, "nine tokens"
 
 
-def test_nothing_was_done_for_it_when_it_comes() -> None:
-    one = made()
-    assert (one.groups, one.layers, one.look, one.least, one.looked, one.looking) == (None, 0, None, 0, 0, False)
-    assert (one.shift, one.audited, one.number, one.turn, one.told, one.tolerance) == (0.0, False, 0, 0, None, None)
-    assert (one.spent, one.ran, one.drawn, one.watched, one.paused, one.cached_tokens) == (0.0, 0, 0, False, False, 0)
-    assert (one.admitted_at, one.first_token_at, one.acceptance, one.grammar) == (None, None, None, None)
-    assert one.ends(END_ID)
-
-
 def test_it_goes_on_after_tokens_of_another_engine_of_which_the_last_is_still_to_be_taken_in() -> None:
     a, b, c = (TOKENIZER.encode(letter)[0] for letter in "abc")
     one = made()
@@ -127,24 +118,3 @@ def test_its_end_tells_how_long_each_part_took_since_it_came(
     one.least, one.tolerance, one.spent = 1, 0.1, 0.25
     end = one.finished("error", 20.0, error)
     assert (end.depth, end.first_depth, end.spent) == (depth, min(depth, 1), 0.25)
-
-
-def test_its_end_has_what_was_held_back_of_its_text() -> None:
-    one = made(stop=("ab",))
-    text, stopped = one.text.push(TOKENIZER.encode("a")[0], may_stop=True)
-    assert (text, stopped) == ("", False) and one.finished("length", 20.0, None).text == "a"
-
-
-def test_its_signals_are_told_where_they_are_asked_for() -> None:
-    one = made(answered=2)
-    one.heard.token(1.5)
-    assert one.finished("stop", 20.0, None).signals is None
-    one.watched = True
-    assert one.finished("stop", 20.0, None).signals == one.heard.all()
-
-
-@pytest.mark.parametrize(("ran", "drawn", "mean"), [(0, 0, 0.0), (6, 4, 1.5)])
-def test_its_mean_depth_is_of_the_tokens_that_were_counted(ran: int, drawn: int, mean: float) -> None:
-    one = made(answered=5)
-    one.ran, one.drawn = ran, drawn
-    assert one.finished("stop", 20.0, None).mean_depth == mean

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from shoal.engine.events import Sampling
 from shoal.engine.guided import Grammar, GrammarError, StrayError
-from shoal.engine.sampler import Sampler, _keys, _mix64, exponential
+from shoal.engine.sampler import Sampler, _mix64, exponential
 from shoal.errors import GenerationError
 from shoal.inputs.tokenizer import END_ID
 from shoal.model.cpu import fused
@@ -63,24 +63,6 @@ def test_greedy_is_the_likeliest_that_is_allowed() -> None:
     assert sampled.token == int(allowed.argmax())
 
 
-def test_the_first_id_is_a_token_like_others_where_it_may_be_chosen() -> None:
-    """Ours pads with it; an adopted tokenizer may have a word there."""
-    row = logits()
-    row[0, 0] = 50.0
-    for sampling in (Sampling(temperature=0), Sampling()):
-        (sampled,) = sampler().sample(row.clone(), [Draw(sampling)])
-        assert (sampled.token, sampled.error) == (0, None)
-
-
-def test_samples_follow_the_distribution() -> None:
-    row = logits()
-    wanted = row[0].clone()
-    wanted[CLOSED] = -math.inf
-    share = torch.softmax(wanted / 0.8, -1).numpy()
-    assert np.abs(drawn(row, Sampling(temperature=0.8)) - share).max() < 0.025
-    assert drawn(row, Sampling())[CLOSED] == 0
-
-
 @pytest.mark.parametrize(
     "sampling", [Sampling(top_k=5), Sampling(top_p=0.5), Sampling(min_p=0.2), Sampling(top_k=30, top_p=0.6, min_p=0.05)]
 )
@@ -100,11 +82,6 @@ def test_filters_keep_what_their_definitions_keep(sampling: Sampling) -> None:
     found = drawn(row, sampling)
     assert set(np.flatnonzero(found)) <= set(np.flatnonzero(keep.numpy()))
     assert np.abs(found - share).max() < 0.04
-
-
-def test_a_flat_distribution_is_sorted_as_a_whole_for_top_p() -> None:
-    found = drawn(torch.arange(VOCAB).float()[None] * 1e-3, Sampling(top_p=0.9))
-    assert 0.85 * VOCAB < np.flatnonzero(found).size < 0.93 * VOCAB
 
 
 def test_penalties_bias_and_least_length() -> None:
@@ -149,31 +126,6 @@ def test_a_row_that_is_not_finite_is_an_error_of_its_own() -> None:
     assert good.error is None
     for bad in (nan, nothing):
         assert isinstance(bad.error, GenerationError) and "not finite" in str(bad.error)
-
-
-def test_logprobs_are_of_the_model_before_bias_and_temperature() -> None:
-    row = logits()
-    allowed = row[0].double().clone()
-    allowed[CLOSED] = -math.inf
-    whole = torch.log_softmax(allowed, -1)
-    draw = Draw(Sampling(temperature=0, logit_bias={77: 100.0}, logprobs=2))
-    (sampled,) = sampler().sample(row, [draw])
-    assert sampled.token == 77 and sampled.logprob is not None
-    assert sampled.logprob.logprob == pytest.approx(whole[77].item(), abs=1e-6)
-    assert [token for token, _ in sampled.logprob.top] == whole.topk(2).indices.tolist()
-
-
-def test_noise_is_exponential_needs_no_state_and_is_its_own_everywhere() -> None:
-    noise = sampler().noise([7] * 400, range(400)).double().numpy()
-    for values in (noise.ravel(), noise[:, 3], noise[5]):  # all, one token over positions, all tokens at one
-        n = values.size
-        even, _ = np.histogram(np.exp(-values), 10, (0, 1))
-        assert ((even - n / 10) ** 2 / (n / 10)).sum() < 28  # chi-square, 9 degrees of freedom, p = 0.001
-    assert (sampler().noise([7], [42]).numpy()[0] == noise[42]).all()
-    other = sampler().noise([8] * 400, range(400)).double().numpy()
-    for a, b in ((noise, other), (noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1])):
-        assert abs(np.corrcoef(np.exp(-a).ravel(), np.exp(-b).ravel())[0, 1]) < 0.015
-    assert (sampler().noise([7 + 2**64], [0]).numpy() == noise[0]).all()  # seeds count modulo 2^64
 
 
 def test_noise_is_what_published_hashes_make_of_seed_position_and_token() -> None:
@@ -247,21 +199,6 @@ def test_a_temperature_that_no_float32_holds_is_greedy() -> None:
             assert drawn(logits(), sampling, 20)[int(logits()[0].argmax())] == 1
 
 
-def test_what_a_request_closes_by_itself_is_its_own_fault_and_the_rest_the_models() -> None:
-    everything = [token for token in range(VOCAB) if token != CLOSED]
-    greedy = Sampling(temperature=0)
-    closed = Draw(Sampling(temperature=0, min_tokens=1, stop_token_ids=everything))
-    for draw, row, status in (
-        (closed, logits(), 400),
-        (Draw(greedy), torch.full((1, VOCAB), -math.inf), 500),
-        (Draw(Sampling(min_tokens=1)), torch.full((1, VOCAB), -math.inf), 500),
-        (Draw(Sampling(min_tokens=1)), logits() * math.nan, 500),
-    ):
-        (sampled,) = sampler().sample(row, [draw])
-        assert sampled.error is not None and sampled.error.status == status
-        assert sampled.error.param == ("min_tokens" if status == 400 else None)
-
-
 def test_a_row_without_a_token_has_no_logprobs_whether_others_have() -> None:
     """Not even where no row has a token."""
     asked = [Draw(Sampling(temperature=0, logprobs=2)) for _ in "ab"]
@@ -282,14 +219,6 @@ def test_ids_that_end_the_vocabulary_without_a_token_are_never_drawn() -> None:
     wanted = [int(row[:290].index_fill(0, torch.tensor([CLOSED]), -math.inf).argmax()) for row in rows]
     found = Sampler(forbidden).sample(rows, [Draw(Sampling(temperature=0)) for _ in "ab"])
     assert [each.token for each in found] == wanted
-
-
-def test_each_row_reports_as_many_alternatives_as_it_asked_for() -> None:
-    rows = logits(3)
-    likeliest = rows.index_fill(1, torch.tensor([CLOSED]), -math.inf).topk(4).indices.tolist()
-    found = sampler().sample(rows, [Draw(Sampling(temperature=0, logprobs=count)) for count in (1, 4, 0)])
-    tops = [[token for token, _ in each.logprob.top] for each in found if each.logprob]
-    assert tops == [likeliest[0][:1], likeliest[1], []]
 
 
 def test_compiled_loops_draw_the_tokens_of_the_race() -> None:
@@ -355,17 +284,6 @@ def test_a_race_that_rounding_decides_is_run_as_it_is_defined(monkeypatch: pytes
     with torch.inference_mode():
         assert [s.token for s in sampler().sample(rows.clone(), draws)] == plain
     assert not close  # chance does not make one in 40
-
-
-def test_equal_tokens_race_by_their_noise_and_a_tie_is_told() -> None:
-    pytest.importorskip("numba")
-    rows = torch.zeros(1, VOCAB)
-    ids, keys = sampler()._ids.clone(), _keys([7], [3])
-    ids[:] = ids[9]  # all have the same noise
-    with torch.inference_mode():
-        heat, lowest = torch.ones(1), torch.full([1], -math.inf, dtype=torch.double)
-        found, ties = fused.race(rows, [0], torch.tensor([4]), heat, lowest, ids, keys)
-    assert ties == [0] and 0 <= int(found) < VOCAB
 
 
 # chi-square that chance passes once in a thousand, by degrees of freedom

@@ -8,9 +8,7 @@ stale page fails here, whatever the order of submissions, cancellations, pauses,
 from __future__ import annotations
 
 import dataclasses
-import random
 import zlib
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +18,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from shoal import presets
-from shoal.config import GROUPS
 from shoal.engine.events import Event, Finished, Request, Sampling, Token, TokenLogprob
 from shoal.engine.pace import WARM_UP
 from shoal.engine.pages import Pages
@@ -188,21 +185,6 @@ def end(events: list[Event], request: str) -> Finished:
     return found
 
 
-@pytest.mark.parametrize("depth", [None, 1, 2, 4])
-def test_a_request_owns_a_unit_for_each_page_and_group_of_its_depth(depth: int | None) -> None:
-    h = Harness(max_batch_tokens=64)
-    request = h.submit(list(range(50, 60)), depth, sampling=Sampling(max_tokens=20))
-    running = h.scheduler._live[request]
-    for _ in range(8):
-        h.step()
-        if running.groups and running.answered:
-            stored = len(running.tokens) - 1  # the newest token is not run yet
-            assert running.holding.owned == [-(-stored // PAGE)] * running.groups + [0] * (GROUPS - running.groups)
-            assert h.pages.total - h.pages.available == sum(running.holding.owned)
-    assert running.answered > 2
-    assert running.layers == (depth or depth_of(list(range(50, 60))))
-
-
 def test_long_prefill_and_decodes_advance_in_every_step() -> None:
     h = Harness(units=200)
     short = [h.submit([60 + i], sampling=Sampling(max_tokens=30, ignore_eos=True)) for i in range(2)]
@@ -280,29 +262,6 @@ def test_a_shared_prefix_is_computed_once_and_counted() -> None:
     assert (h.scheduler.metrics.prefix_queries, h.scheduler.metrics.prefix_hits) == (37, 23)
 
 
-def test_a_deep_request_after_a_shallow_one_fills_only_the_deeper_groups() -> None:
-    h = Harness(units=100)
-    prompt = list(range(50, 62))
-    h.submit(prompt, 1)
-    h.run()
-    request = h.submit(prompt, 4)
-    running = h.scheduler._live[request]
-    events = h.step()
-    assert running.holding.found == [12, 0, 0, 0]
-    assert end(events + h.run(), request).cached_tokens == 0
-
-
-def test_the_router_sees_the_same_sums_with_and_without_cached_pages() -> None:
-    """The fake runner asserts it; here: pages stored by a fixed-depth request carry no sums, so their rows run again."""
-    h = Harness(units=100)
-    prompt = list(range(50, 63))
-    h.submit(prompt, 1)
-    h.run()
-    for _ in range(2):
-        request = h.submit(prompt, None, sampling=Sampling(max_tokens=2))
-        assert end(h.run(), request).depth == depth_of(prompt)
-
-
 def test_cancel_waiting_running_and_finished() -> None:
     h = Harness(max_batch=1)
     running, waiting = h.submit(list(range(50, 70))), h.submit([51])
@@ -351,15 +310,6 @@ def test_a_failed_step_ends_its_requests_only() -> None:
     assert end(h.scheduler.take_events(), first).reason == "error"
     h.scheduler.check_integrity()
     assert end(h.run(), second).reason in ("stop", "length")
-
-
-def test_an_error_of_one_row_ends_that_request() -> None:
-    h = Harness()
-    bad, good = h.submit([50]), h.submit([51])
-    plan = h.scheduler.plan()
-    outcome = h.runner.run(plan)
-    h.scheduler.commit(plan, Outcome([Sampled(0, error=GenerationError("boom")), outcome.samples[1]]))
-    assert bad not in h.scheduler._live and good in h.scheduler._live
 
 
 def test_a_paused_request_waits_and_gives_way() -> None:
@@ -445,23 +395,6 @@ def test_no_step_is_of_the_shallow_alone_while_a_prompt_is_on_its_way() -> None:
     while long.todo > 1:
         assert not shallow(1)
     assert shallow(10)
-
-
-def test_prompts_that_go_on_together_into_deeper_groups_share_the_rows_of_a_step() -> None:
-    """Group 1 has most of them in the prefix cache, so that all are decided in one step: the deeper groups have nothing."""
-    beginning = list(range(50, 66))
-    ends = {depth: [i for i in range(200) if depth_of([*beginning, i]) == depth] for depth in (1, 4)}
-    h = Harness(units=200)
-    h.submit([*beginning, ends[1][0]], None, sampling=Sampling(max_tokens=1))
-    h.run()
-    asked = [h.submit([*beginning, i], None, sampling=Sampling(max_tokens=1)) for i in ends[4][:3]]
-    h.step()
-    assert [h.scheduler._live[request].groups for request in asked] == [4, 4, 4]
-    rows = []
-    while not h.scheduler.idle:
-        h.step()
-        rows.append(sum(work.count for work in h.runner.works))
-    assert sum(rows) == 3 * 17 and rows[:4] == [12] * 4
 
 
 @pytest.mark.parametrize("depth", [None, 1, 2, 4])
@@ -658,59 +591,3 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestScheduler = SchedulerMachine.TestCase  # hypothesis: short sequences, made shorter where one fails
 TestScheduler.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
-
-
-def sequence(rng: random.Random) -> SchedulerMachine:
-    """Forty of the machine's rules in a row, and its books checked after each."""
-    machine = SchedulerMachine()
-    cost, drafts = rng.choice([(0, 0), (0.1, 0.001), (0, 0.01)]), rng.choice([0, 1, 3])
-    units = rng.randint(17, rng.choice([20, 60]))
-    machine.build(units, rng.randint(8, 40), rng.randint(1, 4), cost, drafts)
-    for _ in range(40):
-        match rng.choices(["submit", "again", "steps", "cancel", "pause", "preempt", "fail"], [6, 4, 14, 2, 3, 2, 1])[
-            0
-        ]:
-            case "again":
-                machine.again(rng.randint(0, 7), rng.choice([2, 4]), rng.randint(-1, 1))
-            case "submit":
-                machine.submit(
-                    rng.choice([[2], [1] * 4, [1] * 8]),
-                    [rng.randint(1, 2) for _ in range(rng.choice([0, 0, 1, 2, 4, 9]))],
-                    rng.choice([None, 1, 2, 4]),
-                    rng.randint(1, 12),
-                    rng.randint(-1, 1),
-                    rng.choice([None, None, None, 1.0, 5.0]),
-                    rng.random() < 0.2,
-                    rng.choice([None, None, 0, 2, 8]),
-                    rng.choice([0, 0, 0, 1, 3, 7]),
-                    rng.choice(["a", "a", "b"]),
-                )
-            case "steps":
-                machine.steps(rng.randint(1, 4))
-            case "pause":
-                machine.pause(rng.randint(0, 7), rng.random() < 0.4)
-            case "fail":
-                machine.fail(rng.random() < 0.5)
-            case name:
-                getattr(machine, name)(rng.randint(0, 7))
-        machine.balanced()
-    machine.teardown()
-    return machine
-
-
-@pytest.mark.drill
-@pytest.mark.parametrize("seeds", [range(150), range(150, 1000)], ids=["few", "more"])
-def test_a_thousand_sequences_of_anything(seeds: range) -> None:
-    """What hypothesis searches, in bulk; the counts say that each thing that may happen did, often."""
-    seen: Counter[str] = Counter()
-    for seed in seeds:
-        machine = sequence(random.Random(seed))
-        metrics = machine.h.scheduler.metrics
-        seen.update(machine.ended.values())
-        seen.update(preempted=metrics.preemptions, found=metrics.prefix_hits, refused=metrics.refused)
-        seen.update(accepted=metrics.drafts_accepted, rejected=metrics.drafts - metrics.drafts_accepted)
-        seen.update(shallow=sum(only for only, _ in machine.h.runner.spent), scored=len(machine.scored))
-        seen.update(told=sum(map(bool, machine.told.values())))
-    ends = ["stop", "length", "cancelled", "deadline", "error"]
-    for what in (*ends, "preempted", "found", "refused", "shallow", "scored", "accepted", "rejected", "told"):
-        assert seen[what] > len(seeds) / 10, (what, seen)

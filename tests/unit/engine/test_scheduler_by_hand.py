@@ -9,13 +9,11 @@ import pytest
 
 from shoal.engine.drafting import AHEAD
 from shoal.engine.events import Event, Finished, Sampling, Signals, Token
-from shoal.engine.pages import Pages
-from shoal.engine.plan import Decision, Outcome, Plan, Sampled
+from shoal.engine.plan import Decision, Outcome, Sampled
 from shoal.engine.running import Running
-from shoal.engine.scheduler import Scheduler
-from shoal.errors import GenerationError, QueueFullError, RequestError
+from shoal.errors import GenerationError, QueueFullError
 from tests.unit.engine.test_planning import live, long, told
-from tests.unit.engine.test_scheduler import CONFIG, PAGE, Harness, end, said
+from tests.unit.engine.test_scheduler import CONFIG, Harness, end, said
 
 A, B, C, LAST = range(100, 104)
 
@@ -64,19 +62,6 @@ def test_tokens_tell_what_was_heard_of_them_and_drafts_that_stood_are_those_that
     assert h.scheduler.idle and h.pages.available == h.pages.total
 
 
-def test_what_wrong_drafts_were_written_to_is_given_back_in_every_group() -> None:
-    h = Harness(units=400, max_batch_tokens=40)
-    request = h.submit([60, 61], 2, sampling=long(20, speculative=8))
-    step(h, Sampled(A))
-    plan = h.scheduler.plan()
-    assert plan.works[0].drafts == 8 and live(h, request).holding.owned == [3, 3, 0, 0]
-    h.scheduler.commit(plan, Outcome([Sampled(A, after=(Sampled(B),), drafted=8)]))
-    assert live(h, request).holding.owned == [1, 1, 0, 0] and live(h, request).holding.computed == [4, 4, 0, 0]
-    h.scheduler.check_integrity()
-    step(h, Sampled(A))
-    assert live(h, request).holding.owned == [2, 2, 0, 0], "a row that drafts nothing right keeps its own"
-
-
 def test_a_request_ends_by_what_comes_first_and_says_nothing_after_it() -> None:
     for sampled, sampling, reason, count in (
         (Sampled(A, after=(Sampled(B), Sampled(C)), drafted=2), {"stop_token_ids": [B]}, "stop", 2),
@@ -91,24 +76,6 @@ def test_a_request_ends_by_what_comes_first_and_says_nothing_after_it() -> None:
         assert (end(events, request).reason, len(said(events, request))) == (reason, count)
         assert isinstance(events[-1], Finished) and h.scheduler.idle and h.pages.available == h.pages.total
         assert h.scheduler.metrics.finished == {reason: 1}
-
-
-def test_times_to_a_first_token_and_for_each_after_it_are_of_those_made_here() -> None:
-    """Of an answer of three tokens begun elsewhere, the last of which is taken in as the first here: four seconds for two."""
-    h = Harness(units=400)
-    h.now = 1.0
-    request = h.submit([60], sampling=long(5), answer=(A, B, C))
-    for at in (3.0, 4.0, 7.0):
-        plan = h.scheduler.plan()
-        h.now = at
-        events = h.scheduler.commit(plan, Outcome([Sampled(B)]))
-    finished = end(events, request)
-    assert (finished.first_token_seconds, finished.total_seconds, finished.queue_seconds) == (2.0, 6.0, 0.0)
-    each = h.scheduler.metrics.request_time_per_output_token_seconds
-    assert (each.count, each.sum) == (1, 2.0)
-    assert h.scheduler.metrics.time_to_first_token_seconds.sum == 2.0
-    units = h.scheduler.metrics.request_kv_units
-    assert (units.count, units.sum) == (1, 8.0), "two pages in four groups"
 
 
 # --- depths ----------------------------------------------------------------------------------------------------------------
@@ -155,21 +122,6 @@ def test_what_the_router_is_taken_to_be_wrong_by_is_the_judge_s_at_that_toleranc
     assert shifts == [0.75, 0.0, 0.0]
 
 
-def test_whether_drafts_may_be_made_and_what_they_are_thought_to_cost_follows_from_the_exits() -> None:
-    limits: dict[str, Any] = {"max_batch_tokens": 12, "max_batch": 4, "max_queue": 8}
-    plain = Scheduler(CONFIG, Pages(40), **limits)
-    drafting = plain._drafting
-    assert (drafting._most, drafting._max_batch, drafting._able) == (0, None, True)
-    assert (drafting.prices._cheap, plain._audits) == (1 / 4, True)
-    given = Scheduler(CONFIG, Pages(40), speculative=3, speculative_max_batch=0, **limits)._drafting
-    assert (given._most, given._max_batch) == (3, 0)
-    whole = Scheduler(dataclasses.replace(CONFIG, early_exits=False, exit_ffn=0), Pages(40), **limits)
-    assert not whole._drafting._able
-    deeper = Scheduler(dataclasses.replace(CONFIG, layers=6), Pages(40), **limits)._drafting
-    assert deeper.prices._cheap == pytest.approx(2 / 6)
-    assert (plain.max_batch_tokens, plain.max_batch, plain.max_queue) == (12, 4, 8)
-
-
 def test_an_answer_that_ends_where_the_router_would_look_again_is_left_as_it_is() -> None:
     h = Harness(units=400)
     for tokens, looks in ((3, False), (4, True)):
@@ -181,55 +133,6 @@ def test_an_answer_that_ends_where_the_router_would_look_again_is_left_as_it_is(
             assert running.look == 3
             step(h, Sampled(A))
         assert (running.looking, running.groups) == (looks, None if looks else 2)
-
-
-# --- what is told to whom --------------------------------------------------------------------------------------------------
-
-
-def test_what_a_step_took_is_told_to_all_that_learn_from_it() -> None:
-    h = Harness(units=400, max_batch_tokens=40)
-    h.submit([60, 61, 62], sampling=long(3))
-    heard: dict[str, Any] = {}
-    scheduler, nan = h.scheduler, float("nan")
-    scheduler.pace.step = lambda *given, shallow: heard.update(pace=(*given, shallow))  # type: ignore[method-assign]
-    scheduler.pace.seconds = lambda groups, rows: heard.get("seconds", 9.0)  # type: ignore[method-assign]
-    scheduler._drafting.learn = lambda *given: heard.update(drafting=given)  # type: ignore[method-assign]
-    scheduler.judge.took = lambda *given: heard.update(judge=given)  # type: ignore[method-assign]
-    scheduler._seconds.took = lambda works, seconds: heard.update(shares=(works, seconds))  # type: ignore[method-assign]
-    h.now = 2.0
-    plan = scheduler.plan()
-    for shallow, expected, wanted in ((False, 9.0, 9.0), (True, None, 0.0)):
-        h.now, heard["seconds"] = 5.0, expected
-        plan, outcome = Plan(plan.works, shallow=shallow), Outcome([Sampled(A)])
-        scheduler.commit(plan, outcome)
-        assert heard["pace"] == (4, 12, 3.0, shallow)
-        assert heard["drafting"] == (plan, outcome, 3.0) and heard["judge"] == (plan, outcome, 12)
-        assert heard["shares"] == (plan.works, wanted)
-    told(h, 20)
-    scheduler.cancel("1")
-    plan = scheduler.plan()
-    assert plan.audit is not None
-    del heard["shares"]
-    scheduler.commit(plan, Outcome([], lost=[nan] * 19))
-    assert "shares" not in heard, "a look is nobody's"
-
-
-def test_an_answer_that_was_chosen_is_looked_at_if_it_ended_well() -> None:
-    for chosen, tokens, ends, looks in (
-        (True, 1, "length", True), (True, 9, "cancelled", False), (False, 1, "length", False), (True, 9, "error", False),
-    ):  # fmt: skip
-        h, found = Harness(units=400), list[Running]()
-        h.scheduler.judge.told = found.append  # type: ignore[method-assign, assignment]
-        request = h.submit([60], 1, sampling=long(tokens))
-        running = live(h, request)
-        running.audited = chosen
-        events = step(h, Sampled(A))
-        if ends == "cancelled":
-            h.scheduler.cancel(request)
-        elif ends == "error":
-            h.scheduler.fail(h.scheduler.plan().works, GenerationError("boom"))
-        assert end(events + h.scheduler.take_events(), request).reason == ends
-        assert found == [running] * looks
 
 
 # --- who comes and goes ----------------------------------------------------------------------------------------------------
@@ -310,40 +213,3 @@ def test_who_left_during_a_step_that_failed_has_ended_already() -> None:
     h.scheduler.fail(plan.works, GenerationError("boom"))
     ends = {event.request: event.reason for event in h.scheduler.take_events() if isinstance(event, Finished)}
     assert ends == {leaves: "cancelled", stays: "error"} and h.scheduler.idle
-
-
-def test_where_books_are_broken_every_request_ends_all_the_same_and_no_look_is_left(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    h = Harness(units=400, max_batch=2)
-    ids = [h.submit([50 + i], sampling=long()) for i in range(3)]
-    h.step()
-    told(h, 12)
-    told(h, 12)
-    broken = live(h, ids[0])
-    monkeypatch.setattr(broken.holding, "release", lambda pages: 1 / 0)
-    h.scheduler.take_events()
-    h.scheduler.fail_all(GenerationError("boom"))
-    events = h.scheduler.take_events()
-    assert [event.request for event in events] == ids
-    for event in events:
-        assert isinstance(event, Finished) and event.reason == "error"
-        assert isinstance(event.error, RequestError) and "boom" in str(event.error)
-    assert h.scheduler.idle and not h.scheduler.live and h.scheduler.running == h.scheduler.waiting == []
-
-
-def test_integrity_is_of_all_that_hold_units() -> None:
-    h = Harness(units=400, max_batch_tokens=24)
-    request = h.submit(list(range(50, 56)), sampling=long())
-    told(h, 40)
-    plan = h.scheduler.plan()
-    h.scheduler.commit(plan, Outcome([Sampled(A)], lost=[0.0] * (plan.works[-1].count - 1)))
-    h.scheduler.check_integrity()
-    (unit,) = h.pages.allocate(1)
-    with pytest.raises(RuntimeError, match="references"):
-        h.scheduler.check_integrity()
-    h.pages.release([unit])
-    holding = live(h, request).holding
-    holding.computed[0] += PAGE
-    with pytest.raises(RuntimeError, match=f"request {request} owns"):
-        h.scheduler.check_integrity()

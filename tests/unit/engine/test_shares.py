@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -14,8 +12,8 @@ from hypothesis import strategies as st
 from shoal.engine.events import LATER, Finished, Request, Sampling, Token
 from shoal.engine.pace import WARM_UP
 from shoal.engine.plan import Work
-from shoal.engine.shares import KEPT, REMEMBERED, TOLERATED, Seconds, Shares, clearly_before
-from shoal.errors import DeadlineError, QueueFullError
+from shoal.engine.shares import KEPT, Seconds, Shares, clearly_before
+from shoal.errors import QueueFullError
 from tests.unit.engine.test_scheduler import Harness, end, next_token
 
 LONG = Sampling(max_tokens=24, ignore_eos=True)
@@ -130,15 +128,6 @@ def test_a_full_queue_has_a_place_for_who_has_little_there() -> None:
     assert h.scheduler.metrics.refused == 4
 
 
-def test_of_one_payer_the_client_that_has_most_gives_its_last_place() -> None:
-    h = Harness(2000, max_batch=4, max_queue=8)
-    many = [h.submit([50, i], sampling=LONG, payer="a", client="greedy") for i in range(12)]
-    other = h.submit([60], sampling=SHORT, payer="a", client="other")
-    events = h.run()
-    assert isinstance(end(events, many[-1]).error, QueueFullError)
-    assert {end(events, request).reason for request in [*many[:-1], other]} == {"length"}
-
-
 def test_what_has_begun_gives_no_place_however_much_of_it_there_is() -> None:
     """Here, or in another engine; and that is let in, since it has been taken once."""
     h = Harness(2000, max_batch=4, max_queue=2)
@@ -167,33 +156,6 @@ def test_who_does_not_read_has_none_of_the_places_of_those_who_do() -> None:
         h.scheduler.pause(request, False)
     h.run()
     assert h.scheduler._paused == 0
-
-
-def test_those_that_leave_at_once_cost_what_they_are() -> None:
-    """Twice as many, twice the calls of functions, and not four times."""
-
-    def calls(count: int) -> int:
-        h = Harness(2000, max_batch=4, max_queue=count)
-        requests = [h.submit([50, i % 50], sampling=LONG, payer="a", client=str(i % 3)) for i in range(count)]
-        h.step()
-        made = 0
-
-        def called(frame: FrameType, event: str, argument: object) -> None:
-            nonlocal made
-            made += event == "call"
-
-        before = sys.getprofile()
-        sys.setprofile(called)
-        try:
-            for request in requests:
-                h.scheduler.cancel(request)
-            h.step()
-        finally:
-            sys.setprofile(before)
-        assert h.scheduler.idle and h.pages.available == h.pages.total
-        return made
-
-    assert calls(400) < 2.5 * calls(200)
 
 
 def seconds_of(
@@ -232,27 +194,10 @@ def test_small_requests_take_at_most_twice_as_long_beside_a_full_batch() -> None
     assert sorted(beside)[6] <= 2 * alone + 0.032, (alone, beside)  # and a step that runs when one comes
 
 
-def test_small_requests_that_come_now_and_then_take_as_long_as_alone() -> None:
-    """They ask for less than half of the time."""
-    alone = max(seconds_of(0, tokens=24))
-    beside = seconds_of(31, pause=4, tokens=24)
-    assert max(beside[2:]) < 1.2 * alone, (alone, beside)
-
-
 def test_small_requests_take_no_longer_beside_what_may_wait_than_beside_one_payer_however_many_have_some() -> None:
     """They were never behind it, and took 0.265 s where they take 0.048 beside what does not wait for them."""
     equal, later = seconds_of(31), seconds_of(31, payers=8, priority=LATER)
     assert sorted(later)[6] <= sorted(equal)[6] and max(later) <= max(equal), (equal, later)
-
-
-def test_payers_that_share_steps_evenly_have_none_of_their_own() -> None:
-    h = Harness(4000, cost=(0.25e-3, 0.25e-3), max_batch=8, max_queue=100, max_batch_tokens=40)
-    for i in range(8):
-        h.submit([50, i], sampling=Sampling(max_tokens=100, ignore_eos=True), payer="ab"[i % 2])
-    h.step()
-    for _ in range(60):
-        h.step()
-        assert len(h.runner.works) == 8
 
 
 def test_who_has_a_full_batch_has_half_of_the_time_beside_small_requests_that_never_end() -> None:
@@ -349,60 +294,6 @@ def test_who_left_its_share_to_others_has_four_steps_before_them_and_no_more() -
         assert again == 8
 
 
-def test_who_comes_has_an_even_share_since_the_last_step_of_all_less_such_a_step() -> None:
-    """Of a and b, that had 1 s each, a had 4 s alone while b waited for a place: an even share is 3 s, whatever a had more."""
-    seconds = Seconds()
-    seconds.behind({"a", "b"})
-    seconds.took([decoding("a", 1), decoding("b", 1)], 2.0)
-    seconds.behind({"a", "b"})
-    seconds.took([decoding("a", 1)], 4.0)
-    steps = 0
-    while "c" in seconds.behind({"a", "b", "c"}):
-        seconds.took([decoding("c", 1)], 1.0)
-        steps += 1
-    assert steps == 3, "from 3 s less 2 s to half of a step of 2 s below the 5 s that a had"
-
-
-@pytest.mark.parametrize("away", [1, 2, 8])
-def test_who_goes_after_each_of_its_long_steps_has_half_of_the_time_all_the_same(away: int) -> None:
-    """It owed nothing when it came again, and so had 16 times as much as who stayed."""
-    seconds = Seconds()
-    mine = total = 0.0
-    gone = 0
-    for _ in range(600):
-        payers = {"mine"} if gone else {"mine", "prompts"}
-        run = seconds.behind(payers) or payers
-        took = 4.0 if "prompts" in run else 0.125
-        seconds.took([decoding(payer, 31 if payer == "prompts" else 1) for payer in run], took)
-        total += took
-        mine += took / 32 if "prompts" in run else took
-        gone = away if "prompts" in run else max(0, gone - 1)
-    assert mine > 0.48 * total
-
-
-def test_who_had_more_when_it_went_owes_no_more_when_it_comes_again_whoever_came_and_went() -> None:
-    """Of others each has left its share to those before it, and the one that stays has had least."""
-    seconds = Seconds()
-    names = [str(number) for number in range(20)]
-    seconds.behind({"much", *names})
-    seconds.took([decoding(name, 1) for name in ("much", *names)], 1.0)
-    for _ in range(100):
-        seconds.behind({"much"})
-        seconds.took([decoding("much", 1)], 1.0)
-    before = "much"
-    for name in names:
-        seconds.behind({before, name})
-        seconds.took([decoding(name, 1)], 0.125)
-        seconds.behind({name})
-        seconds.took([decoding(name, 1)], 1.0)
-        before = name
-    steps = 0
-    while seconds.behind({"much", before}) == {before}:
-        seconds.took([decoding(before, 1)], 1.0)
-        steps += 1
-    assert steps <= KEPT
-
-
 @settings(max_examples=40)
 @given(own=st.sampled_from([0.05, 0.1, 0.5, 0.9]), on=st.integers(1, 60), off=st.integers(0, 4))
 def test_however_another_comes_and_goes_a_payer_has_half_of_the_time_and_waits_four_steps(
@@ -423,45 +314,6 @@ def test_however_another_comes_and_goes_a_payer_has_half_of_the_time_and_waits_f
     assert mine > 0.48 * total and longest < KEPT + own
 
 
-def test_payers_that_are_away_are_remembered_up_to_a_number() -> None:
-    seconds = Seconds()
-    for number in range(REMEMBERED + 50):
-        seconds.behind({"much", str(number)})
-        seconds.took([decoding("much", 3), decoding(str(number), 1)], 1.0)
-    seconds.behind({"much"})
-    assert len(seconds._away) == REMEMBERED and "49" not in seconds._away and "50" in seconds._away
-
-
-@pytest.mark.parametrize("blocked", [1, 5, 100])
-def test_who_waits_for_a_place_takes_back_no_more_than_four_steps_when_it_has_one(blocked: int) -> None:
-    seconds = Seconds()
-    seconds.behind({"a", "b"})
-    seconds.took([decoding("a", 1), decoding("b", 1)], 1.0)
-    for _ in range(blocked):
-        seconds.behind({"a", "b"})
-        seconds.took([decoding("a", 1)], 1.0)
-    steps = 0
-    while seconds.behind({"a", "b"}) == {"b"}:
-        seconds.took([decoding("b", 1)], 0.125)
-        steps += 1
-    assert steps == (min(blocked, KEPT) - TOLERATED) / 0.125
-
-
-def test_who_waits_while_another_has_one_long_step_has_as_much_after_it() -> None:
-    """It was not behind before that step, and is owed all of it: else long prompts had the engine beside short answers."""
-    seconds = Seconds()
-    seconds.behind({"prompts", "mine"})
-    seconds.took([decoding("prompts", 1), decoding("mine", 1)], 0.5)
-    mine = total = 0.0
-    for _ in range(400):
-        run = seconds.behind({"prompts", "mine"}) or {"prompts"}  # a step of those of least depth
-        took = 20.0 if "prompts" in run else 0.25
-        seconds.took([decoding(payer, 1) for payer in run], took)
-        total += took
-        mine += took if "mine" in run else 0.0
-    assert mine > 0.45 * total
-
-
 def test_what_may_wait_has_no_steps_of_its_own_and_is_owed_four_at_most_for_that() -> None:
     seconds = Seconds()
     for _ in range(100):
@@ -472,38 +324,6 @@ def test_what_may_wait_has_no_steps_of_its_own_and_is_owed_four_at_most_for_that
         seconds.took([decoding("a", 1), decoding("y", 15, LATER)], 1.0)
         steps += 1
     assert steps <= KEPT + 2
-
-
-def test_what_may_wait_of_a_payer_is_none_of_its_own_seconds() -> None:
-    h = Harness(4000, cost=(0.25e-3, 0.25e-3), max_batch=16, max_queue=200, max_batch_tokens=128)
-    endless = Sampling(max_tokens=400, ignore_eos=True)
-    whose = {h.submit([40 + i], sampling=endless, payer=payer): payer for i, payer in enumerate("aabb")}
-    for i in range(12):
-        h.submit([60, i], sampling=endless, payer="a", priority=LATER)
-    for _ in range(WARM_UP):
-        h.step()
-    got = Counter(whose.get(e.request) for _ in range(200) for e in h.step() if isinstance(e, Token))
-    assert got["a"] == got["b"], got
-
-
-def test_a_payer_goes_on_however_many_others_come_one_after_the_other() -> None:
-    """Each comes before the one before it has ended, and would start with less than that one had, for ever."""
-    h = Harness(4000, cost=(0.25e-3, 0.25e-3), max_batch=40, max_queue=200, max_batch_tokens=128)
-    for i in range(16):
-        h.submit([50, i], sampling=Sampling(max_tokens=1500, ignore_eos=True), payer="a", client=str(i))
-    for _ in range(WARM_UP):
-        h.step()
-    seen = set[str]()
-    new = {h.submit([60, 0], sampling=SHORT, payer="0")}
-    came, tokens, began = 1, 0, h.now
-    while h.now < began + 3:
-        for event in h.step():
-            tokens += isinstance(event, Token) and event.request not in new
-            if isinstance(event, Token) and event.request in new and event.request not in seen:
-                seen.add(event.request)
-                new.add(h.submit([60, came % 50], sampling=SHORT, payer=str(came)))
-                came += 1
-    assert tokens > 0.2 * 16 * 3 / 0.017, (tokens, came)
 
 
 def test_what_may_wait_has_what_others_leave() -> None:
@@ -557,22 +377,6 @@ def test_a_full_queue_of_what_may_wait_refuses_nobody(steps: int) -> None:
         h.submit([70, 9], sampling=LONG, payer="b")
     ended = {event.request: event for event in events + h.run() if isinstance(event, Finished)}
     assert all(ended[request].error is None for request in mine) and len(ended) == 8
-
-
-def test_what_may_wait_is_not_counted_to_the_time_of_what_does_not_wait_for_it() -> None:
-    h = Harness(2000, cost=(1e-3, 1e-3), max_batch=4, max_queue=60, max_batch_tokens=40)
-    for i in range(4 + WARM_UP + 4):
-        h.submit([50, i], sampling=SHORT, payer="later a", priority=LATER)
-    while h.scheduler.pace.wait(1) is None:
-        h.step()
-    wait = h.scheduler.pace.wait(1)
-    assert wait and len(h.scheduler.running) == 4 and h.scheduler.running[-1].order[0] == LATER
-    for i in range(4):  # nobody waits for them: they enter at once
-        h.submit([70, i], sampling=SHORT, payer="b")
-    alone = h.scheduler.pace.seconds(4, 4) or 0.0  # its own first step
-    h.submit([80], sampling=SHORT, payer="c", deadline=alone + 0.5 * wait)
-    with pytest.raises(DeadlineError):  # it does wait for all of them
-        h.submit([81], sampling=SHORT, payer="later c", priority=LATER + 1, deadline=alone + 0.5 * wait)
 
 
 @pytest.mark.parametrize("deep", [True, False])

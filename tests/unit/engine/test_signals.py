@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
 from shoal import Engine, Model
 from shoal.engine import runner
-from shoal.engine.events import Completion, Event, Finished, Guide, Request, Sampling, Signals, Token
-from shoal.engine.plan import Outcome, Plan
-from shoal.engine.signals import Heard, Logits, looked_at
+from shoal.engine.events import Completion, Guide, Request, Sampling, Signals
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.model.cpu import fused
 from shoal.model.router import features, fit_router, page_sums
 from tests.unit.engine.lively import lively
 from tests.unit.engine.test_speculative import EAGER
@@ -69,66 +65,6 @@ def test_the_nll_of_an_answer_is_that_of_every_16th_token_by_the_model_alone(
         assert told.answer_nll == pytest.approx(sum(nll) / 3, rel=1e-12)
         assert told.answer_nll_max == pytest.approx(max(nll), rel=1e-12)
         assert told.predicted_gaps == () and told.router_distance is None  # nobody decided
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("loops", "few"), [(True, 10**6), (True, 0), (False, 0)], ids=["few", "many", "torch"])
-def test_the_log_sum_of_a_row_is_its_definition_whatever_stands_in_it(
-    dtype: torch.dtype, loops: bool, few: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tokens that are forbidden stand at minus infinity. A row without any number, or with one that is none, tells nothing."""
-    compiled, log_sums = list[Any](), fused.log_sums
-    monkeypatch.setattr(fused, "log_sums", lambda *given: compiled.append(given) or log_sums(*given))
-    monkeypatch.setattr(fused, "usable", lambda _: loops)
-    monkeypatch.setattr(fused, "FEW_NUMBERS", few)
-    logits = 40 * torch.randn(7, 1000, generator=torch.Generator().manual_seed(2)).to(dtype)
-    logits[1, 3:] = -torch.inf
-    logits[2], logits[3, 5], logits[4, 5] = -torch.inf, torch.nan, torch.inf
-    whole = torch.log_softmax(logits.double(), -1)
-    with torch.inference_mode():
-        watched = Logits.of(logits, [Row(watched=row != 6) for row in range(7)])
-    assert watched is not None and bool(compiled) == loops, "loops read no memory but this machine's"
-    logits.zero_()  # what follows changes them in place
-    found = watched.nll([1, 2, 3, 5, 6, -1, 4])
-    assert set(found) == {0, 1}, "of the others none has a number, was drawn from, or is watched"
-    assert set(watched.nll([0] * 7)) == {0, 1, 5}, "token 0 is one as any"
-    assert found[0] == pytest.approx(-float(whole[0, 1]), rel=1e-6 if dtype == torch.float32 else 1e-13)
-    assert found[1] == pytest.approx(-float(whole[1, 2]), rel=1e-6 if dtype == torch.float32 else 1e-13)
-    assert Logits.of(logits, [Row(watched=False)] * 7) is None
-
-
-@dataclass
-class Row:
-    """Of a step: the first token of an answer is drawn from it."""
-
-    watched: bool
-    tokens: list[int] = field(default_factory=list)
-    prompt_len: int = 0
-
-
-def test_of_16_tokens_of_an_answer_the_first_is_looked_at_where_that_is_asked_for() -> None:
-    rows = [Row(watched, [60] * (3 + answered), 3) for answered in range(50) for watched in (True, False)]
-    assert [len(row.tokens) - 3 for row in rows if looked_at(row)] == [0, 16, 32, 48]
-    assert all(row.watched for row in rows if looked_at(row))
-
-
-def test_what_is_heard_of_an_answer_is_the_mean_and_the_most_of_what_was_looked_at() -> None:
-    heard = Heard()
-    assert heard.all() == Signals()
-    heard.token(None)
-    heard.compared(())
-    assert heard.all() == Signals()
-    heard.token(0.25)
-    assert heard.all() == Signals(answer_nll=0.25, answer_nll_max=0.25)
-    for nats in (0.75, None, 0.5):
-        heard.token(nats)
-    for gaps in ((1.0, 2.0), (), (0.5, 4.0)):
-        heard.compared(gaps)
-    heard.drafts_accepted += 3
-    wanted = Signals(answer_nll=0.5, answer_nll_max=0.75, drafts_accepted=3, gaps=(0.75, 3.0))
-    assert heard.all() == wanted
-    heard.decided = Signals(prompt_nll=2.0, predicted_gaps=(0.5,), tolerance=0.05)
-    assert heard.all() == replace(wanted, prompt_nll=2.0, predicted_gaps=(0.5,), tolerance=0.05)
 
 
 def test_signals_do_not_depend_on_the_batch(routed: Model) -> None:
@@ -238,36 +174,6 @@ def test_drafts_that_stood_are_counted() -> None:
     engine = Engine(EAGER, units=200, speculative_max_batch=8)
     engine.generate([asked(PROMPTS[0], temperature=0, speculative=4, max_tokens=30)])
     assert signals(answer).drafts_accepted == engine.scheduler.metrics.drafts_accepted > 0
-
-
-def test_of_drafts_that_stood_those_are_counted_that_the_answer_holds() -> None:
-    """A stop string may end it in the middle of a step: what was right behind it is no part of it, and what completes it is."""
-    how: dict[str, Any] = {"temperature": 0.7, "speculative": 4, "max_tokens": 24}
-    (whole,) = run(EAGER, [asked(PROMPTS[0], **how)], speculative_max_batch=8)
-    behind = completes = 0
-    for stop in dict.fromkeys(whole.text):
-        engine, good = Engine(EAGER, units=200, speculative_max_batch=8), list[int]()
-        step = engine.runner.run
-
-        def seen(plan: Plan, step: Callable[[Plan], Outcome] = step, good: list[int] = good) -> Outcome:
-            outcome = step(plan)
-            good += [len(sampled.after) for sampled in outcome.samples]
-            return outcome
-
-        engine.runner.run = seen  # type: ignore[method-assign]
-        engine.submit(asked(PROMPTS[0], **how, stop=[stop]))
-        wanted, events = 0, list[Event]()
-        while not engine.idle:
-            good.clear()
-            events = engine.step()
-            told, stood = sum(isinstance(one, Token) for one in events), sum(good)
-            wanted += min(told, stood)
-            behind += stood > told
-            completes += isinstance(events[-1], Finished) and told == 1 <= stood
-        end = events[-1]
-        assert isinstance(end, Finished) and end.signals is not None
-        assert end.signals.drafts_accepted == wanted <= end.completion_tokens
-    assert behind and completes
 
 
 def test_nothing_is_told_unless_it_is_asked_for_and_tokens_are_the_same(routed: Model) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 from collections import Counter
 from types import SimpleNamespace
@@ -20,71 +19,8 @@ from shoal.engine.sizes import Needs, default_rows, default_units, prompt_bytes,
 from shoal.errors import ResourceError
 from shoal.model.gpu import launch
 
-# 4 heads over 2 for keys, of 24 dims; width 96, inside the MLP 256; window 32, context 1024
-TINY = presets.get("tiny").model
 TEST = presets.get("test").model
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
-
-
-@pytest.mark.parametrize(
-    ("kernels", "change", "keys"),
-    [
-        (True, {}, 32),
-        (False, {}, 1024),
-        (True, {"attn_pattern": "HD"}, 1024),
-        (True, {"attn_pattern": "HS", "dense_length": 64}, 64),
-        (True, {"attn_pattern": "HS", "dense_length": 16}, 32),
-        (True, {"attn_pattern": "HS", "dense_length": 4096}, 1024),
-        (True, {"attn_pattern": "HL", "dense_length": 64}, 32),
-        (True, {"max_length": 65_536}, 32),
-        (True, {"max_length": 65_537}, 65_537),
-        (True, {"max_length": 65_537, "attn_pattern": "L"}, 32),
-    ],
-)
-def test_a_row_of_a_prompt_takes_what_a_layer_makes_of_it_and_a_mask_over_its_keys(
-    kernels: bool, change: dict[str, Any], keys: int
-) -> None:
-    c = dataclasses.replace(TINY, **change)
-    for each in (2, 4):
-        numbers = 4 * 96 + 2 * (4 + 2 + 2) * 24 + 3 * 256
-        sums = 2 * 4 * (24 + 2) * 4  # of two branches, four heads, in fp32
-        mask = 2 * keys * (1 + each)  # two heads share a KV head; a bool, and the number that it becomes
-        under = 3 * keys * (not kernels or keys == 65_537)  # of two KV heads as much, and three bools of all
-        assert row_bytes(c, each, kernels) == each * numbers + sums + mask + under
-    read = 2 * 2 * 24 * keys  # keys and values of two heads
-    assert prompt_bytes(c, torch.bfloat16, torch.bfloat16, kernels) == 2 * read
-    assert prompt_bytes(c, torch.float32, torch.float32, kernels) == 4 * read
-    scales = 2 * 4 * keys
-    assert prompt_bytes(c, torch.bfloat16, torch.int8, kernels) == read + scales + 2 * 2 * read, "and as numbers, twice"
-
-
-def test_a_step_on_a_gpu_has_the_rows_that_a_sixteenth_of_its_share_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At least as many as on a CPU, and 8,192 at most; beside the keys and values of one prompt."""
-    total = [0]
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, total[0]))
-    for kernels in (True, False):
-        monkeypatch.setattr(launch, "able", lambda device, kernels=kernels: kernels)
-        for kv, (rows, wanted) in itertools.product(
-            (torch.bfloat16, torch.int8), ((3000, 3000), (512, 512), (511, 512), (8192, 8192), (8193, 8192))
-        ):
-            total[0] = 32 * (rows * row_bytes(TINY, 2, kernels) + prompt_bytes(TINY, torch.bfloat16, kv, kernels))
-            assert default_rows(TINY, GPU, torch.bfloat16, 0.5, kv) == wanted
-            total[0] -= 32
-            assert default_rows(TINY, GPU, torch.bfloat16, 0.5, kv) == max(512, min(8192, rows - 1))
-            assert default_rows(TINY, CPU, torch.bfloat16, 0.5) == 512
-    needed = 3000 * row_bytes(TINY, 4, False) + prompt_bytes(TINY, torch.float32, torch.float32, False)
-    total[0] = round(16 * needed / 0.9)
-    assert default_rows(TINY, GPU, torch.float32) == default_rows(TINY, GPU, torch.float32, 0.9) in (2999, 3000)
-
-
-def test_a_page_that_a_context_does_not_fill_counts_as_a_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    odd = dataclasses.replace(TINY, max_length=1000)
-    one = 4 * 63  # of four groups, 62.5 pages of 16
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**12))
-    assert default_units(odd, 5, 1000, CPU) == 1 + 5 * one
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000 * (1 + one) - 1))
-    with pytest.raises(ResourceError, match="one text of 1000 tokens in 8 layers"):
-        default_units(odd, 5, 1000, CPU)
 
 
 def test_on_a_cpu_units_are_for_the_batch_or_a_quarter_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,12 +36,6 @@ def test_on_a_cpu_units_are_for_the_batch_or_a_quarter_of_what_is_free(monkeypat
     free[0] -= 1
     with pytest.raises(ResourceError, match="do not fit the memory"):
         default_units(TEST, 1, 1000, CPU)
-
-
-def test_on_a_gpu_keys_and_values_take_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the batch."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50_000_000, 100_000_000))
-    assert [default_units(TEST, batch, 1000, GPU) for batch in (1, 64)] == [44_375] * 2
 
 
 class Card:

@@ -11,8 +11,6 @@ import dataclasses
 import itertools
 import math
 import random
-from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,14 +20,14 @@ import torch
 from shoal import Engine, Model, Request, Sampling
 from shoal.engine.drafts import draft
 from shoal.engine.events import MAX_DRAFTS, Completion, Finished, Guide, Token
-from shoal.engine.guided import Grammar
-from shoal.engine.plan import Sampled, Work
+from shoal.engine.plan import Sampled
 from shoal.engine.sampler import Sampler
-from shoal.engine.speculative import accept, verification
+from shoal.engine.speculative import accept
 from shoal.errors import ConfigError, GenerationError, RequestError
 from shoal.inputs.tokenizer import END_ID
 from shoal.model.cpu import fused
 from tests import oracle
+from tests.unit.engine.test_sampler import Draw
 
 
 def build(share: float) -> Model:
@@ -260,31 +258,10 @@ def test_21_the_prefix_cache_holds_no_draft() -> None:
     assert got.finished is not None and got.finished.cached_tokens >= page
 
 
-def test_the_same_tokens_are_cached_as_without_drafts() -> None:
-    found = []
-    for drafts in (0, 5):
-        e = engine(EAGER, drafts)
-        run(e, [Request(prompt(4), dataclasses.replace(GREEDY, max_tokens=40), depth="full")])
-        found.append({(group, key.digest) for group, key in e.scheduler.pages._key.values()})
-    assert found[1] <= found[0] and len(found[1]) >= len(found[0]) - 4  # a page that the last step filled is not kept
-
-
 def test_requests_that_run_through_one_group_have_nothing_to_draft_with() -> None:
     e = engine()
     run(e, [Request(prompt(1), Sampling(temperature=0, max_tokens=10), depth="shallow")])
     assert e.stats()["spec_decode_num_draft_tokens_total"] == 0
-
-
-def test_nothing_is_drafted_beside_a_token_that_another_engine_gave() -> None:
-    """Drafts would follow the token that is drawn here, and the answer goes on after the one that was given."""
-    for seed in range(4):
-        rng = random.Random(seed)
-        # a step; the row that gives the answer's second token is the next
-        ids = [rng.randrange(20, 260) for _ in range(28)]
-        request = Request(ids, dataclasses.replace(GREEDY, max_tokens=12), depth="full", answer=[70, 71])
-        e = engine(max_batch=3, max_batch_tokens=28)
-        assert run(e, [request])[0].tokens == run(Engine(EAGER), [request])[0].tokens
-        assert e.stats()["spec_decode_num_draft_tokens_total"] > 0
 
 
 def test_logits_that_are_not_finite_end_the_request_alone() -> None:
@@ -304,17 +281,6 @@ def test_logits_that_are_not_finite_end_the_request_alone() -> None:
 # --- the draw itself -------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Draw:
-    sampling: Sampling
-    seed: int
-    tokens: list[int] = dataclasses.field(default_factory=lambda: [50, 51])
-    prompt_len: int = 2
-    grammar: Grammar | None = None
-    watched: bool = False
-    there: Sequence[torch.Tensor] = ()
-
-
 @pytest.mark.parametrize("sampling", [
     Sampling(temperature=0.7, top_p=0.9),
     *(pytest.param(each, marks=pytest.mark.drill) for each in (Sampling(), Sampling(top_k=5))),
@@ -327,7 +293,7 @@ def test_21_verified_tokens_follow_the_full_models_distribution(sampling: Sampli
     p_logits = torch.randn(vocab, generator=generator, dtype=torch.float64)
     q_logits = p_logits + 0.7 * torch.randn(vocab, generator=generator, dtype=torch.float64)
     sampler = Sampler(torch.zeros(vocab, dtype=torch.bool))
-    draws = [Draw(sampling, seed) for seed in range(times)]
+    draws = [Draw(sampling, seed=seed) for seed in range(times)]
     drawn = [
         np.array([s.token for s in sampler.sample(row.repeat(times, 1), draws)]) for row in (q_logits, p_logits)
     ]  # fmt: skip
@@ -352,14 +318,6 @@ def test_21_verified_tokens_follow_the_full_models_distribution(sampling: Sampli
     assert (1 - distance) / (1 + distance) - 0.01 < right <= 1 - distance + 0.01
 
 
-def test_what_is_verified_are_the_newest_token_and_all_drafts_from_the_second_group_on() -> None:
-    running, ahead = (SimpleNamespace(tokens=[50] * count) for count in (8, 11))
-    work = Work(running, 7, 1, 0, 3, sample=True, drafts=4)  # type: ignore[arg-type]
-    rest = verification(work, ahead)  # type: ignore[arg-type]
-    assert vars(rest) == {**vars(work), "running": ahead, "count": 4, "first": 1, "drafts": 0, "verify": True}
-    assert (work.running, work.count, work.drafts) == (running, 1, 4), "stays as it is"
-
-
 def test_accept_keeps_what_was_right_and_the_first_token_after_it() -> None:
     rows = [Sampled(token) for token in (5, 6, 9, 8)]
     got = accept([5, 6, 7], rows)
@@ -370,16 +328,6 @@ def test_accept_keeps_what_was_right_and_the_first_token_after_it() -> None:
     error = GenerationError("boom")
     broken = [Sampled(5), Sampled(0, error=error), Sampled(9)]
     assert [s.error for s in accept([5, 0], broken).after] == [error]
-
-
-def test_the_engine_measures_for_itself() -> None:
-    e = Engine(EAGER, speculative=4)
-    request = Request(prompt(1), Sampling(temperature=0, max_tokens=60, ignore_eos=True), depth="full")
-    same(run(e, [request])[0], undrafted(request))
-    drafting = e.scheduler._drafting
-    price = drafting.prices.at(1)
-    assert price.plain > 0 and price.shares()[:2] != (0.0, 0.25), "steps of both kinds took time"
-    assert sum(kind.tried for kind in drafting.kinds._kinds.values()) > 0
 
 
 def test_bad_values_are_named() -> None:

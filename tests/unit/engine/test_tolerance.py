@@ -11,7 +11,6 @@ import math
 import sys
 from collections.abc import Iterator
 from itertools import product
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -130,13 +129,6 @@ def test_a_sampled_price_is_the_divergence_by_the_distance_of_two_laws() -> None
     assert greedy_price(torch.tensor([0.5, 2.0, -1.0]), 1, 2) == 3.0
 
 
-def test_what_ends_an_answer_is_no_token_that_could_pay_for_it() -> None:
-    chain = Chain(0, [5], [torch.zeros(9)], 1.0, 2.0, 2)
-    assert settle(chain, [3], lambda row, place: 0.5) == {}, "two tokens may spend two nats, though a third follows"
-    assert settle(dataclasses.replace(chain, answered=3), [3], lambda row, place: 0.5) == {0: 0.5}
-    assert settle(dataclasses.replace(chain, spent=1.5), [3], lambda row, place: 0.5) == {0: 0.5}, "just as much"
-
-
 def test_an_answer_that_an_end_closes_spent_at_most_its_tolerance_a_token() -> None:
     ends, most = tuple(range(20, 260, 2)), 0.0
     for seed in (5, 19, 21, 33, 39):
@@ -237,16 +229,6 @@ def test_the_mean_divergence_of_what_is_told_is_at_most_what_is_spent(tolerance:
         assert max(spent for chance, spent, *_ in all_ if chance > 0) <= tolerance * (LONG - 1)
         let += sum(chance * free.mean() for chance, _, _, free in all_)
     assert let > 0, "nothing was ever let stand"
-
-
-def test_a_draft_costs_what_the_laws_are_apart_that_tokens_are_drawn_from() -> None:
-    """Of five tokens the filter leaves two, one of which is e^2 times as likely at half the heat: KL 2 tanh(1), TV tanh(1)."""
-    sampler = Sampler(torch.zeros(5, dtype=torch.bool), [])
-    full, exit_ = (torch.tensor([0.0, *pair, -1.0, 1.0]) for pair in ((3.0, 2.0), (2.0, 3.0)))
-    chain = Chain(0, [2], [exit_], 9.0, 0.0, 0)
-    for temperature, price in ((0.5, 2.0), (1.0, 1.0), (0.0, 1.0)):
-        draw = SimpleNamespace(sampling=Sampling(temperature=temperature, top_k=2))
-        assert sampler._price(full, draw, chain, 0) == pytest.approx(price)  # type: ignore[arg-type]
 
 
 def test_two_draws_share_as_much_as_the_closed_form_says() -> None:

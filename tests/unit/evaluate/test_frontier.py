@@ -2,7 +2,6 @@
 
 import dataclasses
 from itertools import pairwise
-from pathlib import Path
 from typing import cast
 
 import pytest
@@ -10,24 +9,15 @@ import torch
 
 from shoal import Engine, Request, Sampling, presets
 from shoal.engine.plan import Outcome, Plan
-from shoal.evaluate import report
 from shoal.evaluate.frontier import (
     BUDGETS,
-    PRICES,
     TWICE,
-    _bins,
-    _means,
     at_cost,
-    figure,
     flops,
     frontier,
-    layers,
-    left_out,
     looked_twice,
-    routing,
     sentence,
 )
-from shoal.evaluate.intervals import of_mean
 from shoal.evaluate.prompts import Prompts
 from shoal.model import cost
 from shoal.model.router import Router, fit_router
@@ -230,49 +220,11 @@ def test_a_second_look_that_knows_more_loses_less_than_the_first_alone() -> None
     assert TWICE not in frontier(CONFIG, router, *twice)["at"]
 
 
-def test_a_task_of_which_nothing_is_on_the_routers_side_is_routed_by_what_holds_for_all() -> None:
-    """A task of one document ended `shoal evaluate` in its last minute."""
-    fit, test = prompts(1), prompts(2)
-    fit = dataclasses.replace(fit, tasks=("easy",) * len(fit.tasks))
-    found = frontier(CONFIG, fit_router(CONFIG, fit.features, fit.gaps), fit, test)
-    overall = [row["gap"] for row in found["fixed"]]
-    assert all(min(overall) - 1e-6 <= row["gap"] <= max(overall) + 1e-6 for row in found["at"]["domain"])
-
-
-def test_prompts_of_one_document_are_left_out_together() -> None:
-    """Each prompt ten times over, as ten pieces of one document: the intervals stay; as documents of their own they shrink."""
-    fit, test = prompts(1, 60), prompts(2, 60)
-    router = fit_router(CONFIG, fit.features, fit.gaps, steps=20)
-
-    def wide(groups: torch.Tensor) -> float:
-        tens = Prompts(
-            test.features.repeat(10, 1), test.gaps.repeat(10, 1), test.lengths.repeat(10), test.answers.repeat(10),
-            test.tasks * 10, groups,
-        )  # fmt: skip
-        rows = frontier(CONFIG, router, fit, tens)["at"]["random"]
-        return sum(row["high"] - row["low"] for row in rows)
-
-    once = sum(row["high"] - row["low"] for row in frontier(CONFIG, router, fit, test)["at"]["random"])
-    assert wide(torch.arange(60).repeat(10)) == pytest.approx(once, rel=1e-3)
-    assert wide(torch.arange(600)) == pytest.approx(once / 10**0.5, rel=0.2)
-
-
 def test_intervals_hold_what_they_are_of_and_more_compute_is_never_worse(found: dict) -> None:
     for rows in found["at"].values():
         assert all(row["low"] <= row["gap"] + 1e-6 and row["gap"] <= row["high"] + 1e-6 for row in rows)
         assert [row["gap"] for row in rows] == sorted((row["gap"] for row in rows), reverse=True)
     assert all(row["high"] > row["low"] for row in found["at"]["random"])
-
-
-def test_the_page_has_the_plot_and_the_table(found: dict, tmp_path: Path) -> None:
-    report.render({"title": "t", "frontier": found}, tmp_path / "report.html")
-    text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "What routing is worth" in text and "95 %" in text
-    assert text.count('class="line"') == 1 and text.count('class="dash"') == 1
-    for name in ("router", "oracle", "shallow", "full"):
-        assert f">{name}</text>" in text
-    report.render({"title": "t"}, tmp_path / "none.html")
-    assert "What routing is worth" not in (tmp_path / "none.html").read_text(encoding="utf-8")
 
 
 def test_intervals_are_those_of_a_mean_over_the_prompts() -> None:
@@ -353,92 +305,3 @@ def test_at_a_cost_two_points_are_mixed_and_beyond_the_ends_none() -> None:
     own = torch.tensor([0.8, 0.3], dtype=torch.float64)
     assert at_cost(own, costs, gaps).tolist() == pytest.approx((0.05, 0.5), abs=1e-15)
     assert at_cost(0.5, costs[:, :1], gaps[:, :1]).tolist() == [0.0, 0.2], "one point is all there is"
-
-
-def test_a_curve_has_what_each_of_its_points_costs_and_loses(found: dict) -> None:
-    """`random` believes the same of all prompts, so that its points are exits."""
-    fixed = [(row["flops_share"], row["gap"]) for row in found["fixed"]]
-    for point in found["curves"]["random"]:
-        costs, loses = point["flops_share"], point["gap"]
-        assert any(costs == pytest.approx(c, abs=1e-6) and loses == pytest.approx(g, abs=1e-6) for c, g in fixed)
-    assert len(found["curves"]["random"]) > 1
-    for points in found["curves"].values():
-        assert [point["flops_share"] for point in points] == sorted(point["flops_share"] for point in points)
-    assert (found["prompts"], found["groups"]) == (200, 200)
-    assert [row["exit"] for row in found["fixed"]] == list(CONFIG.exit_names)
-
-
-def test_lengths_are_of_six_bins_that_are_equally_full_and_kinds_have_their_own_means() -> None:
-    draws = torch.Generator().manual_seed(0)
-    lengths, zero = torch.randperm(600, generator=draws), torch.zeros(600, 1)
-    some = Prompts(zero, torch.rand(600, 2, generator=draws), lengths, lengths, ("a",) * 600, torch.arange(600))
-    kinds = _bins(lengths)(some)
-    assert kinds.bincount().tolist() == [100] * 6
-    found = _means(some, some, _bins(lengths))
-    for kind in range(6):
-        torch.testing.assert_close(found[kinds == kind], some.gaps[kinds == kind].mean(0).expand(100, -1))
-    late = dataclasses.replace(some, lengths=lengths + 550)
-    torch.testing.assert_close(
-        _means(some, late, lambda prompts: prompts.lengths // 100)[lengths + 550 >= 600],
-        some.gaps.mean(0).expand(550, -1),
-    )
-
-
-def test_a_figure_is_the_first_and_its_interval_that_of_what_it_is_without_each_group() -> None:
-    values = torch.randn(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = figure(left_out(values, torch.arange(40)), torch.ones(40))
-    stated = of_mean(values.tolist(), range(40))
-    assert found == pytest.approx({"gap": stated.value, "low": stated.interval[0], "high": stated.interval[1]})
-    few = figure(left_out(values[:4], torch.arange(4)), torch.ones(4))
-    assert (few["low"], few["high"]) == (None, None)
-
-
-def test_means_are_of_all_and_without_each_whole_group() -> None:
-    groups, values = torch.tensor([4, 4, 9, 2, 2, 2]), torch.tensor([[1.0], [2], [3], [4], [5], [9]])
-    found = left_out(values, groups)[:, 0].tolist()
-    assert found == pytest.approx([4.0, 6 / 3, 21 / 4, 21 / 5]), "of all; without 2, 4 and 9"
-    assert left_out(values[:1], groups[:1]).tolist() == [[1.0], [0.0]]
-
-
-def test_what_a_look_costs_and_a_layer_is_priced_at() -> None:
-    some = prompts(3, 5)
-    for nll in (False, True):
-        found = routing(CONFIG, some, nll)
-        assert found.dtype == torch.float64 and flops(CONFIG, some).dtype == torch.float64
-        assert found.tolist() == [cost.routing_flops(CONFIG, n, nll) for n in some.lengths.tolist()]
-    torch.testing.assert_close(layers(CONFIG), torch.tensor([e / CONFIG.layers for e in CONFIG.exits]))
-
-
-def test_budgets_are_below_full_depth_and_prices_rise_by_a_third_from_a_thousandth() -> None:
-    assert list(BUDGETS) == sorted(set(BUDGETS)) and BUDGETS[0] > 0 and BUDGETS[-1] < 1
-    assert PRICES[:2] == (0.0, 0.001) and PRICES[-1] > 30
-    assert all(after == pytest.approx(1.35 * before) for before, after in pairwise(PRICES[1:]))
-
-
-def test_a_second_look_is_billed_twice_and_intervals_are_of_what_is_left_without_each_group(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """All stop at the first exit after a look of its own price."""
-    test, told = prompts(5, 30), list[torch.Tensor]()
-    draws = torch.Generator().manual_seed(0)
-    test = dataclasses.replace(test, features=torch.rand(30, 2, generator=draws))
-
-    def told_of(found: torch.Tensor, sizes: torch.Tensor) -> dict[str, float | None]:
-        told.append(found)
-        return figure(found, sizes)
-
-    monkeypatch.setattr("shoal.evaluate.frontier.figure", told_of)
-    looks = [torch.nn.functional.one_hot(torch.zeros(30, dtype=torch.long), len(CONFIG.exits)).float()]
-    found = frontier(CONFIG, cast("Router", Known()), test, test, looks=looks)
-    look = (
-        sum(
-            cost.routing_flops(CONFIG, n, nll=True) / full
-            for n, full in zip(test.lengths.tolist(), whole(test), strict=True)
-        )
-        / 30
-    )
-    (point,) = found["curves"][TWICE]
-    assert look > 0.01 and point["flops_share"] == pytest.approx(found["fixed"][0]["flops_share"] + 2 * look, rel=1e-4)
-    assert point["gap"] == pytest.approx(float(test.gaps[:, 0].mean())) == pytest.approx(found["at"][TWICE][0]["gap"])
-    assert {len(one) for one in told} == {1 + 30}
-    assert len(told) == 6 * len(BUDGETS) + 5, "each policy at each budget, and each but the router behind it"

@@ -4,19 +4,15 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from shoal import presets
 from shoal.clients.samples import _first_rows
-from shoal.data.batches import PretrainBatches
 from shoal.data.chats.rows import HELDOUT
 from shoal.data.shards import Rows, group_number, open_index
 from shoal.errors import DataError
-from shoal.evaluate import halves, seen
 from shoal.evaluate.halves import asked_groups, dealt
-from shoal.train.plan import fingerprint
 from tests.corpus import write_corpus
 
 TASKS = ("code", "summarisation", "image question", "customer service")
@@ -91,59 +87,6 @@ def test_chats_have_the_sides_that_their_corpus_gives_them(tmp_path: Path) -> No
     asked, whole = asked_groups(data / HELDOUT), asked_groups(data)
     of_chats = {group_number(row["group"]) for row in rows}
     assert whole & of_chats == asked and whole - of_chats and 3 <= len(asked & of_chats) <= 5
-
-
-def test_of_a_large_corpus_groups_draw_their_sides_and_no_row_is_read_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """10 TB hold out a hundred million documents: their groups were looked up in every row, and held by the command."""
-
-    def read(*given: object) -> None:
-        raise AssertionError("a row is read")
-
-    data = write_corpus(tmp_path / "data", presets.get("test"), documents=10, heldout=14)
-    rows = [{"task": "code", "group": f"code/{n}", "messages": [{"role": "user", "content": "f"}]} for n in range(9)]
-    (data / HELDOUT).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(halves, "DEALT", 2)
-    monkeypatch.setattr(halves, "heldout_groups", read)
-    asked, of_chats = asked_groups(data), {group_number(str(row["group"])) for row in rows}
-    assert {group for group in of_chats if group in asked} == asked_groups(data / HELDOUT), (
-        "the sides of the chats alone"
-    )
-    assert "code/1" not in asked, "a group is a number"
-    drawn = [group for group in map(group_number, map(str, range(1000))) if group in asked]
-    assert 440 < len(drawn) < 560 and drawn == [group for group in drawn if group in asked_groups(data)]
-
-
-@pytest.mark.parametrize(("held_out", "draws"), [(2**17, False), (2**17 + 1, True)])
-def test_groups_are_dealt_up_to_131072_documents(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: int, draws: bool
-) -> None:
-    """Of more, those of chats are dealt, and of the others the even ones are asked."""
-    documents = {"heldout": {"a": held_out - 2, "b": 2}, "train": {"a": 9}}
-    index = SimpleNamespace(total=lambda what, split, kind: 3, documents=documents)
-    monkeypatch.setattr(halves, "open_index", lambda place: index)
-    monkeypatch.setattr(halves, "heldout_groups", lambda place, kind: [[2, 3], [4]] if kind == "text" else [])
-    asked = asked_groups(tmp_path)
-    assert isinstance(asked, halves.Drawn) == draws
-    assert [group in asked for group in (2, 3, 4, 5)] == [True, False, True, False]
-    assert halves._held_out(SimpleNamespace(total=lambda *of: 7, documents={})) == 7 * 3  # type: ignore[arg-type]
-    sides = halves.Drawn({8: 1, 9: 0})
-    assert [group in sides for group in (8, 9, 10, 11, 12)] == [False, True, True, False, True]
-
-
-def test_of_a_long_run_baselines_know_the_rows_of_some_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The numbers of all rows that it read were held, a hundred bytes each, of which 16 MB of text were taken."""
-    data, length, asked = write_corpus(tmp_path / "data", presets.get("test"), documents=40, heldout=4), 8, []
-    trained = {"data_sha256": fingerprint(str(data)), "model": {"train_length": length}}
-    trained["train"] = {"batch_tokens": 4 * length, "seed": 3}
-    store = SimpleNamespace(steps=lambda: [None], state=lambda _: SimpleNamespace(step=1000, trained=trained))
-    rows = PretrainBatches.rows
-    monkeypatch.setattr(seen, "store_of", lambda run: store)
-    monkeypatch.setattr(seen, "MOST_ROWS", 64)
-    monkeypatch.setattr(PretrainBatches, "rows", lambda feed, step: asked.append(step) or rows(feed, step))
-    found = seen.rows_read(["run"], data)
-    assert asked == list(range(0, 1000, 63)) and 0 < sum(map(len, found.values())) <= 64
 
 
 def test_a_sample_is_of_the_asked_half(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Intervals against closed forms, and against how often they hold what they are of."""
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -83,19 +82,6 @@ def test_intervals_hold_the_truth(kind: str) -> None:
     values in 80 %, and bits a byte in 87 %."""
     stated, good = held(kind, 10, 300)
     assert good / max(1, stated) >= 0.93
-
-
-def test_percentiles_of_a_bootstrap_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that what is simulated asks something of an interval."""
-
-    def percentiles(sums: np.ndarray, figure: Callable, sizes: np.ndarray) -> intervals.Interval:
-        drawn = np.random.default_rng(0).integers(0, len(sums), (400, len(sums)))
-        low, high = np.quantile(figure(sums[drawn].sum(1)), (0.025, 0.975))
-        return float(low), float(high)
-
-    monkeypatch.setattr(intervals, "of_sums", percentiles)
-    for kind in ("bits a byte", "mean of skewed values", "mean of skewed values, in groups"):
-        assert held(kind, 10, 300)[1] / 300 < 0.91, kind
 
 
 def test_a_figure_says_of_how_many_rows_and_groups_it_is() -> None:

@@ -1,6 +1,5 @@
 """Held-out prompts, of chats and of documents, and the router that is fitted to them after a stage."""
 
-import dataclasses
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +18,7 @@ from shoal.data.chats.rows import group_of
 from shoal.data.pack import Packer
 from shoal.data.shards import Rows, open_index
 from shoal.errors import CheckpointError, DataError
-from shoal.evaluate import halves, pieces, prompts, routing, second_look
+from shoal.evaluate import halves, prompts, routing, second_look
 from shoal.inputs.chat import DEFAULT_TEMPLATE, Encoded
 from shoal.inputs.tokenizer import IMG_END_ID, PATCH_ID, Tokenizer
 from shoal.model import checkpoint
@@ -251,102 +250,6 @@ def rows(count: int, groups: int) -> prompts.ByTask:
     return {"chat": [prompts.Heldout(Encoded([50 + i % 9, 60, 61]), i % groups) for i in range(count)]}
 
 
-@pytest.mark.parametrize(("count", "groups", "enough"), [(40, 4, True), (39, 4, False), (40, 3, False)])
-@pytest.mark.parametrize("whole", [False, True])
-def test_forty_rows_of_four_groups_are_enough_and_go_in_lots_of_sixteen(
-    count: int, groups: int, enough: bool, whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of all groups only for who says so; seed and caution are those that the caller has."""
-    Model.from_preset("test").save(tmp_path / "model")
-    asked_for, ran = list[tuple[int, bool | None]](), list[tuple[Any, ...]]()
-
-    def found(model: object, heldout: object, most: int, *, asked: bool | None) -> prompts.ByTask:
-        asked_for.append((most, asked))
-        return rows(count, groups)
-
-    def run(some: Any) -> Any:
-        for piece in some:
-            ran.append((piece.do, *piece.args))
-            yield {"regret": 0.5} if piece.do is routing._fitted else len(piece.args[1])
-
-    monkeypatch.setattr(routing, "heldout_rows", found)
-    monkeypatch.setattr(routing, "together", lambda of, lots: (sum(map(len, of.values())), lots))
-    if not enough:
-        with pytest.raises(routing.TooFewRowsError, match=f"got '{count} of {groups}.*at least 40 of 4"):
-            routing.refit(tmp_path / "model", "held", whole=whole, run=run)
-        assert not ran
-        return
-    report = routing.refit(tmp_path / "model", "held", seed=7, whole=whole, run=run)
-    assert report == {"regret": 0.5} and asked_for == [(160, None if whole else False)]
-    *lots, (last, _, found_, seed) = ran
-    assert [len(lot[2]) for lot in lots] == [16, 16, 8] and {lot[3] for lot in lots} == {second_look.AFTER}
-    assert [row.ids for lot in lots for row in lot[2]] == [held.row.ids for held in rows(40, 4)["chat"]]
-    assert (last, found_, seed) == (routing._fitted, (40, [16, 16, 8]), 7)
-
-
-def test_a_router_is_fitted_with_its_second_look_by_one_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Model.from_preset("test").save(tmp_path / "model")
-    x, gaps = torch.randn(64, 2 * CONFIG.width + 3), torch.rand(64, 2)
-    asked = list[dict[str, Any]]()
-    made, later = fit_router(CONFIG, x, gaps, steps=1), fit_router(CONFIG, x, gaps, steps=1)
-
-    later.calibration.after = 3
-
-    def fit_weights(config: ModelConfig, *given: object, **how: Any) -> Router:
-        asked.append(how)
-        return made
-
-    def fit_later(config: ModelConfig, router: Router, found: object, **how: Any) -> tuple[Router | None, None]:
-        asked.append(how)
-        return (later if pays else None), None
-
-    monkeypatch.setattr(routing, "fit_router", fit_weights)
-    monkeypatch.setattr(second_look, "fit", fit_later)
-    given = prompts.Prompts(x, gaps, torch.zeros(64), torch.ones(64), ("a",) * 64, torch.arange(64))
-    for pays in (False, True):
-        report = routing._fitted(lambda *_: (), str(tmp_path / "model"), given, 5)  # type: ignore[arg-type]
-        assert asked[-2:] == [{"seed": 5}] * 2
-        kept = Model.load(tmp_path / "model").router
-        assert kept is not None and (kept.later is not None) == pays
-        wanted = dict(made.calibration.report)
-        wanted |= {f"later_{name}": value for name, value in later.calibration.report.items()} if pays else {}
-        assert report == wanted
-
-
-def test_what_nobody_says_is_seed_0_and_the_groups_that_are_not_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And no weights are fetched to where the model is only described."""
-    Model.from_preset("test").save(tmp_path / "model")
-    fetched, asked_for, ran = list[dict[str, Any]](), list[bool | None](), list[tuple[Any, ...]]()
-    report = {"tolerance": 0.05, "depth_share": 0.5, "regret": 0.02, "prompts": 15.0, "groups": 9.0}
-
-    def found(model: object, heldout: object, most: int, *, asked: bool | None) -> prompts.ByTask:
-        asked_for.append(asked)
-        return rows(40, 4)
-
-    def run(some: Any) -> Any:
-        for piece in some:
-            if piece.do is routing._fitted:
-                ran.append(piece.args[2:])
-            yield report
-
-    monkeypatch.setattr(routing, "here", lambda place, **how: (fetched.append(how), Path(place))[1])
-    monkeypatch.setattr(routing, "heldout_rows", found)
-    monkeypatch.setattr(routing, "together", lambda of, lots: None)
-    assert routing.refit(tmp_path / "model", "held", run=run) == report
-    assert routing.finish(tmp_path / "model", "held", lambda line: None, run=run) == report
-    assert ran == [(0,)] * 2 and asked_for == [False] * 2 and fetched == [{"weights": False}] * 3
-
-
-def test_a_model_of_full_depth_alone_has_nothing_to_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, said = dataclasses.replace(CONFIG, early_exits=False), list[str]()
-    Model(config, Net(config).init_(0), Tokenizer.bytes_only()).save(tmp_path / "model")
-    monkeypatch.setattr(routing, "refit", lambda *_, **__: pytest.fail("fitted"))
-    assert routing.finish(tmp_path / "model", "held", said.append) is None
-    assert said == ["no router: the model has full depth alone, so there is nothing to choose"]
-
-
 def test_a_model_that_a_killed_command_took_away_is_put_back_before_it_gets_its_router(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,30 +262,6 @@ def test_a_model_that_a_killed_command_took_away_is_put_back_before_it_gets_its_
     given = prompts.Prompts(x, gaps, torch.zeros(64), torch.ones(64), ("a",) * 64, torch.arange(64))
     routing._fitted(lambda *_: (), str(tmp_path / "model"), given, 5)  # type: ignore[arg-type]
     assert Model.load(tmp_path / "model").router is not None
-
-
-def test_of_a_frontier_the_asked_side_is_measured_as_far_as_the_router_looks_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """And the other to the first look alone; of each task a hundred at most, or as many as are asked for."""
-    model, most = Model.from_preset("test"), list[tuple[int, bool | None]]()
-    x, gaps = torch.randn(64, 2 * CONFIG.width + 3), torch.rand(64, 2)
-    once, twice = fit_router(CONFIG, x, gaps, steps=1), fit_router(CONFIG, x, gaps, steps=1)
-    twice.later = fit_router(CONFIG, x, gaps, steps=1)
-    twice.later.calibration.after = 3
-
-    def found(model: object, heldout: object, limit: int, *, asked: bool | None) -> prompts.ByTask:
-        most.append((limit, asked))
-        return rows(20 + bool(asked), 4)
-
-    monkeypatch.setattr(routing, "heldout_rows", found)
-    monkeypatch.setattr(routing, "measured", lambda net, side, after=None: (len(side["chat"]), after))
-    for router, after in ((None, None), (once, None), (twice, 3)):
-        model.router = router
-        assert routing.heldout_prompts(model, "held") == ((20, None), (21, after))
-    assert routing.heldout_prompts(model, "held", limit=7) is not None
-    routing.heldout_sides(model, "held")
-    assert most == [(limit, asked) for limit in (100, 100, 100, 7, 100) for asked in (False, True)]
 
 
 def test_a_router_is_taken_over_with_all_else_as_it_was(tmp_path: Path) -> None:
@@ -400,67 +279,3 @@ def test_a_router_is_taken_over_with_all_else_as_it_was(tmp_path: Path) -> None:
     assert len(said) == 1 and (tmp_path / "model" / "README.md").read_text() == "# mine\n"
     for name, tensor in model.net.state_dict().items():
         assert torch.equal(after.net.state_dict()[name], tensor)
-
-
-def test_there_is_something_to_compare_on_from_so_many_prompts_of_both_sides_on(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for counts, there in (((8, 8), True), ((7, 8), False), ((8, 7), False)):
-        asked = list[tuple[int, bool | None]]()
-
-        def found(
-            model: object, heldout: object, most: int, *, asked: bool | None, to: Any = asked, of: Any = counts
-        ) -> prompts.ByTask:
-            to.append((most, asked))
-            return rows(of[bool(asked)], 4)
-
-        monkeypatch.setattr(routing, "heldout_rows", found)
-        monkeypatch.setattr(routing, "LEAST_PROMPTS", 8)
-        sides = routing.heldout_sides(Model.from_preset("test"), "held", limit=9)
-        assert [len(side["chat"]) for side in sides] == ([*counts] if there else []) and asked == [
-            (9, False),
-            (9, True),
-        ]
-
-
-def test_a_core_is_left_while_it_is_fitted_and_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "threads", lambda: 2)
-    before, took = torch.get_num_threads(), list[int]()
-    try:
-        for many, wanted in ((1, 1), (3, 2)):
-            torch.set_num_threads(many)
-            with pytest.raises(ZeroDivisionError), routing._a_core_left():
-                took.append(torch.get_num_threads())
-                raise ZeroDivisionError
-            assert took.pop() == wanted and torch.get_num_threads() == many
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_what_came_of_it_is_said_in_a_line_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    Model.from_preset("test").save(tmp_path / "model")
-    report = {"tolerance": 0.05, "depth_share": 0.5, "regret": 0.0214, "prompts": 15.0, "groups": 9.0}
-    later = {
-        "tolerance": 0.1,
-        "depth_share": 0.25,
-        "regret": 0.03,
-        "paid_gap": -0.0123,
-        "paid_low": -0.02,
-        "paid_high": -0.001,
-    }
-    given = list[dict[str, Any]]()
-
-    def refit(place: object, heldout: object, **how: Any) -> dict[str, float]:
-        given.append(how)
-        return report | {f"later_{name}": value for name, value in later.items()} if pays else report
-
-    monkeypatch.setattr(routing, "refit", refit)
-    for pays in (False, True):
-        said = list[str]()
-        assert routing.finish(tmp_path / "model", "held", said.append, whole=True) is not None
-        assert given[-1] == {"whole": True, "run": pieces.here}
-        assert "50%" in said[0] and "loses 0.021" in said[0] and "15 prompts of 9" in said[0]
-        assert len(said) == 1 + pays
-        assert not pays or (
-            "loses -0.0123" in said[1] and "-0.0200 to -0.0010" in said[1] and "within 0.1 it runs 25%" in said[1]
-        )

@@ -1,6 +1,5 @@
 """Hybrid attention against its definition. Everything in float64, so equality means equality."""
 
-import dataclasses
 import math
 
 import pytest
@@ -9,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal import presets
-from shoal.model import attention
 from shoal.model.attention import Layout, attend, block_scores, block_summaries, hybrid_attention, select
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.net import Net
@@ -104,18 +102,6 @@ def test_select_is_a_stable_sort(data):
     assert sorted(order[:k]) == got[0, 0, 0].nonzero().flatten().tolist()
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([1, 2, 4]), st.sampled_from([(4, 4), (4, 2), (4, 1)]), st.integers(2, 40))
-def test_future_tokens_and_prefixes_do_not_matter(seed, block, heads, t):
-    q, k, v = qkv(seed, t, *heads, 8)
-    args = {"window": 5, "block": block, "top_k": 3, "sinks": 1, "local_weight": 0.7}
-    whole = hybrid_attention(q, k, v, **args)
-    cut = t // 2 + 1
-    assert (hybrid_attention(q[:, :cut], k[:, :cut], v[:, :cut], **args) - whole[:, :cut]).abs().max() < 1e-12
-    k[:, cut:], v[:, cut:] = 99.0, -99.0
-    assert (hybrid_attention(q, k, v, **args)[:, :cut] - whole[:, :cut]).abs().max() < 1e-12
-
-
 @torch.no_grad()
 def test_all_of_it_lies_where_the_rows_do():
     """On a GPU that is pretended: nothing mixes devices, and the gate may come from anywhere."""
@@ -137,17 +123,6 @@ def test_all_of_it_lies_where_the_rows_do():
         torch.testing.assert_close(one.held, other, rtol=0, atol=1e-12)
 
 
-def test_short_context_makes_the_global_branch_full_attention():
-    q, k, v = qkv(0, 16, 4, 2, 8)
-    got = hybrid_attention(q, k, v, window=3, block=4, top_k=4, sinks=1, local_weight=0.0)
-    kk, vv = (x.repeat_interleave(2, 2).transpose(1, 2) for x in (k, v))
-    want = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), kk, vv, is_causal=True).transpose(1, 2)
-    assert (got - want).abs().max() < 1e-12
-    # within the window too, the gate cannot matter
-    a, b = (hybrid_attention(q, k, v, window=16, block=4, top_k=4, sinks=1, local_weight=w) for w in (0.1, 0.9))
-    assert (a - b).abs().max() < 1e-12
-
-
 def test_a_group_of_heads_chooses_together_and_within_bounds():
     q, k, _ = qkv(3, 40, 4, 2, 8)
     layout = Layout.packed(torch.zeros(1, 40, dtype=torch.long), window=4, block=4, sinks=1)
@@ -160,20 +135,6 @@ def test_a_group_of_heads_chooses_together_and_within_bounds():
     assert chosen[..., 0][:, :, 3:].all()  # the sink is always among them
 
 
-def test_a_token_outside_both_sets_has_no_effect():
-    q, k, v = qkv(5, 33, 2, 2, 8)
-    layout = Layout.packed(torch.zeros(1, 33, dtype=torch.long), window=4, block=4, sinks=1)
-    args = {"window": 4, "block": 4, "top_k": 2, "sinks": 1, "local_weight": 0.6}
-    before = hybrid_attention(q, k, v, **args)
-    chosen = select(
-        block_scores(q, block_summaries(k, layout, "mean"), layout.eligible), layout.eligible, layout.sink, 2
-    )
-    unread = (~chosen[0, :, 32].any(0) & layout.eligible[0, 32]).nonzero().flatten().tolist()
-    victim = next(b for b in unread if b * 4 + 3 < 29)
-    v[:, victim * 4 : victim * 4 + 4] += 100.0  # values do not enter the choice
-    assert torch.equal(hybrid_attention(q, k, v, **args)[:, 32], before[:, 32])
-
-
 def test_gradients_with_the_choice_held():
     q, k, v = (x.requires_grad_() for x in qkv(1, 10, 2, 1, 4))
     gamma = torch.tensor([0.7, 0.4], dtype=F64, requires_grad=True)
@@ -182,38 +143,6 @@ def test_gradients_with_the_choice_held():
         return hybrid_attention(q, k, v, window=3, block=2, top_k=2, sinks=1, local_weight=gamma)
 
     assert torch.autograd.gradcheck(run, (q, k, v, gamma), eps=1e-7, atol=1e-5)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.data())
-def test_paged_equals_parallel(data):
-    """Token by token or in any chunks, on any pages in any order, with poison (NaN) wherever nothing was written."""
-    block, page = data.draw(st.sampled_from([(1, 8), (2, 8), (4, 8), (8, 8), (1, 1)]))
-    base = presets.get("test").model
-    c = dataclasses.replace(base, block=block, page=page, kv_heads=data.draw(st.sampled_from([1, 3])))
-    net = Net(c).init_(data.draw(st.integers(0, 9))).double()
-    t = data.draw(st.integers(1, 110))
-    tokens = torch.randint(9, 300, (1, t), generator=torch.Generator().manual_seed(t))
-    want = net(tokens, exits=(4,))[4][0]
-    pages = -(-t // page)
-    units = torch.randperm(pages + 5, generator=torch.Generator().manual_seed(t))[:pages] + 1
-    caches = [GroupCache.zeros(c, pages + 6, F64) for _ in net.groups]
-    for cache in caches:
-        cache.kv.fill_(math.nan)
-        cache.summaries.fill_(math.nan)
-    outputs, start = [], 0
-    while start < t:
-        stop = min(t, start + data.draw(st.sampled_from([1, block, page + 1, t])))
-        at = torch.arange(start, stop)
-        table = torch.zeros(1, pages + 2, dtype=torch.long)
-        table[0, : -(-stop // page)] = units[: -(-stop // page)]
-        step = PagedStep(at, units[at // page] * page + at % page, table, [0, stop - start], page, block)
-        x = net.embed_inputs(tokens[0, start:stop])
-        for group, cache in zip(net.groups, caches, strict=True):
-            x = group.paged(x, step, cache)
-        outputs.append(x)
-        start = stop
-    assert (torch.cat(outputs) - want).abs().max() < 1e-12
 
 
 def test_blocks_are_chosen_in_full_precision_under_autocast_too():
@@ -244,23 +173,6 @@ def test_rollback_is_moving_a_length():
     assert (run(tokens[20:], 20) - want).abs().max() == 0
 
 
-def test_in_training_a_strip_of_queries_reads_no_key_after_it_and_in_pages_all_there_are(monkeypatch):
-    """Twelve tokens in strips of four, then the last three alone; with as many heads as keys, which is nobody's length."""
-    read, masked = [], attention._masked
-    monkeypatch.setattr(attention, "STRIP", 4)
-    monkeypatch.setattr(
-        attention, "_masked", lambda q, k, *rest: (read.append((q.shape[1], k.shape[1])), masked(q, k, *rest))[1]
-    )
-    q, k, v = qkv(2, 12, 12, 12, 4)
-    reach = Reach(8, 2, 0, torch.full((12,), 0.5, dtype=F64))
-    layout = Layout.packed(torch.zeros(1, 12, dtype=torch.long), window=8, block=2, sinks=0)
-    whole = attend(q, k, v, block_summaries(k, layout, "mean"), layout, reach)
-    assert read == [(12, 12), (4, 4), (4, 8), (4, 12)]
-    last = Layout.causal(torch.arange(9, 12)[None], 12, window=8, block=2, sinks=0)
-    assert (attend(q[:, 9:], k, v, block_summaries(k, last, "mean"), last, reach) - whole[:, 9:]).abs().max() < 1e-12
-    assert read[4:] == [(3, 12), (3, 12)]
-
-
 @pytest.mark.parametrize(("window", "size"), [(4, 2), (3, 3)])
 def test_of_a_long_row_a_few_queries_together_read_the_window_before_them(window, size):
     """So that the local branch costs as much as its window, and not as the row: half a window of them, or where that is odd a
@@ -276,20 +188,3 @@ def test_of_a_long_row_a_few_queries_together_read_the_window_before_them(window
             first = t // size * size - window
             read = {first + at for at in layout.band[0, t // size, t % size].nonzero().flatten().tolist()}
             assert read == set(layout.local[0, t].nonzero().flatten().tolist())
-
-
-def test_what_is_masked_has_a_score_of_minus_infinity_and_nothing_is_added_to_the_rest():
-    assert attention._bias(torch.tensor([True, False]), F64).tolist() == [0.0, -math.inf]
-
-
-@pytest.mark.parametrize("kind", ["hybrid", "sparse"])
-def test_strips_of_queries_read_what_all_of_them_do_at_once(kind, monkeypatch):
-    q, k, v = qkv(6, 22, 4, 2, 8)
-    gate = torch.tensor([0.1, 0.3, 0.6, 0.9], dtype=F64)
-    reach = Reach(4, 2, 1, gate) if kind == "hybrid" else Reach(4, 2, 1, None, gate, 6)
-    layout = Layout.packed(torch.tensor([[0] * 7 + [1] * 15]), window=4, block=2, sinks=1)
-    found = []
-    for strip in (64, 5):
-        monkeypatch.setattr(attention, "STRIP", strip)
-        found.append(attend(q, k, v, block_summaries(k, layout, "mean"), layout, reach))
-    torch.testing.assert_close(*found, rtol=0, atol=1e-12)

@@ -38,29 +38,6 @@ def test_requests_with_one_row_decode_together_and_the_others_are_chunks() -> No
     assert (nobody.singles, nobody.chunks, nobody.longest) == ([], [], 0)
 
 
-def test_a_chunk_alone_has_its_own_rows_and_is_made_once() -> None:
-    one = rows()
-    chunk = one.of(1)
-    assert (chunk.positions.tolist(), chunk.starts, chunk.page, chunk.block) == ([7, 8, 9], [0, 3], 8, 4)
-    assert one.of(1) is chunk and one.of(3).positions.tolist() == [0, 1]
-    early = one.of(1, 2)
-    assert (early.positions.tolist(), early.starts, early.end(0)) == ([7, 8], [0, 2], 8)
-    assert one.of(1, 2) is early and one.of(1) is chunk
-    assert [one.once("x", lambda v=value: v) for value in (1, 2)] == [1, 1] and one.once("y", lambda: 3) == 3
-
-
-def test_what_each_row_has_is_not_made_again_for_the_first_of_the_rows() -> None:
-    whole = rows()
-    first = Rows(POSITIONS[:4], STARTS[:3], 8, 4, whole)
-    assert first.last.tolist() == [4, 9] and Rows(POSITIONS[1:4], [0, 3], 8, 4).last.tolist() == [9]
-    assert not first.apart and Rows(POSITIONS, STARTS, 8, 4, apart=True).apart
-    assert [part.tolist() for part in first.by_row("early", lambda: (first.positions + 1,))] == [[5, 8, 9, 10]]
-    whole.by_row("doubled", lambda: (whole.positions * 2, whole.positions))
-    doubled = first.by_row("doubled", lambda: pytest.fail("it is there"))
-    assert [part.tolist() for part in doubled] == [[8, 14, 16, 18], [4, 7, 8, 9]]
-    assert first.by_row("doubled", lambda: pytest.fail("it is there")) is doubled
-
-
 def test_rows_are_parted_by_where_they_stand() -> None:
     single = Rows(torch.tensor([5, 2, 6, 4]), [0, 1, 2, 3, 4], 8, 4)
     (early, before), (late, after) = single.parted(5)
@@ -131,14 +108,6 @@ def test_a_dense_layer_reads_any_context_whole() -> None:
     gate = torch.ones(1)
     found = [reach.Reach(12, 2, 1, gate, None, dense).way(10**11, 4) for dense in (0, 10**10, reach.ALL)]
     assert found == ["chosen", "chosen", "whole"], "a hundred thousand million tokens"
-
-
-def test_places_are_made_where_the_rows_lie() -> None:
-    memory = GroupCache.zeros(presets.get("test").model, 3, device="meta")
-    assert memory.kv.is_meta and memory.summaries.is_meta
-    there = Rows(POSITIONS.to("meta"), STARTS, 8, 4)
-    assert there.single_rows.is_meta and there.last.is_meta and there.single.positions.is_meta
-    assert write_rows(POSITIONS.to("meta"), 2, 8).is_meta and read_rows(POSITIONS[None].to("meta"), 2).is_meta
 
 
 def test_where_the_host_knows_the_ends_a_device_is_asked_for_nothing() -> None:

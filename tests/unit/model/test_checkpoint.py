@@ -2,7 +2,6 @@
 
 import json
 import warnings
-import weakref
 from pathlib import Path
 
 import pytest
@@ -156,21 +155,6 @@ def test_what_is_not_a_models_is_not_replaced(model, tmp_path, spoil, says):
     assert contents(tmp_path) == before
 
 
-def test_what_came_while_the_model_was_written_is_not_replaced(model, tmp_path, monkeypatch):
-    model.save(tmp_path / "m")
-    written = files.write_manifest
-
-    def meanwhile(directory):
-        written(directory)
-        with_notes(tmp_path / "m")
-
-    monkeypatch.setattr(files, "write_manifest", meanwhile)
-    with pytest.raises(CheckpointError, match=r"thesis\.txt"):
-        Model.from_preset("test", seed=2).save(tmp_path / "m")
-    assert [path.name for path in tmp_path.iterdir()] == ["m"]
-    assert (tmp_path / "m" / "thesis.txt").read_text() == "precious"
-
-
 def test_where_the_new_model_cannot_take_the_place_the_old_one_is_put_back(model, tmp_path, monkeypatch):
     model.save(tmp_path / "m")
     before, rename = contents(tmp_path), Path.rename
@@ -291,34 +275,6 @@ def test_weights_in_many_files_are_the_same_weights(model, cut):
     assert files.weight_bytes(cut) == sum((cut / name).stat().st_size for name in names)
 
 
-def test_one_large_tensor_has_a_file_of_its_own(model, tmp_path):
-    """A limit below the largest tensor: no tensor is cut, and none is lost."""
-    files.save_weights(tmp_path, {"a": torch.ones(4), "b": torch.ones(100), "c": torch.ones(4)}.items(), 32)
-    assert [sorted(held) for held in files.weight_files(tmp_path).values()] == [["a"], ["b"], ["c"]]
-    assert files.load_weights(tmp_path).keys() == {"a", "b", "c"}
-
-
-def test_of_tensors_that_come_one_by_one_those_of_a_file_are_held(tmp_path):
-    made: list[weakref.ref[torch.Tensor]] = []
-    most = 0
-
-    def tensors():
-        nonlocal most
-        for number in range(20):
-            tensor = torch.full((25,), float(number))
-            made.append(weakref.ref(tensor))
-            most = max(most, sum(ref() is not None for ref in made))
-            yield f"t{number:02}", tensor
-
-    files.save_weights(tmp_path, tensors(), 250)
-    assert most <= 4 and len(files.weight_files(tmp_path)) == 10, (
-        "two in a file, and who makes and who writes has one each"
-    )
-    assert {name: tensor[0].item() for name, tensor in files.load_weights(tmp_path).items()} == {
-        f"t{number:02}": number for number in range(20)
-    }
-
-
 def test_an_index_names_files_of_its_directory_only(cut):
     index = cut / "model.safetensors.index.json"
     good = json.loads(index.read_text())
@@ -373,17 +329,6 @@ def test_every_file_is_held_against_the_manifest(cut):
         Model.load(cut)
 
 
-def test_weights_have_one_sha256_with_a_manifest_or_without(cut):
-    """Of several files; what else is in the directory does not matter, since a router may be fitted later."""
-    listed = files.weights_sha256(cut)
-    (cut / "README.md").write_text("another card")
-    (cut / "manifest.json").unlink()
-    assert files.weights_sha256(cut) == listed
-    path = sorted(cut.glob("*.safetensors"))[0]
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
-    assert files.weights_sha256(cut) != listed
-
-
 def test_a_router_is_given_to_weights_as_they_are_read_from_many_files(model, cut, monkeypatch):
     """In the order of the index, and the router of before is gone; all else stays."""
     write = files.save_weights
@@ -414,19 +359,6 @@ def test_a_router_is_given_to_weights_as_they_are_read_from_many_files(model, cu
     sorted(cut.glob("model-00002-of-*.safetensors"))[0].write_bytes(b"{")
     with pytest.raises(CheckpointError, match=r"cannot read .*model-00002"):
         list(files.stream_weights(cut))
-
-
-def test_large_weights_are_hashed_when_asked(cut, monkeypatch):
-    monkeypatch.setattr(files, "HASHED", 1000)
-    (path, *_) = files.weight_files(cut)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    Model.load(cut)
-    with pytest.raises(CheckpointError, match="another sha256"):
-        Model.load(cut, verify=True)
-    (cut / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="to verify by"):
-        Model.load(cut, verify=True)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -139,12 +138,6 @@ def test_a_source_says_how_an_answer_is_drawn(tmp_path: Path, says: dict[str, An
     assert described.sampling(told(tmp_path, {"generation_config": says})) == drawn
 
 
-@pytest.mark.parametrize("value", [True, "hot", [1]])
-def test_a_source_that_says_no_number_is_named(tmp_path: Path, value: object) -> None:
-    with pytest.raises(CheckpointError, match=r"source\.json: generation_config\.top_p: got"):
-        described.sampling(told(tmp_path, {"generation_config": {"top_p": value}}))
-
-
 BOUNDS = {
     "temperature": (0, 100),
     "top_p": (0, 1),
@@ -175,23 +168,6 @@ def test_a_source_may_say_what_a_request_may_have_and_no_more(name: str) -> None
             described.drawn({name: value}, "x")
 
 
-def test_what_a_killed_command_took_away_is_told_by_the_newest_of_it(tmp_path: Path) -> None:
-    """Whatever is in the name, and only where nothing has taken its place."""
-    directory = tmp_path / "m[1]"
-    for name in (".m[1].9.aa.old", ".m1.9.cc.old", ".m[1].8.bb.old"):
-        (tmp_path / name).mkdir()
-        time.sleep(0.02)  # a file system's clock may stand still for 10 ms
-    with pytest.raises(
-        CheckpointError, match=r"was killed: give that command again, or rename \.m\[1\]\.8\.bb\.old, which"
-    ):
-        described.read_config(directory)
-    for nothing in (directory, tmp_path / "n"):
-        if nothing == directory:
-            nothing.mkdir()
-        with pytest.raises(CheckpointError, match=r"got 'no config\.json'; give a directory made by shoal"):
-            described.read_config(nothing)
-
-
 def test_weights_have_one_sha256_in_whatever_order_their_files_are_named(tmp_path: Path) -> None:
     files.save_weights(tmp_path, tensors(20, 20), 32)
     files.write_manifest(tmp_path)
@@ -204,17 +180,6 @@ def test_weights_have_one_sha256_in_whatever_order_their_files_are_named(tmp_pat
     assert [int(path.name[10]) for path in files.weight_files(tmp_path)] == [2, 1], "as the index has them"
 
 
-def test_what_is_known_of_exits_is_told_where_anybody_measured_it(tmp_path: Path) -> None:
-    assert described.adapted(tmp_path) is None
-    assert described.adapted(told(tmp_path, {"family": "x"})) is None
-    assert described.adapted(told(tmp_path, {"adapted": {"minutes": 3}})) == {"minutes": 3}
-
-
-def test_what_exits_were_worth_is_no_longer_said_of_weights_that_changed() -> None:
-    assert described.trained_further(None) is None
-    assert described.trained_further({"family": "x", "adapted": {"minutes": 3}}) == {"family": "x"}
-
-
 def test_known_weights_are_the_beginning_of_the_sha256_of_all(tmp_path: Path) -> None:
     assert described.known_weights(tmp_path) == ""
     files.save_weights(tmp_path, tensors(20, 20), 32)
@@ -225,13 +190,6 @@ def test_known_weights_are_the_beginning_of_the_sha256_of_all(tmp_path: Path) ->
     for other in (listed, {}, {"files": []}, {"files": {"a.safetensors": 1}}):
         (tmp_path / "manifest.json").write_text(json.dumps(other))
         assert described.known_weights(tmp_path) == ""
-
-
-def test_a_directory_is_ours_whatever_its_version(tmp_path: Path) -> None:
-    assert not described.is_ours(tmp_path)
-    for text, ours in (('{"format": "shoal-model", "version": 9}', True), ('{"format": "x"}', False), ("[", False)):
-        (tmp_path / "config.json").write_text(text)
-        assert described.is_ours(tmp_path) == ours
 
 
 @pytest.fixture(scope="module")

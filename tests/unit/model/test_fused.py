@@ -1,19 +1,13 @@
 """The fused operators of a decoding step against the torch operators that they stand in for."""
 
 import dataclasses
-import itertools
 import math
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +16,6 @@ from shoal.model import int8, linears
 from shoal.model.adapters import Stack
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.cpu import fused
-from shoal.model.cpu.parts import Matrix
 from shoal.model.net import Net
 from shoal.model.paged import paged_attention
 from shoal.model.quant import TOP, int8_linear_reference, quantize_rows, token_scale
@@ -177,60 +170,6 @@ def test_scales_are_torchs_to_the_bit(seed, rows, width, scale):
     assert torch.equal(s, token_scale(x)) and torch.equal(unit, x / token_scale(x))
 
 
-def test_compiled_code_is_kept_by_what_is_in_all_of_its_sources():
-    """numba itself looks only at the file of the function that was called, and not at those of what it calls."""
-    from shoal.model.cpu import compiled, decode
-
-    here = Path(compiled.__file__).parent
-    loops = {
-        path.name for path in here.glob("*.py") if "from shoal.model.cpu.compiled import" in path.read_text("utf-8")
-    }
-    assert loops and {*loops, "compiled.py"} <= set(compiled._SOURCES)
-    assert decode.layer.stats.cache_path.startswith(compiled._KEPT) and compiled._digest() in compiled._KEPT
-
-
-def test_what_two_processes_keep_at_once_has_two_names(monkeypatch, tmp_path):
-    from numba.core.caching import IndexDataCacheFile
-
-    from shoal.model.cpu import compiled
-
-    def double(x):
-        return x + x
-
-    written = IndexDataCacheFile._save_index
-
-    def slowly(file, names):
-        time.sleep(0.2)
-        written(file, names)
-
-    monkeypatch.setattr(compiled, "_KEPT", str(tmp_path))
-    monkeypatch.setattr(IndexDataCacheFile, "_save_index", slowly)
-    files = [compiled.exact.called(double)._cache._cache_file for _ in range(4)]  # as each process has its own
-    with ThreadPoolExecutor(4) as pool:
-        [*pool.map(lambda number: files[number].save(number, f"code {number}"), range(4))]
-    assert [files[0].load(number) for number in range(4)] == [f"code {number}" for number in range(4)]
-
-
-def test_what_cannot_have_the_index_is_used_and_not_kept(monkeypatch, tmp_path):
-    """Nor does what is compiled here change where others keep theirs."""
-    from shoal.model.cpu import compiled
-
-    def double(x):
-        return x + x
-
-    monkeypatch.setattr(compiled, "_KEPT", str(tmp_path))
-    monkeypatch.setattr(compiled, "INDEX_PATIENCE", 0.05)
-    before = compiled.config.CACHE_DIR
-    made = compiled.exact.called(double)
-    assert before == compiled.config.CACHE_DIR
-    file = made._cache._cache_file
-    with FileLock(Path(file._cache_path) / "index.lock"):
-        file.save(1, "code")
-        assert file.load(1) is None and made(2) == 4
-    file.save(1, "code")
-    assert file.load(1) == "code"
-
-
 def test_one_at_a_time_compiles_and_nobody_waits_for_ever(monkeypatch, tmp_path):
     from shoal.model.cpu import compiled
 
@@ -265,75 +204,6 @@ def test_what_is_not_a_number_stays_so():
     for row in (fused.rms_norm(x, torch.ones(2), 1e-6), fused.scale_rows(x, TOP)[0]):
         assert not row[0].isfinite().any() and row[1].isfinite().all() and not row[2].isfinite().all()
     assert fused.swiglu(x).isfinite().tolist() == [[False], [True], [False]]
-
-
-def test_each_loop_is_given_what_it_was_compiled_for(monkeypatch):
-    """Few numbers are summed by the one that keeps the interpreter's lock. Other types would be compiled anew."""
-    did = []
-
-    def sums(name):
-        return lambda numbers, rows, kept, totals: (did.append(name), totals.fill(len(kept)))
-
-    def race(logits, rows, likeliest, heat, lowest, ids, keys, found, ties):
-        did.append([each.dtype for each in (lowest, ids, keys, found, ties)])
-        found[:], ties[:] = likeliest + 1, [False, True]
-
-    loops = SimpleNamespace(log_sums=sums("many"), few_log_sums=sums("few"), race=race)
-    monkeypatch.setattr(fused, "_kernels", lambda: loops)
-    monkeypatch.setattr(fused, "FEW_NUMBERS", 6)
-    logits = torch.zeros(4, 3)
-    assert fused.log_sums(logits, [0, 2])[1] == [2.0, 2.0] and fused.log_sums(logits, [0, 2, 3])[1] == [3.0] * 3
-    assert did == ["few", "many"]
-    lowest = torch.full((2,), -1 / 3, dtype=torch.float64)
-    ids, keys = torch.zeros(3, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32)
-    found, ties = fused.race(logits, [0, 2], torch.tensor([0, 5, 1, 5]), torch.ones(2), lowest, ids, keys.numpy())
-    assert (found.tolist(), ties) == ([1, 2], [1])
-    assert did[2] == [np.float32, np.uint32, np.uint32, np.int64, np.bool_]
-
-
-@pytest.mark.parametrize("kind", [torch.float32, torch.int8])
-def test_a_head_multiplies_whole_numbers_where_its_matrix_is_of_them(kind, monkeypatch):
-    did = []
-    integers = SimpleNamespace(linear=lambda x, weight, shift, scale, out: did.append((weight, shift, scale)))
-    loops = SimpleNamespace(
-        rms_norm=lambda x, weight, eps, out: np.multiply(x, weight * eps, out=out),
-        product=lambda x, weight, out: np.matmul(x, weight.T, out=out),
-        integers=integers,
-    )
-    monkeypatch.setattr(fused, "_kernels", lambda: loops)
-    matrix = Matrix(torch.arange(12).view(4, 3).to(kind), *fused.PLAIN)
-    got = fused.Head(torch.tensor([1.0, 2.0, 3.0]), 0.5, matrix).logits(np.ones((2, 3), np.float32))
-    assert got.shape == (2, 4) and got.dtype == np.float32
-    if kind == torch.int8:
-        assert [[each.tolist() for each in given] for given in did] == [[each.tolist() for each in matrix]]
-    else:
-        assert not did and got.tolist() == [[(j + 2 * (j + 1) + 3 * (j + 2)) / 2 for j in (0, 3, 6, 9)]] * 2
-
-
-def test_layers_of_a_stretch_are_given_the_rows_that_are_left_at_each_time(monkeypatch):
-    """Three requests, of which the last has no draft; two layers, which look no further than the pages that there are."""
-    given = []
-    monkeypatch.setattr(fused, "_kernels", lambda: SimpleNamespace(layer=lambda x, *more: given.append(more) or x + 1))
-    held = [(f"norm {j}", (np.zeros(1, kind),), *range(7)) for j, kind in enumerate((np.int8, np.float32))]
-    parts = [
-        (each, fused.Form(1e-6, 2, False), Reach(10 * (j + 1), 4, 1, None, dense=99)) for j, each in enumerate(held)
-    ]
-    cache = GroupCache(torch.rand(2, 5, 1, 8, 4), torch.rand(2, 5, 1, 4, 2))
-    rope = tuple(torch.arange(12.0).view(2, 3, 2) + 100 * n for n in (0, 1))
-    positions, slots, tables = (np.arange(6).reshape(2, 3) + n for n in (10, 20, 30))
-    stretch = fused.Stretch(parts, rope, cache, positions, slots, tables.T)
-    assert stretch.after(np.zeros((3, 2)), 0).tolist() == [[2.0, 2.0]] * 3
-    assert stretch.after(np.zeros((2, 2)), 1).tolist() == [[2.0, 2.0]] * 2
-    for call, (at, count) in enumerate([(0, 3), (0, 3), (1, 2), (1, 2)]):
-        weights, form, rows, kv, summaries, sight, beside = given[call]
-        assert (weights, form) == (parts[call % 2][0], (1e-6, 2, False))
-        assert [each.dtype for each in beside] == [(np.uint16, np.float32)[call % 2], np.int64, np.int64]
-        assert [each.shape for each in beside] == [(0,), (4, 0, 3), (0,)], "of no adapter"
-        want = (rope[0][at], rope[1][at], positions[at], slots[at], tables.T, np.arange(3), np.arange(3))
-        assert [each.tolist() for each in rows[:-1]] == [each[:count].tolist() for each in want] and rows[-1] == 2
-        assert np.shares_memory(kv, cache.kv[call % 2].numpy()) and kv.tolist() == cache.kv[call % 2].tolist()
-        assert summaries.tolist() == cache.summaries[call % 2].tolist()
-        assert (sight[:3], sight[5]) == ((min(10 * (call % 2 + 1), 16), 4, 1), 16)
 
 
 FORMS = [  # of layers: ours, and those of open models
@@ -413,33 +283,6 @@ def beginning(config):
     return normal(1, 2, config.width, dtype=torch.float32), step
 
 
-@torch.inference_mode()
-def test_layers_that_are_rounded_as_in_training_do_not_run_in_one_call():
-    """Told before each step, though what else they are made of is looked for once."""
-    net = Net(presets.get("test").model).init_(0)
-    found = []
-    for on in (False, True, False):
-        linears.fake_quantize_(net, on)
-        found.append(bool(net.groups[1]._in_one_call(*beginning(net.config))))
-    assert found == [True, False, True]
-
-
-@torch.inference_mode()
-def test_layers_run_in_one_call_for_as_many_rows_of_a_request_as_drafts_may_have(monkeypatch):
-    """17 rows are a token and sixteen drafts. Gates that may change without a trace are looked at each time."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # of several threads 17 rows are oneDNN's
-    one = presets.get("test").model
-    some = dataclasses.replace(one, layers=8, attn_pattern="HD")  # beside a layer that has no gate, too
-    for inference, config in itertools.product((False, True), (one, some)):
-        with torch.inference_mode(inference):
-            group = Net(config).init_(0).requires_grad_(False).groups[1]
-        for rows in (17, 18):
-            at = torch.arange(rows)
-            step = PagedStep(at, at, torch.tensor([[0, 1, 2]]), [0, rows], 8, 2)
-            assert bool(group._in_one_call(torch.zeros(rows, 48), step)) == (rows == 17)
-        assert len(group._seen[1]) == (not inference)
-
-
 @pytest.mark.parametrize("quantization", ["none", "w8a8"])
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_layers_of_open_models_run_in_one_call(form, quantization, monkeypatch):
@@ -466,28 +309,6 @@ def test_layers_in_one_call_read_their_tensors_where_they_lie_now(quantization, 
             want = two_rows(net)
         assert torch.allclose(found[-1], want, rtol=1e-4, atol=1e-4)
     assert (found[0] - found[1]).abs().max() > 0.1 < (found[1] - found[2]).abs().max()
-
-
-@torch.inference_mode()
-def test_weights_that_change_while_another_thread_looks_for_them_are_seen():
-    """The other's step falls between the look of this one at its layers and what it keeps of it, as a thread's may."""
-    net = Net(presets.get("test").model).init_(1).requires_grad_(False)
-    group, step = net.groups[1], beginning(net.config)
-    block, calls = group.blocks[0], []
-    honest, norm = block.arrays, block.attention_norm.weight
-
-    def interrupted(*args):
-        found = honest(*args)
-        calls.append(1)
-        if len(calls) == 1:
-            norm.data = norm * 2
-            group._in_one_call(*step)
-        return found
-
-    block.arrays = interrupted
-    group._in_one_call(*step)
-    weights, _, _ = group._in_one_call(*step)[0]
-    assert (weights[0] == norm.numpy()).all(), "else those of before are read for ever"
 
 
 @torch.inference_mode()

@@ -40,47 +40,6 @@ def test_it_measures_and_writes_a_page() -> None:
     assert measured.AIMS in text and " ".join(measured.PAGE.read_text().split()).count(measured.AIMS.strip()) == 1
 
 
-@pytest.mark.drill
-def test_what_does_not_fit_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> float:
-        raise torch.OutOfMemoryError
-
-    for model, timed in (("ours", "step_seconds"), ("plain", "plain_seconds")):
-        monkeypatch.setattr(f"benchmarks.device.{timed}", full)
-        assert [*measured.decoding("test", 2, (40,), CPU, 1e9, model)] == [
-            f"| test | 2 | 40 | {model} | does not fit | | |"
-        ]
-    monkeypatch.setattr("benchmarks.mfu.update", full)
-    assert next(measured.training("test", 24, CPU, 1)) == "| test | 24 | ours, recomputed | does not fit | |  |"
-
-
-@pytest.mark.drill
-def test_a_part_that_fails_or_hangs_leaves_what_it_said() -> None:
-    """Also where a process of its own keeps the pipe open; a busy machine may end it before it has said a word."""
-    assert measured.part(["-c", "print('| 1 |'); raise SystemExit(3)"], 60.0) == (["| 1 |"], 3)
-    hangs = "import subprocess, sys; print('| 2 |', flush=True); subprocess.run([sys.executable, '-c', 'input()'])"
-    lines, ended = measured.part(["-c", hangs.replace("input()", "import time; time.sleep(600)")], 3.0)
-    assert lines in (["| 2 |"], []) and ended < 0
-
-
-@pytest.mark.drill
-def test_tests_that_are_ended_say_which_one_ran_and_which_had_failed(tmp_path: Path) -> None:
-    """As pytest says it, into a pipe, until it is killed."""
-    file = tmp_path / "test_some.py"
-    file.write_text(
-        "import os, pytest\n\n\n@pytest.mark.parametrize('n', ['a b', 'c', 'd'])\n"
-        "def test_it(n):\n    assert n != 'a b'\n    n == 'd' and os.kill(os.getpid(), 9)\n"
-    )
-    said, ended = measured.part(
-        [*measured.TESTS[:-1], "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(file)], 120.0
-    )
-    told = measured.tested(said, ended)
-    assert "test_some.py::test_it[d] (ended -9); failed: " in told and told.endswith("test_some.py::test_it[a b]")
-    assert measured.tested(["a.py::test_b ERROR [1%]", "a.py::test_c PASSED", "", "= 1 passed, 1 error ="], 1) == (
-        "= 1 passed, 1 error = (ended 1); failed: a.py::test_b"
-    )
-
-
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     """A GPU that is not there, with a page in a folder, and its parts: none runs, and each is kept. Tests say nothing and end
@@ -134,26 +93,6 @@ def test_the_page_is_written_whatever_ends(asked: list[list[str]]) -> None:
     assert asked[3:7] == [["decoding", "350m", "1", "2000000000000.0", model, python] for model in measured.MODELS]
     table = [line.split("|")[4].strip() for line in text.splitlines() if line.startswith("| 1b | 8 | 1,024")]
     assert table == ["ours", "plain", "vllm"]
-
-
-@pytest.mark.parametrize(("minutes", "folder", "told"), [
-    (60.0, "", "it was not asked for"), (25.0, "there", "60 minutes were not given"), (60.0, "there", "no space (ended 2)"),
-])  # fmt: skip
-def test_without_vllm_the_rest_is_measured(
-    asked: list[list[str]], monkeypatch: pytest.MonkeyPatch, minutes: float, folder: str, told: str
-) -> None:
-    ran = measured.part
-
-    def part(arguments: list[str], seconds: float, program: str = sys.executable) -> tuple[list[str], int]:
-        found = ran(arguments, seconds, program)
-        return (["installing", "no space"], 2) if program == "make" else found
-
-    monkeypatch.setattr(measured, "part", part)
-    measured.main(minutes, folder)
-    text = measured.PAGE.read_text()
-    for peer in measured.PEERS:
-        assert text.count(f"{peer} was not measured: {told}\n") == 1 and f"| {peer} |" not in text
-    assert {each[4] for each in asked if each[0] == "decoding"} == {"ours", "plain"}
 
 
 @pytest.mark.drill

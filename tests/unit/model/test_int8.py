@@ -11,8 +11,6 @@ from hypothesis import given, settings
 
 from shoal.errors import ResourceError
 from shoal.model import int8, linears, quant
-from tests.clocks import tells
-from tests.pretend_gpu import pretended
 from tests.unit.model.rounding import SHAPES, case
 
 pytest.importorskip("numba")
@@ -143,35 +141,6 @@ def test_a_kernel_that_cannot_be_built_here_is_left_out(monkeypatch):
         int8.trusted.__wrapped__(CPU)
 
 
-def test_choice_measures_and_prefers_what_needs_no_second_copy():
-    assert set(int8.choice(96, 64, CPU, 1)) <= set(int8.trusted(CPU)) - {"float"}
-    assert int8.choice(int8.MOST_INPUTS + 1, 4, CPU, 1) == ("float",) * 3
-    x = torch.zeros(1, 4)
-
-    def slow(x):
-        return [x + 1 for _ in range(2000)]
-
-    assert int8._fastest({"first": slow, "second": lambda x: x}, x) == "second"
-    assert int8._fastest({"first": lambda x: x, "second": slow}, x) == "first"
-
-
-def test_a_gpu_has_ended_what_it_is_timed_for(monkeypatch):
-    """Launched is not done: each run of each kernel is waited for, and measured by the clock."""
-    did = []
-    tells(
-        monkeypatch,
-        "shoal.model.int8",
-        perf_counter=lambda: float(len(did)),
-        thread_time=lambda: pytest.fail("of another's work"),
-    )
-    with pretended() as gpu:
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: did.append("waits"))
-        x = torch.zeros(1, 4, device=gpu)
-        runs = {"long": lambda x: did.extend(["a", "b"]), "short": lambda x: did.append("c")}
-        assert int8._fastest(runs, x) == "short"
-    assert did == ["a", "b", "waits", "c", "waits"] * 4
-
-
 def test_measuring_draws_nothing_from_the_generator_that_others_seed():
     """A run's own numbers must not depend on which layers had been measured before."""
     torch.manual_seed(7)
@@ -237,37 +206,3 @@ def test_cpus_without_the_newest_instructions_compute_the_same(way, name, featur
         pytest.skip("describes an x86-64")
     env = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
     assert child(OTHER, way, **env) == "same"
-
-
-def test_what_a_processor_can_is_what_numba_was_told_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from shoal.model.cpu import tiles
-
-    monkeypatch.setattr(tiles.config, "CPU_FEATURES", "+avx,-avx2,+fma")
-    assert tiles.features() == {"avx", "fma"}
-    monkeypatch.setattr(tiles.config, "CPU_FEATURES", None)
-    monkeypatch.setattr(tiles.binding, "get_host_cpu_features", lambda: {"avx": True, "avx2": False})
-    assert tiles.features() == {"avx"}
-
-
-@pytest.mark.parametrize(
-    ("has", "way"), [({"avx512vnni", "avx512bw", "avx2"}, "vnni"), ({"avx512vnni", "avx2"}, "avx2"), ({"avx"}, "plain")]
-)
-def test_integers_are_multiplied_by_the_widest_instruction_there_is(
-    has: set[str], way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from shoal.model.cpu import integers
-
-    monkeypatch.setattr(integers.tiles, "features", lambda: has)
-    assert integers.instructions() == way
-
-
-@pytest.mark.parametrize(("outputs", "inputs", "held"), [(16, 24, True), (16, 20, False), (12, 24, False)])
-def test_a_weight_that_int_mm_takes_as_it_is_is_not_held_twice(
-    outputs: int, inputs: int, held: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read, product = list[int](), torch._int_mm
-    monkeypatch.setattr(torch, "_int_mm", lambda a, b: (read.append(b.data_ptr()), product(a, b))[1])
-    weight, scale = quant.quantize_rows(torch.randn(outputs, inputs))
-    x = torch.randn(3, inputs)
-    assert torch.equal(int8.KERNELS["int_mm"](weight, scale)(x), quant.int8_linear_reference(x, weight, scale))
-    assert (read == [weight.data_ptr()]) == held

@@ -1,88 +1,25 @@
-"""What stands between torch and the kernels of a GPU, and needs none: where they are used, how work is cut, and the smaller
-launches. What the kernels make of it is of tests/triton, and needs Triton."""
+"""What stands between torch and the kernels of a GPU, and needs none: where they are used, which rows are left to torch, and
+where the blocks of whole rows lie. Launches and kernels are tested together in tests/triton, in Triton's interpreter."""
 
 from __future__ import annotations
 
 import itertools
 import logging
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shoal.model.cache import PagedStep
+from shoal.model import paged
+from shoal.model.cache import PagedStep, Rows
 from shoal.model.gpu import launch, sparse
+from shoal.model.gpu.sparse import Spans
 from shoal.model.reach import ALL, Reach
-from tests.pretend_gpu import CPU, GPU, pretended
-from tests.unit.model.launched import stand_in, written_down
+from tests.pretend_gpu import GPU, pretended
 
 META = torch.device("meta")
-
-
-def test_a_power_of_two_is_the_least_that_holds_a_size() -> None:
-    sizes = (1, 15, 16, 17, 64, 65, 1000)
-    assert [launch._power(size) for size in sizes] == [16, 16, 16, 32, 64, 128, 1024]
-    assert [launch._fit(size) for size in sizes] == [1, 16, 16, 32, 64, 128, 1024]
-    assert [launch._warps(size) for size in (1, 512, 513, 1025, 8192, 8193, 10**6)] == [1, 1, 2, 4, 16, 16, 16]
-
-
-@pytest.mark.parametrize("head", [8, 64, 65, 128, 256, 512])
-def test_tiles_of_a_head_are_no_larger_than_what_lies_in_shared_memory(head: int) -> None:
-    """64 keys of 64 numbers, and of wider heads as many numbers; 16 keys at least."""
-    assert launch._tile(torch.zeros(1, head)) == {8: 64, 64: 64, 65: 32, 128: 32, 256: 16, 512: 16}[head]
-    for kind in (torch.float64, torch.float32, torch.bfloat16):
-        held, read = sparse._tiles(head, torch.zeros(1, dtype=kind))
-        padded = max(16, 1 << (head - 1).bit_length()) * kind.itemsize
-        most = 16 if kind == torch.float64 else 64
-        assert held == max(16, min(most, 16384 // padded)) and read == max(16, min(most, 8192 // padded))
-
-
-def test_one_program_holds_the_queries_or_the_keys() -> None:
-    q, k = torch.zeros(2, 10, 6, 100), torch.zeros(2, 10, 2, 100)
-    of_queries, of_keys = sparse._shape(q, k), sparse._shape(q, k, of_keys=True)
-    assert of_queries == {
-        "HEADS": 6, "KV_HEADS": 2, "G": 3, "D": 100, "WIDE": 128, "TALL": 32, "TILE": 16, "SCALE": 0.1,
-        "PRECISION": "wide", "EXACT": False,
-    }  # fmt: skip
-    assert of_keys == of_queries | {"TALL": 16, "TILE": 32}
-    reads = sparse._reads(q.double(), k, torch.zeros(2, 2, 10, 5, dtype=torch.int32), 4)
-    assert reads == {name: value for name, value in of_queries.items() if name != "TALL"} | {
-        "TILE": 16, "EXACT": True, "S": 4, "K": 5, "ROWS": 16,
-    }  # fmt: skip
-
-
-def test_keys_are_cut_into_enough_pieces_to_fill_a_device_and_none_is_short() -> None:
-    for programs, near, far in itertools.product(
-        (1, 2, 7, 64, 127, 128, 500), (1, 64, 500, 5000), (0, 1, 65, 2000, 4096)
-    ):
-        found = launch._pieces(programs, near, far)
-        if programs >= launch.BUSY and near + far <= launch.MOST_KEYS:
-            assert found == (1, int(far > 0)), "these fill a device by themselves"
-            continue
-        each = max(launch.LEAST_KEYS, -(-(near + far) * programs // launch.PROGRAMS))  # keys of a piece, at least
-        assert found[0] == max(1, near // each) and bool(found[1]) == bool(far)
-        for keys, count in zip((near, far), found, strict=True):
-            assert count <= 1 or count * each <= keys < (count + 1) * each
-        assert programs * sum(found) <= launch.PROGRAMS + 2 * programs
-
-
-def test_a_row_is_of_the_request_that_owns_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where each request has one, nothing is copied to the device."""
-    copies, send = list[list[int]](), launch.sent
-    monkeypatch.setattr(
-        launch, "sent", lambda values, device: (copies.append(values.tolist()), send(values, device))[1]
-    )
-    assert [launch._requests(starts, META).device for starts in ([0, 1, 2], [0, 2])] == [META] * 2
-    copies.clear()
-    for counts in ([1, 1, 1], [3, 1, 2], [4], [2, 1]):
-        starts = [0, *itertools.accumulate(counts)]
-        found = launch._requests(starts, CPU)
-        assert found.tolist() == [r for r, count in enumerate(counts) for _ in range(count)]
-        assert found.dtype == torch.int32
-    assert copies == [[0, 0, 0, 1, 2, 2], [0, 0, 0, 0], [0, 0, 1]]
 
 
 def step_of(counts: list[int], pages: int, page: int = 8, block: int = 4) -> PagedStep:
@@ -104,27 +41,6 @@ def test_requests_whose_many_new_tokens_read_all_before_them_are_left_to_torch_a
     most = launch.MOST_BLOCKS
     assert launch.attends(step_of([1], most, 8, 8), far) and not launch.attends(step_of([1], most + 1, 8, 8), far)
     assert launch.attends(step_of([1], most + 1, 8, 8), local), "nothing is chosen"
-
-
-def test_what_kernels_of_attention_have_in_common() -> None:
-    q, kv, summaries = torch.zeros(3, 4, 10), torch.zeros(5, 2, 8, 20), torch.zeros(5, 2, 2, 20)
-    shape = launch._shape(q, kv, summaries, step_of([1, 1, 1], 6), Reach(8, 3, 1, None, torch.zeros(4)))
-    assert shape == {
-        "G": 2, "HEADS": 4, "KV_HEADS": 2, "D": 10, "WIDE": 16, "PAGED": 2, "S": 4, "K": 3, "BEYOND": True, "VARIANCE": True,
-        "ROWS": 16, "TILE": 64, "SCALE": pytest.approx(10**-0.5), "EXACT": False,
-    }  # fmt: skip
-    shape = launch._shape(q.double(), kv, summaries[..., :10], step_of([1] * 3, 6), Reach(8, 12, 1, torch.zeros(4)))
-    assert (shape["BEYOND"], shape["VARIANCE"], shape["ROWS"], shape["EXACT"]) == (False, False, 2, True)
-    assert launch._shape(q, kv, summaries, step_of([1] * 3, 6), Reach(8, 12, 1, None))["K"] == 0, "the window alone"
-    assert [launch._blocks(n) for n in (1, 256, 257, 1024, 4096, 4097, 2**14)] == [
-        256,
-        256,
-        1024,
-        1024,
-        4096,
-        2**14,
-        2**14,
-    ]
 
 
 # ---- where they are used
@@ -155,15 +71,9 @@ def test_what_no_kernel_takes_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) 
         assert not launch.usable(x)
 
 
-def test_triton_is_there_if_it_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    for found in (None, object()):
-        monkeypatch.setattr(launch, "find_spec", {"triton": found}.get)
-        assert launch.installed.__wrapped__() is bool(found)
-
-
 @pytest.fixture
-def tried(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[list[dict[str, Any]]]:
-    """What is launched on a GPU of the least capability with Triton, of which nothing is known yet."""
+def tried(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[list[torch.Tensor]]:
+    """What a small kernel is launched on, on a GPU of the least capability with Triton, of which nothing is known yet."""
     caplog.set_level(logging.WARNING)
     monkeypatch.setattr(launch, "installed", lambda: True)
     monkeypatch.setattr(launch, "GIVEN_UP", set())
@@ -171,29 +81,18 @@ def tried(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
     monkeypatch.setattr(torch.version, "hip", None)
     launch._tried.cache_clear()
     with pretended():
-        yield written_down(monkeypatch, "pointwise")
+        found = list[torch.Tensor]()
+        monkeypatch.setattr(launch, "rms_norm", lambda x, weight, eps: found.append(x))
+        yield found
     launch._tried.cache_clear()
 
 
-def test_a_gpu_that_runs_a_small_kernel_runs_them_all(tried: list[dict[str, Any]]) -> None:
+def test_a_gpu_that_runs_a_small_kernel_runs_them_all(tried: list[torch.Tensor]) -> None:
     """Asked for once; until one is refused there."""
     assert [launch.able(GPU) for _ in range(2)] == [True, True]
-    assert [(each["name"], each["grid"], each["x"].device, each["eps"]) for each in tried] == [
-        ("_norm", (1,), GPU, 0.0)
-    ]
-    assert tried[0]["x"].shape == (1, 16) == (1, *tried[0]["weight"].shape)
+    assert [each.device for each in tried] == [GPU]
     launch.GIVEN_UP.add(GPU)
     assert launch.able(GPU) is False
-
-
-def test_an_interpreter_is_not_tried_nor_what_has_no_triton(
-    tried: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    assert launch.able(CPU) is True, "it is for tests alone, where Triton's interpreter runs"
-    launch._tried.cache_clear()
-    monkeypatch.setattr(launch, "installed", lambda: False)
-    assert launch.able(CPU) is launch.able(GPU) is False
-    assert tried == [] == caplog.records
 
 
 @pytest.mark.parametrize(
@@ -209,7 +108,7 @@ def test_a_gpu_that_runs_none_is_told_once(
     hip: str | None,
     fault: Exception | None,
     said: str,
-    tried: list[dict[str, Any]],
+    tried: list[torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -217,7 +116,7 @@ def test_a_gpu_that_runs_none_is_told_once(
         if fault is not None:
             raise fault
 
-    stand_in(monkeypatch, "pointwise", _norm=norm)
+    monkeypatch.setattr(launch, "rms_norm", norm)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     assert [launch.able(GPU) for _ in range(2)] == [False, False] and launch._tried(GPU) is False
@@ -230,7 +129,7 @@ def of_triton(module: str) -> Exception:
 
 
 def test_kernels_are_given_up_where_one_is_refused_and_for_nothing_else(
-    tried: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+    tried: list[torch.Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
     """By Triton, or by the compiler below it; told once a device."""
     others = [of_triton("tritonish.errors"), of_triton("other.triton"), RuntimeError("CUDA error: an illegal address")]
@@ -248,68 +147,101 @@ def test_kernels_are_given_up_where_one_is_refused_and_for_nothing_else(
     assert len(launch.GIVEN_UP) == 2 == len(caplog.records)
 
 
-def test_what_is_computed_in_is_fp32_or_better_and_products_are_what_torch_s_are(
-    monkeypatch: pytest.MonkeyPatch,
+# ---- which rows are left to torch, and where blocks of whole rows lie
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without values, and those of the CPU, take the way of a GPU's."""
+    monkeypatch.setattr(launch, "ON", {"cpu", "meta"})
+    monkeypatch.setattr(launch, "able", lambda device: True)
+
+
+@pytest.fixture
+def gathered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Requests and pages of each gather of keys and values."""
+    found, gather = list[tuple[int, int]](), paged._all
+    monkeypatch.setattr(
+        paged, "_all", lambda kv, reads, *given: (found.append(reads.shape[::2]), gather(kv, reads, *given))[1]
+    )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("reach", "pages"),
+    [
+        (Reach(ALL, 0, 0, None, dense=ALL), 1024),
+        (Reach(512, 64, 1, None, torch.zeros(32, device="meta"), dense=32256), 1008),
+        (Reach(512, 64, 1, None, torch.zeros(32, device="meta"), dense=4096), None),
+        (Reach(512, 64, 1, torch.zeros(32, device="meta")), None),
+    ],
+)
+@torch.inference_mode()
+def test_beside_a_prompt_of_32k_nothing_is_gathered_for_who_decodes(
+    reach: Reach, pages: int | None, on: None, gathered: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of fp32 in TF32 where torch's are; scores of blocks in what is near fp32. An interpreter has no product in bf16."""
-    assert [launch.fp(kind) for kind in launch.TYPES] == [*[torch.float32] * 3, torch.float64]
-    with pretended() as gpu:
-        x = torch.zeros(1, device=gpu)
-        for allowed in (True, False):
-            monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=allowed))
-            assert [launch._precision(each) for each in (x, x.bfloat16())] == ["tf32" if allowed else "ieee", "ieee"]
-        assert sparse._nearly_fp32(x) == "tf32x3"
-    assert launch._precision(torch.zeros(1)) == sparse._nearly_fp32(torch.zeros(1)) == "wide"
+    """63 rows of 1 to 2k tokens, sizes of a model of 8 billion. Tensors on meta have no values, so no place is waited for."""
+    monkeypatch.setattr(launch, "_attend", lambda *given: None)  # nothing is computed
+    ends, starts = [*range(1000, 1063), 32767], [*range(64), 63 + 1024]
+    rows = Rows(torch.zeros(starts[-1], dtype=torch.long, device="meta"), starts, 32, 32, ends=ends)
+    tables = torch.zeros(64, 1024, dtype=torch.long, device="meta")
+    step = PagedStep(rows.positions, rows.positions, tables, starts, 32, 32, shared=rows)
+    kv = torch.zeros(70000, 8, 32, 256, dtype=torch.bfloat16, device="meta")
+    q = torch.zeros(starts[-1], 32, 128, dtype=torch.bfloat16, device="meta")
+    assert paged.paged_attention(q, kv, kv[:, :, :1, :128].float(), step, reach).shape == q.shape
+    assert gathered == ([(1, pages)] if pages else []), "of 64 requests at 32k it would be 8.6 GB"
 
 
-# ---- launches, by kernels that do in torch what their programs would
+def test_of_a_prompt_in_a_sparse_layer_the_rows_before_its_dense_length_are_left_to_torch() -> None:
+    """Where these are more than 16. The host knows where requests end, and no place is read: on meta that raises."""
+    step, counts = step_of([1, 30, 30, 17, 20], 40), [0, 1, 31, 61, 78, 98]
+    step.shared = Rows(step.positions.to("meta"), counts, 8, 4, ends=[300, 76, 80, 79, 19])
+    first = [(1, 17), (4, 20)]  # from 47 on 17 of 64; from 51 on 13, from 63 on one
+    for _ in range(2):
+        assert launch.shared(step, Reach(8, 2, 1, None, torch.zeros(2), dense=64)) == first
+    for dense in (24, 63):  # of the second request none, and 16
+        assert launch.shared(step, Reach(8, 2, 1, None, torch.zeros(2), dense=dense)) == first[1:]
+    assert launch.shared(step, Reach(8, 2, 1, None, torch.zeros(2), dense=320)) == [(1, 30), (2, 30), (3, 17), (4, 20)]
 
 
-def norm(grid: Any, x: Any, added: Any, weight: Any, total: Any, out: Any, eps: float, **shape: Any) -> None:
-    (rows,), width = grid, shape["D"]
-    assert shape["WIDE"] == launch._power(width) and shape["num_warps"] == launch._warps(width)
-    assert all(each.is_contiguous() for each in (x, added, total, out))
-    for row in range(rows):
-        at = slice(row * width, row * width + width)
-        whole = x.view(-1)[at] + (added.view(-1)[at] if shape["ADDS"] else 0)
-        if shape["ADDS"]:
-            total.view(-1)[at] = whole
-        out.view(-1)[at] = whole / (whole.square().mean() + eps).sqrt() * weight
+DOCS = torch.tensor([[0] * 7 + [1] * 23, [0] + [1] * 14 + [2] * 15])
 
 
-def gate(grid: Any, both: Any, out: Any, **shape: Any) -> None:
-    inner, tile = shape["F"], shape["TILE"]
-    assert both.is_contiguous() and tile <= 1024 and (grid[1] - 1) * tile < inner
-    for row, piece in itertools.product(*map(range, grid)):
-        some = range(piece * tile, min(inner, piece * tile + tile))
-        for at in some:
-            up = both.view(-1)[row * 2 * inner + inner + at]
-            z = both.view(-1)[row * 2 * inner + at]
-            out.view(-1)[row * inner + at] = z * torch.sigmoid(z) * up
+@pytest.mark.parametrize("block", [1, 3, 4, 8])
+@pytest.mark.parametrize(("window", "dense"), [(1, 0), (4, 0), (6, 5), (9, 12)])
+def test_spans_are_what_counting_document_by_document_gives(block: int, window: int, dense: int) -> None:
+    window = max(window, block)
+    spans = Spans.packed(DOCS, block, window, dense)
+    for row, docs in enumerate(DOCS.tolist()):
+        blocks = list[int]()  # where each complete one begins
+        for t, doc in enumerate(docs):
+            start = docs.index(doc)
+            place, length = t - start, docs.count(doc)
+            if place % block == block - 1:
+                blocks.append(t - block + 1)
+            own = [each for each in blocks if each >= start]
+            assert (spans.positions[row, t], spans.starts[row, t]) == (place, start)
+            assert (spans.ends[row, t], spans.many[row, t]) == (len(blocks), len(own))
+            assert spans.tails[row, t] == start + len(own) * block
+            of = start + place // block * block  # its block's first token
+            whole = of + block <= start + length
+            number = len(blocks) - (place % block == block - 1) if whole else -1
+            assert spans.block_of[row, t] == number
+            low = start if place < dense else max(start, t - window + 1)
+            assert spans.low[row, t] == low
+            few = 0 if place < dense else sum(each < low for each in own)
+            assert (spans.few[row, t], spans.few_ends[row, t]) == (few, len(blocks) - len(own) + few)
+        assert spans.first[row, : len(blocks)].tolist() == blocks
+    for name, tensor in vars(spans).items():
+        assert name in ("block", "positions") or (tensor.dtype == torch.int32 and tensor.is_contiguous()), name
 
 
-@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(5,), (3, 7), (2, 3, 20), (0, 4)])
-def test_norms_are_launched_for_each_row(
-    shape: tuple[int, ...], kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stand_in(monkeypatch, "pointwise", _norm=norm)
-    g = torch.Generator().manual_seed(1)
-    x, added = (torch.randn(*shape[:-1], 2 * shape[-1], generator=g, dtype=kind)[..., ::2] for _ in range(2))
-    weight = torch.rand(shape[-1], generator=g, dtype=kind)
-
-    def by_hand(whole: torch.Tensor) -> torch.Tensor:
-        return whole / (whole.square().mean(-1, keepdim=True) + 0.5).sqrt() * weight
-
-    torch.testing.assert_close(launch.rms_norm(x, weight, 0.5), by_hand(x))
-    total, out = launch.add_norm(x, added, weight, 0.5)
-    torch.testing.assert_close((total, out), (x + added, by_hand(x + added)))
-
-
-@pytest.mark.parametrize("inner", [1, 20, 1024, 1500])
-def test_a_gate_is_launched_for_each_number(inner: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(monkeypatch, "pointwise", _swiglu=gate)
-    both = torch.randn(2, 1, 2 * inner, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    left, right = both.chunk(2, -1)
-    torch.testing.assert_close(launch.swiglu(both), torch.nn.functional.silu(left) * right)
-    assert launch.swiglu(both[:0]).shape == (0, 1, inner)
+def test_rows_of_more_blocks_than_a_program_chooses_among_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "able", lambda _: True)
+    x = torch.zeros(1, launch.MOST_BLOCKS * 2 + 1, 1)
+    assert not sparse.usable(x, 2), "on a CPU"
+    monkeypatch.setattr(launch, "ON", {"cpu"})
+    assert sparse.usable(x, 2) and not sparse.usable(torch.cat([x, x[:, :1]], 1), 2)
+    assert not sparse.usable(x.to(torch.int8), 2)
+    monkeypatch.setattr(launch, "able", lambda _: False)
+    assert not sparse.usable(x, 2)

@@ -1,7 +1,6 @@
 import dataclasses
 import itertools
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,16 +9,13 @@ from PIL import Image
 
 from shoal import Model, presets
 from shoal.config import ModelConfig
-from shoal.errors import ConfigError, ContextLengthError, RequestError, ResourceError
+from shoal.errors import ConfigError, ContextLengthError, RequestError
 from shoal.inputs import media
 from shoal.inputs.chat import Encoded
 from shoal.inputs.tokenizer import PATCH_ID, Tokenizer
-from shoal.model.block import Attention, Group, known_rope, rope_tables
-from shoal.model.cache import GroupCache, PagedStep
+from shoal.model.block import Attention
 from shoal.model.gpu import launch
-from shoal.model.linears import Weight
 from shoal.model.net import Net
-from shoal.model.router import Router
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +39,6 @@ def test_initial_weights_depend_on_the_seed_alone():
     assert torch.allclose(gates, torch.full((3,), 0.7), atol=1e-6)
 
 
-@pytest.mark.parametrize("depth", ["shallow", "middle", "full", 1, 2, 4])
-def test_a_depth_is_a_truncated_model_bit_for_bit(model, depth):
-    tokens = torch.randint(9, 265, (2, 30))
-    layers = model.config.depth(depth)
-    kept = Model(model.config, Net(model.config).double(), model.tokenizer)
-    kept.net.load_state_dict(model.net.state_dict())
-    for group in list(kept.net.groups)[layers // model.config.group_layers :]:
-        for p in group.parameters():
-            p.fill_(float("nan"))  # a deeper layer that ran would show
-    assert torch.equal(kept.logits(tokens, depth), model.logits(tokens, depth))
-
-
 @pytest.mark.parametrize(("exits", "groups"), [((1,), 1), ((2, 1), 2), ((4,), 4), (None, 4)])
 def test_no_group_runs_beyond_the_deepest_exit_that_is_asked_for(model, exits, groups):
     ran = []
@@ -74,31 +58,6 @@ def test_a_net_says_where_its_weights_are_and_in_what_it_computes(change):
         net = Net(dataclasses.replace(presets.get("test").model, **change))
     assert (net.device.type, net.dtype) == ("meta", torch.float32)
     assert net.double().dtype == torch.float64
-
-
-def test_documents_of_one_row_never_meet(model):
-    a, b = torch.randint(9, 265, (1, 33)), torch.randint(9, 265, (1, 21))
-    docs = torch.tensor([[0] * 33 + [1] * 21])
-    together = model.net(torch.cat([a, b], 1), docs=docs, exits=(1, 4))
-    for e in (1, 4):
-        assert (together[e][:, :33] - model.net(a, exits=(e,))[e]).abs().max() < 1e-12
-        assert (together[e][:, 33:] - model.net(b, exits=(e,))[e]).abs().max() < 1e-12
-
-
-def test_gate_can_be_set_at_run_time(model):
-    tokens = torch.randint(9, 265, (1, 60))
-    local = dataclasses.replace(model.config, attn_pattern="L")
-    only_local = Net(local).double()
-    only_local.load_state_dict(model.net.state_dict())
-    for group in model.net.groups:
-        for block in group.blocks:
-            block.attention.mix_local = 1.0
-    try:
-        assert (model.net(tokens)[4] - only_local(tokens)[4]).abs().max() < 1e-12
-    finally:
-        for group in model.net.groups:
-            for block in group.blocks:
-                block.attention.mix_local = None
 
 
 @pytest.mark.parametrize("scale", [0.0, 3.0])
@@ -126,14 +85,6 @@ def test_a_forward_whose_kernels_are_given_up_is_run_again_without_them(model, m
     monkeypatch.setattr(Net, "_forward", once)
     found = model.net(torch.tensor([[60, 61]]))
     assert torch.equal(found[4], want[4]) and told == [(torch.device("cpu"), "no kernel")]
-
-
-def test_the_head_runs_in_loops_for_few_rows_unless_its_exit_has_a_width_of_its_own(monkeypatch):
-    monkeypatch.setattr("shoal.model.cpu.fused.few", lambda rows: rows < 4)
-    for change, there in (({}, {1, 2, 4}), ({"exit_ffn": 16}, {4}), ({"tied": False}, {1, 2, 4})):
-        net = Net(dataclasses.replace(presets.get("test").model, **change)).init_(0)
-        for exit_ in (1, 2, 4):
-            assert (net.head_of(exit_, 3) is not None) == (exit_ in there) and net.head_of(exit_, 4) is None
 
 
 def test_images_count_and_where_they_stand_counts(model):
@@ -317,156 +268,7 @@ def test_a_twin_that_is_smoothed_has_other_levels_and_a_head_of_its_own():
     assert not torch.equal(plain.net.state_dict()[name], smoothed.net.state_dict()[name])
 
 
-def test_ids_come_to_where_the_weights_are():
-    one = Model.from_preset("test")
-    one.net.to("meta")
-    for given in ([60, 61], torch.tensor([[60], [61]])):
-        assert one._tokens(given).device.type == "meta"
-
-
-def test_what_belongs_to_a_model_goes_with_it(tmp_path, monkeypatch):
-    """To its directory and back, to its INT8 twin, which has no router, and to a device."""
-    one = Model.from_preset("test", seed=1)
-    assert not one.smoothed and not one.quantized().smoothed
-    assert not Model(one.config, one.net, one.tokenizer, source={"family": "x"}).smoothed, "in fp32 nothing was rounded"
-    one.name, one.chat_template, one.source, one.base = "fish", one.chat_template + " ", {"family": "x"}, "b" * 64
-    one.router = Router(one.config)
-    one.save(tmp_path / "m", card="mine")
-    again, parts = Model.load(tmp_path / "m"), ("name", "chat_template", "base", "smoothed", "config")
-    assert [getattr(again, part) for part in parts] == [getattr(one, part) for part in parts]
-    assert again.source == {"family": "x", "licences": {}} and again.router is not None and not again.smoothed
-    assert (tmp_path / "m" / "README.md").read_text() == "mine"
-    twin = one.quantized()
-    assert (twin.name, twin.chat_template, twin.base, twin.source) == (
-        "fish-int8",
-        one.chat_template,
-        one.base,
-        one.source,
-    )
-    assert twin.smoothed and twin.router is None
-    twin.save(tmp_path / "int8")
-    Model.from_preset("test").quantized().save(tmp_path / "own")
-    assert not Model.load(tmp_path / "own").smoothed, "nobody imported it"
-    monkeypatch.setattr("shoal.model.int8.trusted", lambda device: (_ for _ in ()).throw(ResourceError("no kernel")))
-    with pytest.raises(ResourceError, match="no kernel"):
-        Model.load(tmp_path / "int8")
-    told = []
-    whole = Model.load(tmp_path / "int8", on_fallback=told.append)
-    assert told == ["no kernel"] and whole.config == one.config and whole.smoothed
-    held, state = twin.net.state_dict(), whole.net.state_dict()
-    assert state.keys() == one.net.state_dict().keys()
-    for name, tensor in state.items():
-        scale = held.get(f"{name}_scale")
-        assert tensor.dtype == torch.float32
-        assert torch.equal(tensor, held[name] if scale is None else held[name].float() * scale)
-    assert one.to("meta") is one and {one.device.type, one.router.mean.weight.device.type} == {"meta"}
-    assert twin.to("meta").device.type == "meta", "without a router, too"
-
-
 # ---- layers
-
-
-def test_what_fails_without_a_gpu_is_not_tried_again(model, monkeypatch):
-    ran = []
-
-    def fails(*_):
-        ran.append(1)
-        raise ValueError("no")
-
-    hook = model.net.groups[0].register_forward_pre_hook(fails)
-    try:
-        with pytest.raises(ValueError, match="no"):
-            model.net(torch.tensor([[9]]))
-    finally:
-        hook.remove()
-    monkeypatch.setattr(Group, "stepped", fails)
-    with pytest.raises(ValueError, match="no"):
-        model.net.groups[0].paged(torch.zeros(1, 48), None, None)
-    assert len(ran) == 2, "of each once"
-
-
-@pytest.mark.parametrize("int8", [False, True])
-def test_logits_of_a_head_of_its_own_are_summed_in_fp32_on_a_gpu(int8, monkeypatch):
-    with torch.device("meta"):
-        net = Net(dataclasses.replace(presets.get("test").model, tied=False, quantization="w8a8" if int8 else "none"))
-    monkeypatch.setattr(type(net.output), "forward", lambda self, x: "as it is")
-    monkeypatch.setattr(Weight, "product_in_fp32", lambda self, x: "in fp32")
-    assert net.logits(SimpleNamespace(is_cuda=True)) == ("as it is" if int8 else "in fp32")
-    assert net.logits(SimpleNamespace(is_cuda=False)) == "as it is"
-
-
-@pytest.mark.parametrize("place", ["before", "after"])
-@pytest.mark.parametrize("kernels", [True, False])
-@torch.no_grad()
-def test_on_a_gpu_a_norm_is_one_launch_with_the_sum_before_it(place, kernels, monkeypatch):
-    """And a layer gives what it gives without kernels; attention itself is twice what it reads and one here."""
-    config = dataclasses.replace(presets.get("test").model, norm_place=place)
-    group, did = Net(config).init_(1).double().groups[0], []
-    block, eps = group.blocks[0], config.norm_eps
-    draw = torch.Generator().manual_seed(0)
-    for norm in (block.attention_norm, block.mlp_norm):
-        norm.weight.normal_(generator=draw)
-    x, more = torch.randn(2, 3, 48, generator=draw, dtype=torch.float64)
-
-    def normed(x, weight, eps):
-        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
-
-    def mlp(x):
-        gate, up = (x @ block.mlp.up.weight.T).chunk(2, dim=-1)
-        return (gate / (1 + (-gate).exp()) * up) @ block.mlp.down.weight.T
-
-    def layer(x):
-        first, second = block.attention_norm.weight, block.mlp_norm.weight
-        if place == "after":
-            x = x + normed(2 * x + 1, first, eps)
-            return x + normed(mlp(x), second, eps)
-        x = x + 2 * normed(x, first, eps) + 1
-        return x + mlp(normed(x, second, eps))
-
-    def launched(name, give):
-        return lambda *given: (did.append(name), give(*given))[1]
-
-    def swiglu(both):
-        gate, up = both.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate) * up
-
-    monkeypatch.setattr(Attention, "paged", lambda self, y, *_: 2 * y + 1)
-    monkeypatch.setattr(Attention, "forward", lambda self, y, *_: 2 * y + 1)
-    monkeypatch.setattr(launch, "usable", lambda x: kernels)
-    monkeypatch.setattr(launch, "rms_norm", launched("norm", normed))
-    monkeypatch.setattr(launch, "swiglu", launched("swiglu", swiglu))
-    monkeypatch.setattr(launch, "add_norm", launched("sum and norm", lambda x, y, *how: (x + y, normed(x + y, *how))))
-    step = PagedStep(torch.tensor([0, 1, 2]), torch.tensor([8, 9, 10]), torch.tensor([[1]]), [0, 3], 8, 2)
-    own = ["sum and norm", "swiglu"] if place == "before" else ["norm", "swiglu", "norm"]
-    for begins, given in ((None, x), (more, x + more)):
-        found, rest = block.opened(x, begins, step, None, None, None)
-        assert (rest is not None) == (kernels and place == "before")
-        torch.testing.assert_close(found if rest is None else found + rest, layer(given), rtol=0, atol=1e-12)
-        first = [] if place == "after" else ["sum and norm" if begins is not None else "norm"]
-        assert did == ([*first, *own] if kernels else [])
-        did.clear()
-    torch.testing.assert_close(block.paged(x, step, None, None, None), layer(x), rtol=0, atol=1e-12)
-    torch.testing.assert_close(block(x, None, None), layer(x), rtol=0, atol=1e-12)
-    assert did == (2 * (["norm", *own] if place == "before" else own) if kernels else [])
-    cache = GroupCache.zeros(config, 2, torch.float64)
-    torch.testing.assert_close(group.stepped(x, step, cache), layer(x), rtol=0, atol=1e-12)
-
-
-def test_rotations_are_looked_up_where_they_are_known_and_made_anywhere_else(monkeypatch):
-    config, exact = presets.get("test").model, torch.float64
-    with torch.inference_mode():
-        for at in ([0, 4095], [3, 4096], [7], []):
-            places = torch.tensor(at, dtype=torch.long)
-            for one, other in zip(known_rope(places, config, exact), rope_tables(places, config, exact), strict=True):
-                torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
-        far = known_rope(torch.zeros(2, dtype=torch.long, device="meta"), config, exact)
-        assert {each.device.type for each in far} == {"meta"}
-    assert not any(each.is_inference() for each in known_rope(torch.tensor([7]), config, exact)), (
-        "gradients go through it"
-    )
-    monkeypatch.setattr("shoal.model.block.rope_tables", lambda *_: pytest.fail("it takes as long as two layers"))
-    with torch.inference_mode():
-        assert known_rope(torch.tensor([4095]), config, exact)[0].shape == (1, 1, 16)
 
 
 def test_how_far_a_layer_looks_is_what_its_kind_says():

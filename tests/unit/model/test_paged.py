@@ -3,7 +3,6 @@ test_reference.py."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -11,8 +10,7 @@ import torch
 from torch import Tensor
 
 from shoal.model import paged, slots
-from shoal.model.cache import PagedStep, Rows, read_rows
-from shoal.model.gpu import launch
+from shoal.model.cache import PagedStep
 from shoal.model.reach import Reach
 from tests import pretend_gpu
 from tests.pretend_gpu import pretended
@@ -57,80 +55,6 @@ def test_keys_and_values_go_to_their_slots_and_a_block_that_is_complete_has_its_
     torch.testing.assert_close(summaries[3, :, 0], whole, rtol=0, atol=1e-15)
     summaries[3, :, 0] = old[3, :, 0]
     assert torch.equal(summaries[1:], old[1:])
-
-
-def test_what_stands_behind_the_last_token_is_past_and_is_read_as_nothing() -> None:
-    """Though it be no number."""
-    heads, page, dim, keys = 2, 2, 3, 4
-    last = torch.tensor([2, 0])
-    past = [[at > end for at in range(keys)] for end in last.tolist()]
-    assert paged._past(last, keys).tolist() == past
-    places = [(r * heads + h) * keys + at for r in range(2) for h in range(heads) for at in range(keys) if past[r][at]]
-    assert sorted(paged._stale(last, heads, keys).tolist()) == sorted(places)
-    kv = drawn(0, 5, heads, page, 2 * dim)
-    tables = torch.tensor([[3, 1], [4, 2]])
-    for r in range(2):
-        for at in range(keys):
-            if past[r][at]:
-                kv[tables[r, at // page], :, at % page] = math.nan
-    rows = Rows(torch.tensor([2, 0]), [0, 1, 2], page, 2)
-    found = paged._all(kv, read_rows(tables, heads), rows, F64)
-    for side, got in enumerate(found):
-        for r in range(2):
-            for at in range(keys):
-                want = kv[tables[r, at // page], :, at % page, side * dim : (side + 1) * dim]
-                assert torch.equal(got[r, :, at], torch.zeros(heads, dim, dtype=F64) if past[r][at] else want)
-
-
-def test_summaries_come_in_the_order_of_blocks() -> None:
-    summaries, tables = drawn(0, 5, 2, 3, 4), torch.tensor([[3, 1], [4, 2]])
-    found = paged._summaries(summaries, read_rows(tables, 2))
-    assert found.shape == (2, 6, 2, 4)
-    for r in range(2):
-        for b in range(6):
-            assert torch.equal(found[r, b], summaries[tables[r, b // 3], :, b % 3])
-
-
-@pytest.mark.parametrize("queries", [1, 2, 3])
-@pytest.mark.parametrize("group", [1, 2])
-def test_a_query_reads_all_up_to_itself_and_the_heads_of_a_group_the_same_keys(queries: int, group: int) -> None:
-    requests, heads, dim, keys = 2, 2, 4, 6
-    positions = torch.tensor([[1, 2, 3], [3, 4, 5]])[:, :queries]
-    q, k, v = (
-        drawn(1, requests, queries, heads * group, dim),
-        drawn(2, requests, heads, keys, dim),
-        drawn(3, requests, heads, keys, dim),
-    )
-    bias = paged._causal(positions, keys, group, F64)
-    assert bias.shape == (requests, 1, 1 if queries == 1 else group * queries, keys) and bias.dtype == F64
-    got = paged._softmax(q, k, v, bias)
-    for r in range(requests):
-        for t in range(queries):
-            end = int(positions[r, t]) + 1
-            for h in range(heads * group):
-                scores = k[r, h // group, :end] @ q[r, t, h] / math.sqrt(dim)
-                torch.testing.assert_close(got[r, t, h], scores.softmax(0) @ v[r, h // group, :end], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("sparse", [False, True])
-def test_tokens_of_the_chosen_blocks_come_in_order_and_the_tail_behind_them(sparse: bool) -> None:
-    """Sinks, then by score; of blocks that are complete, or that begin before the window. An empty place is past the query."""
-    block, top_k, sinks, window, blocks = 2, 3, 1, 5, 8
-    bias, gamma = (torch.zeros(1), None) if sparse else (None, torch.zeros(1))
-    reach = Reach(window, top_k, sinks, gamma, bias)
-    means, q = drawn(5, 1, blocks, 1, 4), drawn(6, 1, 1, 4)
-    scores = (means[0, :, 0] @ q[0, 0]).tolist()
-    for position in range(blocks * block - 1):
-        complete = (position + 1) // block
-        among = sum(b * block < position - window + 1 for b in range(blocks)) if sparse else complete
-        rest = sorted(range(sinks, among), key=lambda b: -scores[b])
-        picked = sorted([*range(min(sinks, among)), *rest[: top_k - sinks]])
-        rows = Rows(torch.tensor([position]), [0, 1], block, block)
-        got = paged._chosen_tokens(q, means, rows, reach)[0, 0].view(-1, block).tolist()
-        assert len(got) == top_k + 1
-        assert got[: len(picked)] == [[b * block, b * block + 1] for b in picked]
-        assert got[-1] == [among * block, among * block + 1]
-        assert all(first > position for first, _ in got[len(picked) : top_k])
 
 
 def reach_of(kind: str, heads: int) -> Reach:
@@ -183,38 +107,12 @@ def test_a_row_reads_the_same_alone_beside_others_and_in_a_chunk_of_any_length(k
         torch.testing.assert_close(stored.read(reach, *chunks), want, rtol=0, atol=1e-12)
 
 
-def test_a_chunk_reads_the_pages_that_its_request_fills_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a prompt each page that is read costs all its rows."""
-    pages, attend = list[int](), paged._attend
-    monkeypatch.setattr(paged, "_attend", lambda *given: pages.append(given[3].shape[-1]) or attend(*given))
-    stored, reach = Stored(), reach_of("dense", 6)
-    for end, wanted in ((2, 1), (4, 1), (5, 2), (8, 2), (9, 3), (31, 8)):
-        stored.read(reach, (0, end - 2, end))
-        assert pages.pop() == wanted and not pages
-
-
 @pytest.mark.parametrize("kind", ["hybrid", "sparse", "local"])
 def test_a_row_that_decodes_far_from_its_beginning_does_not_read_all(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(paged, "_all", lambda *_: pytest.fail("all of it"))
     Stored().read(reach_of(kind, 6), (0, 30, 31))
-
-
-@pytest.mark.parametrize("attends", [True, False])
-def test_what_a_device_has_kernels_for_they_read_and_torch_what_they_leave(
-    attends: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stored, reach = Stored(), reach_of("hybrid", 6)
-    chunks = (0, 28, 31), (1, 6, 7)
-    want = stored.read(reach, *chunks)
-    monkeypatch.setattr(launch, "usable", lambda q: True)
-    monkeypatch.setattr(launch, "attends", lambda step, reach: attends)
-    monkeypatch.setattr(launch, "attend", lambda q, *_: torch.full_like(q, 7.0))
-    monkeypatch.setattr(launch, "shared", lambda step, reach: [(0, 2)])
-    if attends:
-        want[2:] = 7.0
-    torch.testing.assert_close(stored.read(reach, *chunks), want, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "sparse", "local", "dense"])

@@ -100,18 +100,3 @@ def test_what_was_not_a_number_at_a_place_is_gone_with_it(net: nn.Sequential) ->
 @pytest.fixture(autouse=True)
 def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "usable", lambda x: False)
-
-
-def test_where_places_lie_and_in_which_numbers(net: nn.Sequential) -> None:
-    """Matrices in those of the adapter, and where its are; ends of places in int32, which kernels read."""
-    places = Places(net)
-    places.of([adapter("one", 2, "0")])
-    (place,) = places.beside.values()
-    assert (place.a.dtype, place.b.dtype, place.bounds.dtype) == (torch.float64, torch.float64, torch.int32)
-    meta = Adapter("far", {name: (a.to("meta"), b.to("meta")) for name, (a, b) in adapter("far").pairs.items()})
-    far = Places(net)
-    far._fit({"far": meta})
-    assert {each.device.type for some in far.beside.values() for each in (some.a, some.b, some.bounds)} == {"meta"}
-    x = torch.zeros(3, 6, dtype=torch.float64, device="meta")
-    place = next(iter(far.beside.values()))
-    place.add(x, torch.zeros(3, dtype=torch.long, device="meta"), x.new_empty(3, 4))  # raises where it mixes devices

@@ -9,7 +9,6 @@ from torch._functorch.aot_autograd import make_boxed_func
 from shoal import Model
 from shoal.errors import CheckpointError
 from shoal.model import linears, quant
-from tests.pretend_gpu import pretended
 from tests.unit.model.rounding import SHAPES, case
 
 
@@ -44,24 +43,6 @@ def test_compiled_training_divides_as_the_reference_does():
         found.append([out.detach(), *torch.autograd.grad(out.square().sum(), (leaf, w))])
     assert all(map(torch.equal, *found)) and torch.equal(found[0][0], quant.int8_linear_reference(x, weight, scale))
     assert "shoal.quotient.default" in asked and not [name for name in asked if "div" in name or "recip" in name]
-
-
-def test_where_torch_compiles_each_quotient_is_that_of_our_operator(monkeypatch):
-    """By a number or by a tensor; compiled as a whole above, which takes longer."""
-    asked, divide = [], torch.ops.shoal.quotient
-    monkeypatch.setattr(torch.ops.shoal, "quotient", lambda x, by: (asked.append(by), divide(x, by))[1])
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    x, by = torch.tensor([[1.0, -2.0]], dtype=torch.float64), torch.tensor([[3.0]], dtype=torch.float64)
-    assert quant._quotient(x, by).tolist() == quant._quotient(x, 3).tolist() == [[1 / 3, -2 / 3]]
-    assert [each.dtype for each in asked] == [torch.float64] * 2 and [each.dim() for each in asked] == [2, 0]
-
-
-def test_on_a_gpu_what_is_divided_by_a_number_is_divided():
-    """By one of the host it would be multiplied with its reciprocal, which most of these show."""
-    x = torch.arange(1.0, 200)
-    with pretended() as gpu:
-        found, wrong = quant._quotient(x.to(gpu), 63), x.to(gpu) / 63
-    assert torch.equal(found.held, x / 63) and not torch.equal(wrong.held, x / 63)
 
 
 def test_gradients_are_those_of_the_rounded_product():
@@ -132,25 +113,6 @@ def test_a_packed_weight_gives_the_same_product_and_is_never_served_stale(monkey
         assert torch.allclose(layer(x), 2 * want, atol=1e-4)
     layer(x).sum().backward()  # with gradients, the weight itself is used
     assert layer.weight.grad is not None
-
-
-@pytest.mark.parametrize(
-    ("threads", "shape", "kind", "packs"),
-    [
-        (3, (512, 256), torch.float32, True),
-        (3, (512, 255), torch.float32, False),
-        (3, (512, 256), torch.float64, False),
-        (1, (512, 256), torch.float32, False),
-    ],
-)
-def test_only_large_weights_in_fp32_that_several_threads_read_are_laid_out_twice(
-    threads, shape, kind, packs, monkeypatch
-):
-    pytest.importorskip("numba")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    layer = linears.Linear(*shape).to(kind)
-    linears.prepack_(torch.nn.ModuleList([layer]))
-    assert (layer._packed is not None) == packs
 
 
 def test_a_weight_made_in_inference_mode_is_packed_as_well():

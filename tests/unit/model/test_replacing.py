@@ -69,20 +69,6 @@ def test_of_two_that_end_at_once_one_is_there_whole_and_the_other_says_so(
     assert [path.name for path in tmp_path.iterdir()] == ["m"] and (tmp_path / "m/text").read_text() == "the other's"
 
 
-def test_one_that_goes_before_it_is_replaced_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written(tmp_path, "before")
-    rename = Path.rename
-
-    def gone(path: Path, to: Path) -> Path:
-        if path.name == "m":
-            rename(path, tmp_path / "elsewhere")
-        return rename(path, to)
-
-    monkeypatch.setattr(Path, "rename", gone)
-    written(tmp_path, "mine")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "m"]
-
-
 def test_a_full_disk_is_a_line_and_leaves_what_was_there(tmp_path: Path) -> None:
     written(tmp_path, "before")
     with pytest.raises(ResourceError, match="No space left on device'; free"), replacing(tmp_path / "m", **ANY):

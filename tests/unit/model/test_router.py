@@ -15,19 +15,14 @@ from shoal.model.router import (
     Calibration,
     Router,
     _calibrate,
-    _sampled,
-    _step_down,
-    _step_up,
     _upper,
     dealt,
     features,
     fit_router,
     fit_weights,
     page_sums,
-    promised,
     realised,
     sample_stride,
-    thresholds,
 )
 
 
@@ -162,17 +157,6 @@ def test_the_bound_of_a_mean_counts_what_groups_share_by_its_formula():
     )
 
 
-def test_bounds_are_tried_some_at_a_time_to_the_same_tables(monkeypatch):
-    config, x, gaps = synthetic(40)
-    router = fit_router(config, x, gaps, steps=2)
-    found = []
-    for some in (1, 100, 2**20):
-        monkeypatch.setattr("shoal.model.router.AT_ONCE", some)
-        _calibrate(router, x, gaps, torch.arange(40))
-        found.append(router.calibration.thresholds)
-    assert found[0] == found[1] == found[2] and len({bound for _, bound in found[0]}) > 3
-
-
 def test_the_bound_of_a_mean_is_nearly_what_it_says_where_few_prompts_lose_much():
     """What three of twenty lose, exponentially, and the others nothing: the mean of 120 is above its bound in 6.5 % of draws
     (20,000 of them), where mean and scatter alone gave 12.3. No bound is exact without a limit on what one may lose."""
@@ -262,16 +246,6 @@ def test_a_router_that_does_not_read_the_prompts_loss_decides_the_same_without_i
     assert model.router.reads_nll, "both looks share the sums of a page"
 
 
-def test_page_sums_without_the_loss_are_those_with_it_elsewhere():
-    model = Model.from_preset("test", dtype="float64")
-    tokens = torch.randint(9, 265, (45,))
-    hidden = model.net(tokens[None], exits=(1,))[1][0]
-    whole, without = (page_sums(model.net, hidden, tokens, nll) for nll in (True, False))
-    assert whole[:, -3:-1].all() and not without[:, -3:-1].any()
-    whole[:, -3:-1] = 0
-    assert torch.equal(whole, without)
-
-
 def test_calibration_survives_its_file():
     config, x, gaps = synthetic(120)
     table = fit_router(config, x, gaps).calibration
@@ -309,33 +283,6 @@ def test_a_bound_is_the_largest_whose_mean_is_within_the_tolerance_in_975_of_100
             tolerance
         )
     assert found[0.05] == 0 < found[0.075]
-
-
-def test_where_few_lost_anything_the_worst_prompt_counts_once_more(monkeypatch):
-    """As above by conformal risk control alone: ((i + 1) 0.09 + 0.09) / 10 is to be within the tolerance. At 0.05 that is
-    i = 3; without the correction it would be 4."""
-    monkeypatch.setattr("shoal.model.router._upper", lambda *_: 0.0)
-    router = Known(Model.from_preset("test").config)
-    x = torch.tensor([[0.0, 0.0, i, 100.0 + i] for i in range(9)])
-    _calibrate(router, x, torch.tensor([[0.09, 0.0]]).repeat(9, 1), torch.arange(9))
-    found = dict(router.calibration.thresholds)
-    for tolerance in (0.02, 0.03, 0.05, 0.075):
-        allowed = [i for i in range(9) if (i + 2) * 0.09 / 10 <= tolerance]
-        assert found[tolerance] == max(allowed), tolerance
-    assert found[0.05] == 3 and found[0.01] < -1e8, "0.018 is the least that the correction leaves"
-
-
-def test_what_one_prompt_gains_at_an_early_exit_pays_for_no_other():
-    """Of nine prompts each second is better at the first exit than at full depth. The others lose what they lose: up to bound i
-    (i + 2) // 2 of them."""
-    router = Known(Model.from_preset("test").config)
-    x = torch.tensor([[0.0, 0.0, i, 100.0 + i] for i in range(9)])
-    tables = []
-    for gain in (0.0, -5.0):
-        gaps = torch.tensor([[gain if i % 2 else 0.09, 0.0] for i in range(9)])
-        _calibrate(router, x, gaps, torch.arange(9))
-        tables.append(router.calibration.thresholds)
-    assert tables[0] == tables[1] and -1e8 < dict(tables[0])[0.075] < 8
 
 
 def test_a_bound_beyond_one_that_is_too_much_promises_nothing():
@@ -421,18 +368,6 @@ def test_the_price_of_a_budget_is_the_least_that_keeps_the_mean_depth_within_it(
         assert price == pytest.approx(losses[shallow - 1].item() / 0.75, abs=1e-6), budget
 
 
-@pytest.mark.parametrize(("page", "stride"), [(4, 2), (16, 4), (64, 16)])
-def test_the_loss_is_taken_at_four_places_a_page_that_have_a_token_behind_them(page: int, stride: int) -> None:
-    """The last but one of each stretch, so that what it predicts is of the same page; none of them before a patch."""
-    assert sample_stride(page) == stride
-    for count in (0, 1, 2, stride - 1, stride, stride + 1, page - 1, page, page + stride, 3 * page):
-        places = [at for at in range(count - 1) if at % stride == stride - 2]
-        assert _sampled(torch.full((count,), 40), page).tolist() == places
-        tokens = torch.full((count,), 40)
-        tokens[stride - 1 : stride] = PATCH_ID
-        assert _sampled(tokens, page).tolist() == [at for at in places if at != stride - 2]
-
-
 def test_a_pages_sums_are_those_of_its_tokens(monkeypatch):
     """By hand, of a net whose logits are known: states, losses and how many, patches; nothing of the losses without them."""
     config = presets.get("test").model
@@ -482,67 +417,6 @@ def test_features_are_means_over_the_prompt_and_its_last_state():
     assert features(sums, last, 12).tolist() == pytest.approx([1.0, 0.5, 7.0, 8.0, 2.0, math.log(12), 1 / 3])
     sums[:, -3:-1] = 0
     assert features(sums, last, 12)[-3] == 0, "where none was taken"
-
-
-def test_what_nothing_is_learned_from_decays_and_the_rest_goes_by_the_rate():
-    """By the definition of AdamW: the column of what is not read has no gradient, and a first step is the rate itself."""
-    config, x, gaps = synthetic(20)
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        before = Router(config).hidden.weight.detach()
-    for steps in (1, 30):
-        weight = fit_weights(config, x, gaps, seed=7, steps=steps).hidden.weight
-        torch.testing.assert_close(weight[:, NLL], before[:, NLL] * (1 - 3e-3 * 0.1) ** steps, rtol=1e-5, atol=0)
-    step = fit_weights(config, x, gaps, seed=7, steps=1).hidden.weight - before * (1 - 3e-3 * 0.1)
-    assert step.abs().median().item() == pytest.approx(3e-3, rel=1e-2)
-
-
-def test_groups_go_where_their_middle_falls():
-    """Walked in their order: up to half of the prompts they fit, up to three quarters calibrate; a group at least of each.
-    Prompts of a group stay in their order, and the seed draws that of the groups."""
-    draws = torch.Generator().manual_seed(0)
-    for seed in range(40):
-        kinds = int(torch.randint(3, 9, (1,), generator=draws))
-        groups = torch.randint(0, kinds, (60,), generator=draws)
-        groups[:kinds] = torch.arange(kinds)
-        groups[10 : 10 + seed] = seed % kinds  # some are large
-        order, half, three = dealt(groups, seed)
-        told = groups[order].tolist()
-        walked = list(dict.fromkeys(told))
-        assert told == [group for group in walked for _ in range(told.count(group))], "each in one piece"
-        assert all(order[groups[order] == group].diff().gt(0).all() for group in walked)
-        ends = [sum(told.count(group) for group in walked[: at + 1]) for at in range(kinds)]
-        middles = [end - told.count(group) / 2 for group, end in zip(walked, ends, strict=True)]
-        first = min(max(1, sum(middle < 30 for middle in middles)), kinds - 2)
-        second = min(max(first + 1, sum(middle < 45 for middle in middles)), kinds - 1)
-        assert (half, three) == (ends[first - 1], ends[second - 1])
-    alone = [dealt(torch.arange(9), seed) for seed in (1, 1, 2)]
-    assert {(half, three) for _, half, three in alone} == {(4, 7)}, "the fifth of nine has its middle at the half"
-    assert torch.equal(alone[0][0], alone[1][0]) and not torch.equal(alone[0][0], alone[2][0])
-
-
-def test_tables_are_read_by_the_cautious_neighbour():
-    rising, falling = [(0.1, 1.0), (0.2, 2.0)], [(0.3, 9.0), (0.5, 4.0)]
-    assert [_step_down(rising, at) for at in (0.05, 0.1, 0.15, 0.2, 9.0)] == [-math.inf, 1.0, 1.0, 2.0, 2.0]
-    assert [_step_up(falling, at) for at in (0.1, 0.3, 0.4, 0.5, 0.9)] == [9.0, 9.0, 9.0, 4.0, 4.0]
-    assert _step_down([], 1.0) == -math.inf and _step_up([], 1.0) == 0.0
-
-
-def test_a_bound_that_loses_the_tolerance_itself_is_within_it():
-    """Bounds are tried in order, in fp64, and up to the first that is too much."""
-    lost = torch.tensor([0.01, 0.05, 0.3, 0.1], dtype=torch.float64)
-    found = dict(thresholds([2.1, 0.1, 1.1, 3.1], lambda bounds: lost))
-    assert list(found) == list(TOLERANCES) == sorted(set(TOLERANCES)) and TOLERANCES[-1] == 1
-    for tolerance, bound in found.items():
-        assert bound == (0.1 if tolerance < 0.05 else 1.1 if tolerance < 0.3 else 3.1)
-    assert {bound for _, bound in thresholds([1.0], lambda bounds: bounds + 1)} == {NEVER}
-
-
-def test_what_is_promised_is_the_larger_of_both_bounds():
-    lost, groups = torch.tensor([0.0, 0.0, 0.4, 0.0]), torch.arange(4)
-    assert promised(lost, 9.0, groups).item() == pytest.approx(9.4 / 5)
-    assert promised(lost, 0.0, groups).item() == pytest.approx(_upper(lost, groups).item()) != 0.08
-    assert promised(torch.stack([lost, 2 * lost]), 9.0, groups).tolist() == pytest.approx([9.4 / 5, 9.8 / 5])
 
 
 def plain(**tables) -> Router:
@@ -606,55 +480,6 @@ def test_a_second_look_has_bounds_of_its_own_for_some_tolerances():
     assert first.reads_nll
 
 
-def test_predictions_are_those_of_two_layers_in_fp32():
-    config, x, gaps = synthetic(12)
-    router = fit_weights(config, x, gaps, steps=3, nll=True)
-    z = torch.nn.functional.linear((x - router.center) / router.spread, router.hidden.weight, router.hidden.bias).tanh()
-    for found, layer in zip(router(x), (router.mean, router.quantile), strict=True):
-        assert torch.equal(found, torch.nn.functional.linear(z, layer.weight, layer.bias))
-    assert not any(parameter.requires_grad for parameter in router.parameters())
-
-
-@pytest.mark.parametrize("nll", [False, True])
-def test_features_are_seen_with_noise_of_two_deviations_and_distance_is_one_in_the_mean(monkeypatch, nll):
-    """But one that is not read; of one that never varies the deviation is taken for a thousandth."""
-    seen = []
-
-    class Seen(Router):
-        def forward(self, x):
-            seen.append(x)
-            return super().forward(x)
-
-    config, x, gaps = synthetic(300)
-    x[:, 5] = 7.0
-    state = torch.get_rng_state()
-    with monkeypatch.context() as patch:
-        patch.setattr("shoal.model.router.Router", Seen)
-        router, same = (fit_weights(config, x, gaps, seed=3, steps=4, nll=nll) for _ in range(2))
-    assert torch.equal(torch.get_rng_state(), state) and torch.equal(router.hidden.weight, same.hidden.weight)
-    assert router.spread[5] == pytest.approx(1e-3) and router.center[5] == 7
-    noise = torch.stack(seen[:4]) - x
-    assert len(seen) == 8 and noise[..., NLL].any() == nll
-    scaled = (noise / x.std(0).clamp(min=1e-3)).index_select(-1, torch.tensor([0, 1, 2, 3]))
-    assert float(scaled.std()) == pytest.approx(2.0, rel=0.05) and abs(float(scaled.mean())) < 0.1
-    distances = torch.tensor([router.distance(row) for row in x])
-    read = x.shape[1] - (not nll)
-    assert float(distances.mean()) == pytest.approx((read - 1) / read * 299 / 300, rel=1e-4)
-
-
-def test_a_mean_is_not_drawn_away_by_the_few_that_lose_much(monkeypatch):
-    """Huber's loss with a knee at half a nat: of prompts that look alike three lose nothing and one 4 nats, which pulls by half
-    a nat, so that the mean of 1 becomes 1/6."""
-    monkeypatch.setattr("shoal.model.router.NOISE", 0.0)
-    config = presets.get("test").model
-    gaps = torch.tensor([0.0, 0.0, 0.0, 4.0])[:, None].repeat(1, 2)
-    router = fit_weights(config, torch.zeros(4, 2 * config.width + 3), gaps, steps=200)
-    mean, quantile = router(torch.zeros(2 * config.width + 3))
-    assert mean.tolist() == pytest.approx([1 / 6] * 2, abs=0.05) and quantile.tolist() == pytest.approx(
-        [4.0] * 2, abs=0.1
-    )
-
-
 def test_gaps_that_are_not_finite_are_refused_and_budgets_are_reported_by_tenths():
     config, x, gaps = synthetic(16)
     gaps[3, 1] = math.inf
@@ -668,9 +493,3 @@ def test_gaps_that_are_not_finite_are_refused_and_budgets_are_reported_by_tenths
         order, half, _ = dealt(torch.arange(16), seed)
         alone = fit_weights(config, x[order[:half]], gaps[order[:half]], seed=seed, steps=2, nll=True)
         assert torch.equal(router.hidden.weight, alone.hidden.weight)
-
-
-def test_a_gap_that_is_the_tolerance_is_within_it():
-    router = plain(thresholds=[(0.25, 9.0)])
-    found = realised(router, torch.zeros(1, 2 * presets.get("test").model.width + 3), torch.tensor([[0.25, 0.0]]), 0.25)
-    assert (found["oracle_depth_share"], found["violations"], found["regret"]) == (0.25, 0.0, 0.25)

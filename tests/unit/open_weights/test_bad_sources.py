@@ -92,9 +92,6 @@ def test_a_tensor_that_is_wrong_is_named(
             {"architectures": ["Qwen3MoeForCausalLM"]},
             "architecture: got 'Qwen3MoeForCausalLM: a mixture of experts'",
         ),
-        ("qwen2", {"architectures": ["PhimoeForCausalLM"]}, "PhimoeForCausalLM: a mixture of experts"),
-        ("qwen2", {"architectures": ["HunYuanMoEV1ForCausalLM"]}, "HunYuanMoEV1ForCausalLM: a mixture of experts"),
-        ("qwen2", {"architectures": ["BambaForCausalLM"]}, "BambaForCausalLM: linear attention"),
         ("qwen2", {"architectures": ["Qwen3NextForCausalLM"]}, "linear attention"),
         ("qwen2", {"architectures": ["Gemma2ForCausalLM"]}, "soft-capped scores"),
         ("qwen2", {"architectures": ["Gemma3ForCausalLM"]}, "Gemma3ForCausalLM: norms around each part, and GeGLU"),
@@ -129,8 +126,6 @@ def test_a_tensor_that_is_wrong_is_named(
         ),
         ("qwen2", {"rope_parameters": 5}, "config.json: rope_parameters: got 5; allowed: a mapping"),
         ("qwen2", {"rms_norm_eps": "x"}, "config.json: rms_norm_eps: got 'x'; allowed: a number above 0"),
-        ("qwen2", {"rms_norm_eps": "1e-6"}, "config.json: rms_norm_eps: got '1e-6'; allowed: a number above 0"),
-        ("qwen2", {"rms_norm_eps": [1e-6]}, "config.json: rms_norm_eps: got .1e-06.; allowed: a number above 0"),
         # rates of a billion dims were 16 GB of memory before a tensor's shape was looked at
         ("qwen2", {"hidden_size": 2 * 10**9}, "hidden_size: got '2000000000 for 4 heads'; allowed: 2 to 16384 dims"),
         (
@@ -142,7 +137,6 @@ def test_a_tensor_that_is_wrong_is_named(
         ("qwen2", {"head_dim": 0}, "config.json: head_dim: got 0; allowed: a whole number above 0"),
         ("qwen2", {"num_key_value_heads": 0}, "config.json: num_key_value_heads: got 0; allowed: a whole number"),
         ("qwen2", {"architectures": "Qwen2ForCausalLM"}, "architectures: got 'Qwen2ForCausalLM'; allowed: a list of"),
-        ("qwen2", {"architectures": 5}, "config.json: architectures: got 5; allowed: a list of texts"),
         ("qwen2", {"layer_types": "full_attention"}, "layer_types: got 'full_attention'; allowed: a list of texts"),
         (
             "qwen2",
@@ -150,7 +144,6 @@ def test_a_tensor_that_is_wrong_is_named(
             "layer_types: got .'full_attention'.; allowed: a li",
         ),
         ("mistral", {"sliding_window": "8"}, "config.json: sliding_window: got '8'; allowed: a whole number above 0"),
-        ("mistral", {"sliding_window": 7.5}, "config.json: sliding_window: got 7.5; allowed: a whole number above 0"),
         ("qwen2", {"max_window_layers": "x"}, "config.json: max_window_layers: got 'x'; allowed: a whole number"),
         ("smollm3", {"no_rope_layer_interval": -1}, "no_rope_layer_interval: got -1; allowed: a whole number above 0"),
         (
@@ -158,7 +151,6 @@ def test_a_tensor_that_is_wrong_is_named(
             {"rope_parameters": {"rope_theta": "500"}},
             "rope_parameters.rope_theta: got '500'; allowed: a number",
         ),
-        ("qwen2", {"rope_parameters": {"rope_theta": True}}, "rope_parameters.rope_theta: got True; allowed: a number"),
         (
             "qwen2",
             {"rope_parameters": {"rope_theta": -5}},
@@ -195,7 +187,6 @@ def test_a_tensor_that_is_wrong_is_named(
             {"rope_parameters": {"rope_type": "yarn", "factor": -4.0, "original_max_position_embeddings": 64}},
             "type yarn: got 'rates that are not finite, or not above 0'",
         ),
-        ("qwen2", {"rope_parameters": {"rope_theta": 0}}, "rope_theta: .*; allowed: a number above 0"),
         ("phi3", {"partial_rotary_factor": 0.1, "rope_parameters": {"rope_theta": 500.0}}, "two dims of 8, or more"),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers: got '1 numbers'; allowed: 5"),
         ("llama", {"partial_rotary_factor": 0.5}, "LlamaForCausalLM: partial_rotary_factor: got 0.5; allowed: 1"),

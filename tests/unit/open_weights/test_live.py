@@ -54,32 +54,6 @@ def made(kind: str, changes: dict[str, Any]) -> Any:
     return model.eval()
 
 
-SCALINGS: list[tuple[str, int, dict[str, Any]]] = [  # of a class, with the context that is asked for
-    ("Qwen2", 0, {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 66}),
-    ("Llama", 0, {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 66, "mscale": 0.7,
-                  "mscale_all_dim": 0.4, "beta_fast": 8, "beta_slow": 2, "truncate": False}),
-    ("Phi3", 0, {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 3.0], "long_factor": [4.0] * 6}),
-    ("Phi3", 200, {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [1.5, 2.0, 3.0, 4.0, 5.0, 6.0]}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("kind", "context", "scaling"), SCALINGS)
-def test_scaled_rope_turns_as_in_transformers(kind: str, context: int, scaling: dict[str, Any], tmp_path: Path) -> None:
-    """longrope's two tables: up to the original context the short one, and where a longer one is asked for, the long."""
-    changes = {"original_max_position_embeddings": 90} if kind == "Phi3" else {}
-    theirs = made(kind, {"rope_parameters": {**scaling, "rope_theta": 700.0}, **changes})
-    theirs.save_pretrained(tmp_path / "source")
-    shutil.copytree(DATA / "tokenizer", tmp_path / "source", dirs_exist_ok=True)
-    import_model(tmp_path / "source", tmp_path / "model", context=context)
-    ours = Model.load(tmp_path / "model")
-    assert ours.config.context == (90 if kind == "Phi3" and not context else 200)
-    tokens = torch.arange(1, 100 if context else ours.config.context)[None] * 7 % 300
-    with torch.no_grad():
-        told = theirs(tokens).logits
-    assert (ours.logits(tokens) - told).abs().max() < 1e-5 * max(1.0, float(told.abs().max()))
-    assert ours.config.rope_scale > 1
-
-
 @pytest.mark.parametrize("kind", ["Qwen2", "Phi3"])
 def test_peft_reads_what_lora_has_learned(kind: str, tmp_path: Path) -> None:
     """The source with the adapter says what the model that was written says."""

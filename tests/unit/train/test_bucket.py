@@ -11,12 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from torch.distributed.checkpoint.api import CheckpointException as DcpError
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from shoal.data import models, remote
 from shoal.data.lease import leased
@@ -26,11 +22,9 @@ from shoal.evaluate.seen import rows_read
 from shoal.train import bucket, log, ranges
 from shoal.train.bucket import LEASE, folder_of, need_possible, store_of
 from shoal.train.loop import fit
-from shoal.train.parallel import Ranks
 from shoal.train.plan import FitPlan, finetune_plan, pretrain_plan
-from shoal.train.ranges import RangedReader, cut, together
+from shoal.train.ranges import cut, together
 from shoal.train.run import StoppedError
-from shoal.train.snapshot import Piece, write_file
 from tests.s3 import Service, service, upload
 from tests.unit.train.test_resume import Interrupted, said, stop_at, weights
 
@@ -103,20 +97,6 @@ def test_a_run_whose_machine_is_lost_goes_on_from_s3_on_another_to_the_bytes_of_
     assert rows_read([uri], shards) == rows_read([calm], shards)
 
 
-@pytest.mark.drill  # of a run in a folder: test_resume
-def test_workers_of_a_run_in_s3_that_are_started_again_do_not_begin_anew_a_second_time(
-    uri: str, shards: Path, calm: Path, machine: Machine
-) -> None:
-    fit(short(shards, uri, steps=3, learning_rate=0.02))
-    anew = short(shards, uri, resume="never", command="mine")
-    with pytest.raises(Interrupted):
-        fit(anew, stop_at(4, "checkpoint"))
-    machine("second")
-    fit(anew)
-    assert said(folder_of(uri), "start", "step") == [(0,), (4,)]
-    assert (models.here(f"{uri}/model") / "model.safetensors").read_bytes() == weights(calm)
-
-
 @pytest.mark.drill  # of a run in a folder: test_training_checkpoint
 def test_a_checkpoint_of_other_bytes_or_half_put_is_passed_over(
     s3: Service, uri: str, shards: Path, calm: Path, machine: Machine
@@ -177,21 +157,6 @@ def test_one_command_trains_there_and_one_that_was_taken_over_publishes_nothing(
     assert [path.name for path in store_of(uri).steps()] == ["step-00000001"], "from before it was taken over"
 
 
-def test_workers_of_a_command_that_was_taken_over_remove_nothing_when_they_begin_again(
-    s3: Service, uri: str, tmp_path: Path, alone: Ranks
-) -> None:
-    """They would have taken what another puts for what a killed run left."""
-    place, half = Bucket(uri, s3.inside), "checkpoints/step-00000004/shard-00000.safetensors"
-    place.put_text(LEASE, json.dumps({"run": "another"}).encode())
-    place.put_text(half, b"half of it")
-    mine, another = (bucket.BucketStore(uri, tmp_path / name, lease=name) for name in ("mine", "another"))
-    for begin in (lambda: mine.newest(alone, print), lambda: mine.clear(alone)):
-        with pytest.raises(CheckpointError, match=f"another run took over {uri}"):
-            begin()
-        assert half in objects(s3, uri)
-    assert another.newest(alone, print) is None and half not in objects(s3, uri)
-
-
 @pytest.mark.parametrize("other_stops", [False, pytest.param(True, marks=pytest.mark.drill)])
 def test_a_run_that_was_taken_over_does_not_train_on_for_nothing(
     s3: Service, uri: str, shards: Path, monkeypatch: pytest.MonkeyPatch, other_stops: bool
@@ -211,38 +176,6 @@ def test_a_run_that_was_taken_over_does_not_train_on_for_nothing(
     with pytest.raises(CheckpointError, match=f"another run took over {uri}"):
         fit(short(shards, uri, lease="mine", steps=100_000, checkpoint_minutes=60.0), take_over)
     assert ("stop" in objects(s3, uri)) == other_stops and not store_of(uri).steps()
-
-
-@pytest.mark.drill
-def test_a_run_that_was_taken_over_while_it_published_removes_nothing_of_the_other(
-    s3: Service, uri: str, shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The newest of the other are of later steps, which were taken for damaged ones that this run has passed."""
-    put_text, later = Bucket.put_text, "checkpoints/step-00000009/manifest.json"
-
-    def taken_over(self: Bucket, name: str, data: bytes, **only: str) -> str | None:
-        tag = put_text(self, name, data, **only)
-        if name == "checkpoints/step-00000002/manifest.json":
-            put_text(self, LEASE, json.dumps({"run": "another"}).encode())
-            put_text(self, later, b"{}")
-        return tag
-
-    monkeypatch.setattr(Bucket, "put_text", taken_over)
-    Bucket(uri, s3.inside).put_text(LEASE, json.dumps({"run": "mine"}).encode())
-    with pytest.raises(CheckpointError, match=f"another run took over {uri}"):
-        fit(short(shards, uri, lease="mine"))
-    assert later in objects(s3, uri)
-
-
-def test_a_command_that_was_taken_over_does_not_stop_the_other(s3: Service, uri: str, shards: Path) -> None:
-    with bucket.commanding(short(shards, uri)) as plan:
-        bucket.ask_to_stop(plan)
-        assert bucket.has_lease(plan) and "stop" in objects(s3, uri)
-        place = Bucket(uri, s3.inside)
-        place.remove(["stop"])
-        place.put_text(LEASE, json.dumps({"run": "another"}).encode())
-        bucket.ask_to_stop(plan)
-        assert not bucket.has_lease(plan) and "stop" not in objects(s3, uri)
 
 
 @pytest.mark.parametrize("seconds", [0.01, pytest.param(0.5, marks=pytest.mark.drill)])
@@ -292,38 +225,6 @@ def test_chats_corpus_and_model_are_read_from_s3_and_the_router_of_a_model_there
         remote.local(f"{uri}-chats/b.jsonl")
     with models.changed(result.out) as folder:
         assert (folder / "manifest.json").is_file()
-
-
-def test_a_rank_fetches_the_headers_and_what_it_holds(
-    s3: Service, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ranges, "HEAD", 64)
-    monkeypatch.setattr(ranges, "APART", 0)
-    monkeypatch.setattr(ranges, "MOST", 1 << 10)
-    whole = {name: torch.randn(64, 32, dtype=torch.float64) for name in ("a", "b")} | {"step": torch.tensor([3.0])}
-    place, files = Bucket(uri, s3.inside), {}
-    for rank in range(2):
-        pieces = [Piece(name, (32 * rank, 0), whole[name][32 * rank : 32 * (rank + 1)]) for name in ("a", "b")]
-        pieces += [Piece("step", (0,), whole["step"])] * (1 - rank)
-        file = tmp_path / f"shard-{rank:05d}.safetensors"
-        files[file.name] = {**write_file(file, pieces), "tag": place.put(file, f"at/{file.name}")}
-    came, part = list[int](), Bucket.part
-
-    def counted(self: Bucket, name: str, start: int, end: int, *, tag: str) -> bytes:
-        came.append(end - start)
-        return part(self, name, start, end, tag=tag)
-
-    monkeypatch.setattr(Bucket, "part", counted)
-    reader = RangedReader(place, "at/", files, tmp_path / "read")
-    found = {"b": torch.zeros(64, 32, dtype=torch.float64), "step": torch.zeros(1)}
-    load(found, storage_reader=reader, no_dist=True)
-    assert torch.equal(found["b"], whole["b"]) and torch.equal(found["step"], whole["step"])
-    headers = sum(entry["bytes"] for entry in files.values()) - 2 * 64 * 32 * 8 - 4
-    assert sum(came) <= headers + 64 * 32 * 8 + 4 + 2 * 64 and max(came) <= 1 << 10
-    place.put(tmp_path / "shard-00001.safetensors", "at/shard-00000.safetensors")
-    with pytest.raises(DcpError, match=r"shard-00000\.safetensors is not what its manifest says"):
-        load(found, storage_reader=RangedReader(place, "at/", files, tmp_path / "again"), no_dist=True)
-    assert load_file(str(tmp_path / "shard-00001.safetensors"))["a"].shape == (32, 32)
 
 
 @given(st.lists(st.tuples(st.integers(0, 1 << 26), st.integers(1, 1 << 25)), max_size=12))

@@ -166,27 +166,6 @@ def test_a_layer_that_is_not_compiled_runs_as_it_is_and_the_log_says_so_once(
         torch.testing.assert_close(found[name], want[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.drill
-@pytest.mark.parametrize("recompute", [False, True, "selective"])
-def test_layers_of_a_kind_are_one_graph_whatever_they_keep(
-    recompute: Recompute, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of four layers of two kinds two, in two micro-batches; with the gradients of layers that are not compiled."""
-    graphs = list[object]()
-
-    def seen(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return make_boxed_func(graph.forward)
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", partial(COMPILE, backend=aot_autograd(fw_compiler=seen, bw_compiler=seen)))
-    found, want = (gradients(compiled=compiled, recompute=recompute) for compiled in (True, False))
-    assert len(graphs) == 2 * 2, "forward and backward"
-    assert found.keys() == want.keys()
-    for name in want:
-        torch.testing.assert_close(found[name], want[name], rtol=1e-4, atol=1e-5)
-
-
 def test_what_is_no_fault_of_the_compiler_is_raised_and_gives_up_nothing() -> None:
     def wrong(x: Tensor) -> Tensor:
         raise ValueError("of the layer")
@@ -267,12 +246,3 @@ def test_a_run_that_compiles_is_the_run_that_does_not(
         assert len(asked) == how * plan.model.layers
         losses.append([record["loss"] for record in log.read(plan.run) if record["kind"] == "step"])
     assert losses[0] == losses[1] and len(losses[0]) == 2
-
-
-def test_a_run_that_has_ended_compiles_nothing(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Given again, as after a copy that failed: on a GPU a rehearsal is a minute."""
-    rehearsed = list[int]()
-    monkeypatch.setattr("shoal.train.loop.rehearse", lambda *_, **__: rehearsed.append(1))
-    monkeypatch.setattr(torch, "compile", lambda forward, **how: forward)
-    plan = pretrain_plan("test", str(shards), str(tmp_path / "run"), steps=1, eval_rows=4, compile=True)
-    assert fit(plan).steps == fit(plan).steps == 1 and rehearsed == [1]

@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 
 from shoal import Engine, Model, Request, Sampling, presets
 from shoal.config import TrainConfig, load
-from shoal.data.chats.whole import read_whole
-from shoal.errors import CheckpointError, ConfigError, DataError, UsageError
+from shoal.errors import CheckpointError, ConfigError, UsageError
 from shoal.evaluate import routing
 from shoal.inputs.chat import encode_chat
 from shoal.inputs.tokenizer import Tokenizer
@@ -30,7 +29,7 @@ from shoal.train import exits, log, lora
 from shoal.train.feed import open_feed
 from shoal.train.loop import FitResult, fit
 from shoal.train.loss import LossModel
-from shoal.train.needs import disk_needed, memory_needed, trained_parameters
+from shoal.train.needs import trained_parameters
 from shoal.train.parallel import Ranks
 from shoal.train.plan import adapt_plan, finetune_plan
 from tests import oracle
@@ -198,31 +197,6 @@ def test_the_last_matrix_of_a_new_exit_is_the_ridge_regression_of_full_depths_st
     assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in untouched.items())
 
 
-def test_of_the_copy_and_the_solution_the_one_stays_that_says_more_of_what_full_depth_says(
-    base: Path, rows: Path
-) -> None:
-    """On what was not solved on. Scaled up, the copy says nothing of the kind."""
-    model = Model.load(base)
-    net = model.net.double()
-    whole = exits.added(net, exits.with_exits(net.config))
-    feed = open_feed(plan(base, rows, base.parent / "never"), model.tokenizer, model.chat_template, ALONE)
-    batches = [batch for step in range(4) for batch in feed.at(step)]
-    with torch.no_grad():
-        whole.exit_mlps["2"].mlp.down.weight.mul_(100)  # type: ignore[union-attr, operator]
-
-    def apart() -> dict[int, float]:
-        told = batches[-1].docs >= 0
-        with torch.no_grad():
-            hidden = whole(batches[-1].tokens, docs=batches[-1].docs, exits=(2, 4, 6))
-            full, *early = (whole.head(hidden[e][told], e).log_softmax(-1) for e in (6, 2, 4))
-        return {e: float((full.exp() * (full - each)).sum(-1).mean()) for e, each in zip((2, 4), early, strict=True)}
-
-    before = apart()
-    exits.solve_(whole, [[batch] for batch in batches], ALONE)
-    after = apart()
-    assert after[2] < 0.8 * before[2] and after[4] <= before[4], (before, after)
-
-
 def test_workers_solve_for_the_same_matrix_as_one_that_reads_all(base: Path, rows: Path) -> None:
     """Two ranks as two threads, whose sums meet."""
     model, met, there = Model.load(base), threading.Barrier(2, timeout=60), [torch.empty(0)] * 2
@@ -368,25 +342,6 @@ def test_the_loss_is_kl_from_full_depth_and_its_gradient_stays_in_the_exits() ->
     assert moved == {name for name, _ in model.net.named_parameters() if exits.is_exits(name, config)}
 
 
-def test_rows_of_all_forms_are_read_everywhere_and_cut(base: Path, tmp_path: Path) -> None:
-    model = Model.load(base)
-    end = model.tokenizer.ends[0]
-    path = tmp_path / "rows.jsonl"
-    chat = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Fish."}]}
-    told = {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Fish."}]}
-    lines = [json.dumps({"text": "a fish " * 20}), "{", json.dumps({"prompt": "x"}), json.dumps(chat), json.dumps(told)]
-    path.write_text("\n".join(lines))
-    read = read_whole(path, model.tokenizer, model.config, template=model.chat_template, limit=16)
-    whole = [token for row in range(len(read)) for token in read.row(row)[0].tolist()]
-    assert whole[: len(model.encode("a fish " * 20).ids)] == model.encode("a fish " * 20).ids
-    assert read.lengths.max() == 16 and read.answer.all() and whole.count(end) == 1 + 3 + 3
-    assert read.refused == {"broken JSON": 1, "no known form": 1}
-    assert read.refused_at == {"broken JSON": 2, "no known form": 3}
-    path.write_text("{}\n")
-    with pytest.raises(DataError, match="no row to learn from: got 'line 1: no known form'"):
-        read_whole(path, model.tokenizer, model.config)
-
-
 def test_what_cannot_be_adapted_is_refused_before_it_starts(base: Path, rows: Path, tmp_path: Path) -> None:
     Model.load(base).quantized().save(tmp_path / "int8")
     with pytest.raises(ConfigError, match=r"model\.quantization"):
@@ -399,12 +354,3 @@ def test_what_cannot_be_adapted_is_refused_before_it_starts(base: Path, rows: Pa
         finetune_plan(str(tmp_path / "own"), str(rows), str(tmp_path / "run"), trains="exits")
     with pytest.raises(ConfigError, match=r"train\.distill"):
         load(TrainConfig, {"cross_entropy": 0.0}, "train")
-
-
-def test_a_frozen_backbone_asks_for_no_moments_and_little_disk(base: Path, rows: Path, tmp_path: Path) -> None:
-    it = plan(base, rows, tmp_path / "out")
-    exits_only, backbone = memory_needed(it, 1), disk_needed(it)
-    import dataclasses
-
-    everything = dataclasses.replace(it, train=dataclasses.replace(it.train, trains="all"))
-    assert exits_only < memory_needed(everything, 1) and backbone < disk_needed(everything)

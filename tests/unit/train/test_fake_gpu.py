@@ -156,17 +156,6 @@ def test_of_several_ranks_what_decides_is_fp32_too(run: Run) -> None:
     assert wrong(row) == [] and row["reads"] == 1 and row["devices"] == ["cuda:0"]
 
 
-@pytest.mark.parametrize(("fault", "said"), [
-    ("norm", ["aten.rsqrt", "aten.mean"]),
-    ("logits", ["logits"]),  # `softmax` leaves these, too
-    ("sums", ["c10d._reduce_scatter_base_"]),
-    ("softmax", ["aten._log_softmax", "aten.nll_loss_forward", "aten._log_softmax_backward_data", "logits"]),
-])  # fmt: skip
-@pytest.mark.drill
-def test_of_several_ranks_what_left_fp32_is_found(run: Run, fault: str, said: list[str]) -> None:
-    assert wrong(found(run, "test", 96, fault)) == said
-
-
 @pytest.mark.parametrize(("fault", "said"), [("leak", "FakeTensorDeviceMismatchError"), ("sync", "DataDependent")])
 def test_what_leaks_or_waits_is_found(run: Run, fault: str, said: str) -> None:
     status, words = run("test", 96, fault)

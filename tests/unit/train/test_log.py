@@ -1,6 +1,5 @@
 """What a run says, to files and to people."""
 
-import io
 import json
 import math
 import resource
@@ -122,51 +121,6 @@ def test_what_is_no_record_is_passed_over_and_counted(tmp_path: Path, line: byte
 def test_numbers_that_json_has_no_word_for_come_back_as_none() -> None:
     record = log.parse(b'{"kind": "step", "step": 1, "loss": NaN, "rate": 1e999}')
     assert record == {"kind": "step", "step": 1, "loss": None, "rate": None}
-
-
-def test_lines_for_people() -> None:
-    step = log.line({"kind": "step", "step": 12, **STEP})
-    assert "step     12  25.0%" in step and "bpb  2.500" in step and "12,346 tok/s" in step and "ETA 01:15" in step
-    assert "bpb      -" in log.line({"kind": "step", "step": 1, **STEP, "bpb": None})
-    bpb = {"text": {"shallow": 2.5, "full": 2.25}}
-    said = log.line({"kind": "eval", "step": 5, "progress": 1.0, "bpb": bpb, "patch": None})
-    assert said.endswith("text 2.500 2.250")
-    chats = {"rows": 5960, "tokens": 1203400, "refused": {"no answer": 2}, "padding": 0.032, "naive_padding": 0.41}
-    assert log.line({"kind": "chats", **chats}) == (
-        "chats: 5,960 rows, 1,203,400 tokens, 2 refused: no answer; 3.2% of a batch is padding "
-        "(41.0% without grouping by length)"
-    )
-    assert log.line({"kind": "warning", "text": "mind the tide"}) == "warning: mind the tide"
-
-
-def test_the_console_prints_the_first_steps_and_then_every_tenth() -> None:
-    stream = io.StringIO()
-    with log.Console("test", every=10, stream=stream) as console:
-        for step in range(1, 21):
-            console({"kind": "step", "step": step, **STEP})
-    shown = [int(line.split()[1]) for line in stream.getvalue().splitlines()]
-    assert shown == [1, 2, 3, 10, 20]
-
-
-def test_a_terminal_shows_a_bar_under_the_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "200")
-    stream = Terminal()
-    with log.Console("fish", stream=stream) as console:
-        console({"kind": "step", "step": 1, **STEP})
-    shown = stream.getvalue()
-    assert "step      1  25.0%" in shown and "fish" in shown and "25%" in shown
-    assert "ETA 01:15" in shown.split("12,346 tok/s")[-1], "on the bar, which is drawn again under the line"
-    assert "\x1b[" not in log.line({"kind": "step", "step": 1, **STEP})
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(5, "00:05"), (75.4, "01:15"), (3661, "1:01:01"), (math.inf, "--:--")])
-def test_clock(seconds: float, text: str) -> None:
-    assert log.clock(seconds) == text
 
 
 def test_utilisation_is_work_done_over_work_possible() -> None:

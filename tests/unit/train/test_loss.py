@@ -12,7 +12,7 @@ from shoal.data.batches import Batch
 from shoal.inputs.tokenizer import PATCH_ID, Tokenizer
 from shoal.model.net import Net
 from shoal.train.feed import open_feed, shard_tokenizer
-from shoal.train.loss import PATCH_EPS, LossModel, Places, Sums, logits_at_once, patch_targets, predicted_patches
+from shoal.train.loss import PATCH_EPS, LossModel, Sums, predicted_patches
 from shoal.train.parallel import Ranks
 from shoal.train.plan import pretrain_plan
 
@@ -249,59 +249,6 @@ def test_24_each_loss_keeps_to_its_tokens(model: LossModel, batch: Batch) -> Non
     assert states.grad[0].any(-1).tolist() == [False, False, True, True, False, False]
 
 
-@pytest.mark.parametrize(
-    ("name", "most"), [("ROWS_AT_ONCE", 50), ("LOGITS_AT_ONCE", 50 * CONFIG.vocab), ("LOGITS_AT_ONCE", 1)]
-)
-def test_what_the_teacher_itself_loses_is_told_by_row_at_the_exits_that_run(
-    batch: Batch, monkeypatch: pytest.MonkeyPatch, name: str, most: int
-) -> None:
-    """In parts as well, of which each adds to its own rows; one logit at a time is one row's."""
-    nets = [Net(CONFIG).init_(seed).double() for seed in (0, 1)]
-    model = LossModel(nets[0], teacher=nets[1])
-    targets = batch.targets.clone()
-    targets[:, 9 if most == 1 else 9999 :] = -1
-    args = (batch.tokens, targets, batch.docs, batch.patches, batch.grid)
-    want = LossModel(nets[1])(*args).ce
-    monkeypatch.setattr(f"shoal.train.loss.{name}", most)
-    for exits in (CONFIG.exits, (2,)):
-        sums = model(*args, exits=exits, reference=True)
-        assert sums.reference is not None and not sums.reference.requires_grad
-        for place, e in enumerate(CONFIG.exits):
-            wanted = want[place] if e in exits else torch.zeros_like(want[place])
-            torch.testing.assert_close(sums.reference[place], wanted, rtol=1e-12, atol=1e-9)
-    assert model(*args).reference is None
-
-
-def places_of(batch: Batch, targets: torch.Tensor) -> Places:
-    return Places.of(batch.tokens, targets, batch.docs, batch.patches)
-
-
-def test_losses_are_taken_where_there_are_targets_and_before_patches_of_the_same_document() -> None:
-    tokens = torch.tensor([[20, PATCH_ID, PATCH_ID, 21], [PATCH_ID, PATCH_ID, 22, PATCH_ID]])
-    docs = torch.tensor([[0, 0, 0, 0], [0, 1, 1, 1]])
-    targets = torch.tensor([[-1, -1, 21, 0], [-1, 5, -1, -1]])
-    places = Places.of(tokens, targets, docs, torch.zeros(5, 3))
-    assert [each.tolist() for each in places] == [
-        [0, 0, 1], [2, 3, 1],  # where a token is predicted
-        [0, 0, 1], [0, 1, 2], [0, 1, 4],  # where a patch is, and which
-    ]  # fmt: skip
-    assert [each.tolist() for each in places.to(torch.device("cpu"))] == [each.tolist() for each in places]
-    pixels = torch.tensor([[1.0, 3.0], [0.0, 0.0], [9.0, 9.0], [9.0, 9.0], [2.0, 2.0]])
-    where, target = patch_targets(tokens, docs, pixels)
-    assert where.tolist() == [[True, True, False, False], [False, False, True, False]]
-    side = 1 / (1 + PATCH_EPS) ** 0.5
-    torch.testing.assert_close(target, torch.tensor([[-side, side], [0.0, 0.0], [0.0, 0.0]]))
-
-
-def test_places_may_be_looked_for_before(model: LossModel, batch: Batch) -> None:
-    few = batch.targets.clone()
-    few[:, 40:] = -1
-    args = (batch.docs, batch.patches, batch.grid)
-    want = model(batch.tokens, few, *args)
-    got = model(batch.tokens, batch.targets, *args, places=places_of(batch, few))
-    assert torch.equal(got.ce, want.ce) and torch.equal(got.patch, want.patch)
-
-
 def test_frozen_weights_are_no_part_of_the_state_as_long_as_that_is_asked_for() -> None:
     net = Net(CONFIG)
     net.groups[0].requires_grad_(False)
@@ -312,41 +259,3 @@ def test_frozen_weights_are_no_part_of_the_state_as_long_as_that_is_asked_for() 
     assert set(model.state_dict(prefix="x.")) == {f"x.{name}" for name in trained}
     model.trained_only = False
     assert set(model.state_dict()) == names == set(LossModel(net).state_dict())
-
-
-def test_a_gpu_holds_more_logits_at_a_time() -> None:
-    assert [logits_at_once(device) for device in ("cpu", "cuda")] == [2**25, 2**27]
-
-
-@pytest.mark.parametrize(
-    ("logits", "rows", "parts", "again"),
-    [(2**25, 1024, [7], 0), (2 * 3 * CONFIG.vocab, 1024, [2, 2, 2, 1], 4), (7 * 3 * CONFIG.vocab, 1024, [7], 0),
-     (2**25, 3, [3, 3, 1], 0), (CONFIG.vocab, 1024, [1] * 7, 7)],
-)  # fmt: skip
-def test_of_all_exits_together_no_more_logits_are_held_than_may_be(
-    model: LossModel, monkeypatch: pytest.MonkeyPatch, logits: int, rows: int, parts: list[int], again: int
-) -> None:
-    """And those of more than that are made again in backward."""
-    draw = torch.Generator().manual_seed(0)
-    states = {e: torch.randn(7, CONFIG.width, dtype=torch.float64, generator=draw) for e in CONFIG.exits}
-    targets, held, made = torch.arange(40, 47), list[int](), list[int]()
-    whole, at_once = model._from_full_depth(states, targets, (1, 2)), model._exits_at_once
-
-    def watch(some: torch.Tensor, *more: Any) -> torch.Tensor:
-        held.append(len(some))
-        return at_once(some, *more)
-
-    def remade(work: Any, *args: Any, use_reentrant: bool) -> Any:
-        made.append(1)
-        assert not use_reentrant
-        return work(*args)
-
-    monkeypatch.setattr("shoal.train.loss.LOGITS_AT_ONCE", logits)
-    monkeypatch.setattr("shoal.train.loss.ROWS_AT_ONCE", rows)
-    monkeypatch.setattr("shoal.train.loss.checkpoint", remade)
-    monkeypatch.setattr(model, "_exits_at_once", watch)
-    found = model._from_full_depth(states, targets, (1, 2))
-    assert list(found) == [1, 2, 4] and (held, len(made)) == (parts, again)
-    for e, losses in whole.items():
-        torch.testing.assert_close(found[e], losses, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(losses[0], model._losses(states[e], targets, e, None)[0], rtol=1e-12, atol=1e-12)

@@ -26,7 +26,6 @@ from shoal.train.loop import fit
 from shoal.train.needs import memory_needed
 from shoal.train.plan import FitPlan, adapt_plan, finetune_plan, quantize_plan
 from shoal.train.refusal import check, need_replaceable
-from shoal.train.step import preference_losses
 
 DATA = Path(__file__).parents[2] / "data" / "open"
 ASKED, ANSWER = "What is it?", "A fish."
@@ -217,15 +216,6 @@ def test_preferences_are_learned_against_the_frozen_base(more: dict[str, Any], t
     gained = [likelihood(after, answer) - likelihood(before, answer) for answer in (ANSWER, OTHER)]
     end = math.log1p(math.exp(-beta * (gained[0] - gained[1])))
     assert end < 0.5 and gained[0] > gained[1]
-
-
-def test_the_losses_of_preferences_are_those_of_the_definition() -> None:
-    ce, reference = torch.tensor([[3.0, 5.0, 2.0, 2.5]]), torch.tensor([[4.0, 4.5, 2.0, 2.0]])
-    by_hand = sum(math.log1p(math.exp(-0.1 * margin)) for margin in ((4 - 3) - (4.5 - 5), (2 - 2) - (2 - 2.5)))
-    both = torch.tensor([True, True])
-    assert preference_losses(ce, reference, 0.1, both).tolist() == [pytest.approx(by_hand, rel=1e-6)]
-    first = math.log1p(math.exp(-0.1 * 1.5))
-    assert preference_losses(ce, reference, 0.1, torch.tensor([True, False])).tolist() == [pytest.approx(first)]
 
 
 def test_preferences_are_for_fine_tuning_alone(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from shoal.train.loss import LossModel
 from shoal.train.needs import memory_needed, memory_parts
 from shoal.train.parallel import Ranks, shard_
 from shoal.train.plan import pretrain_plan
-from shoal.train.recompute import ATTENTION, Recompute, again, flops_again, policy
+from shoal.train.recompute import ATTENTION, Recompute, flops_again, policy
 from shoal.train.refusal import DOUBT, need_memory_of_gpu
 from shoal.train.settings import settings
 from tests.trees import tree_leaves
@@ -94,40 +94,6 @@ def test_so_they_are_rounded_to_int8_and_of_thin_matrices(what: str) -> None:
     assert len(want) > 8
     for found in others:
         assert found.keys() == want.keys() and all(torch.equal(found[name], want[name]) for name in want)
-
-
-@pytest.mark.drill
-@pytest.mark.parametrize(("pattern", "int8"), [("L", True), ("H", True), ("H", False)])
-def test_compiled_layers_compute_again_as_they_do_alone(pattern: str, int8: bool) -> None:
-    """By torch.compile's own partitioner of forward and backward; its kernels are compiled in test_compile, and there are
-    gradients of layers that are not rounded. A local layer's graphs are made in half the time of a hybrid one's."""
-
-    def made(how: Recompute, *, compiled: bool, kept: list[int]) -> dict[str, Tensor]:
-        model = LossModel(Net(changed(attn_pattern=pattern)).init_(0))
-        fake_quantize_(model.net, int8)
-        for group in model.net.groups:
-            for block in group.blocks:  # type: ignore[union-attr]
-                block.forward = again(block.forward, how, TEST.width)
-                if compiled:
-                    block.forward = torch.compile(block.forward, backend="aot_eager_decomp_partition")
-        seen: dict[int, int] = {}
-
-        def hold(tensor: Tensor) -> Tensor:
-            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-            found = gradients(model)
-        kept.append(sum(seen.values()))
-        return found
-
-    torch._dynamo.reset()
-    want, kept = made(False, compiled=False, kept=[]), list[int]()
-    for how in (False, "selective"):
-        found = made(how, compiled=True, kept=kept)  # type: ignore[arg-type]
-        for name in want:
-            torch.testing.assert_close(found[name], want[name], rtol=1e-4, atol=1e-5)
-    assert kept[1] < kept[0]
 
 
 # ---- how much memory

@@ -242,14 +242,6 @@ def test_steps_after_the_checkpoint_are_done_again_as_they_were(shards: Path, tm
     assert places == sorted(places), "and it never goes back"
 
 
-@pytest.mark.drill
-def test_a_run_of_another_length_makes_its_own_schedule(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
-        fit(short(shards, tmp_path / "run", checkpoint_minutes=0.0), stop_at(3))
-    fit(short(shards, tmp_path / "run", steps=12))
-    assert [place for (place,) in said(tmp_path / "run", "step", "schedule")][2:] == [s / 12 for s in range(3, 13)]
-
-
 def test_a_run_that_the_clock_ended_is_not_trained_further(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,14 +321,6 @@ def test_a_run_by_the_clock_ends_with_the_update_in_which_its_time_does(
     with pytest.raises(Interrupted):
         fit(plan, stop_at(1, "checkpoint"))
     assert fit(plan).steps == updates
-
-
-def test_a_schedule_with_a_hole_is_refused(shards: Path, tmp_path: Path) -> None:
-    fit(short(shards, tmp_path / "first"))
-    path = log.metrics_file(tmp_path / "first")
-    path.write_text("".join(line for line in path.open() if '"step": 4' not in line))
-    with pytest.raises(DataError, match="learning rates: got '3 steps'; allowed: 6 or more"):
-        fit(short(shards, tmp_path / "again", rates_of=str(tmp_path / "first")))
 
 
 # ---- a run that is begun anew

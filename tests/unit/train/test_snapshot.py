@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,28 +47,6 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     opened.set()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has no niceness of its own")
-@pytest.mark.parametrize("niceness", [0, 15, 19])  # 15 is what Ray gives each worker
-def test_the_thread_that_writes_goes_after_those_that_train(tmp_path: Path, alone: Ranks, niceness: int) -> None:
-    """It had a niceness of 10 wherever it was: before training where Ray ran that as root, who may lower one."""
-    found = []
-
-    def train() -> None:  # a thread of its own: nobody but root gets a niceness back
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(niceness, own))
-        copy = snapshot.Snapshot(alone)
-        assert copy.take({"weight": torch.ones(3)})
-        copy.write(
-            tmp_path, lambda path: found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())) or {}
-        )
-        copy.result()
-
-    own = os.getpriority(os.PRIO_PROCESS, 0)
-    thread = threading.Thread(target=train)
-    thread.start()
-    thread.join()
-    assert found == [min(19, max(niceness, own) + snapshot.NICENESS)] * 2
-
-
 def writers() -> int:
     return sum(thread.name == "write-checkpoint" for thread in threading.enumerate())
 
@@ -101,16 +77,6 @@ def test_a_checkpoint_is_of_the_moment_at_which_it_was_begun(
     for p, want in zip(other.parameters(), moments, strict=True):
         assert all(torch.equal(other_optimizer.state[p][key], value) for key, value in want.items())
     assert not all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-
-
-def test_two_are_never_written_at_once(tmp_path: Path, alone: Ranks, gate: threading.Event) -> None:
-    store = CheckpointStore(tmp_path)
-    store.begin(*trained(seed=1), state(1), alone)
-    with pytest.raises(AssertionError, match="one checkpoint"):
-        store.begin(*trained(seed=1), state(2), alone)
-    gate.set()
-    assert store.publish(alone).path == store.at(1)
-    assert store.begin(*trained(seed=1), state(2), alone) and store.publish(alone).path == store.at(2)
 
 
 def test_what_a_thread_meets_is_one_line_where_it_is_heard(
@@ -163,21 +129,6 @@ def test_what_a_killed_run_was_writing_is_removed(tmp_path: Path, alone: Ranks) 
     (half / "shard-00000.safetensors").write_bytes(b"half")
     assert CheckpointStore(tmp_path).newest(alone, pytest.fail) == path
     assert list(store.directory.iterdir()) == [path]
-
-
-def test_without_memory_for_a_copy_training_waits(
-    tmp_path: Path, alone: Ranks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def none(*_: object, **__: object) -> torch.Tensor:
-        raise MemoryError
-
-    monkeypatch.setattr(snapshot.Snapshot, "_copied", none)
-    store, (model, optimizer) = CheckpointStore(tmp_path), trained(seed=1)
-    assert not store.begin(model, optimizer, state(1), alone)
-    path = store.publish(alone).path
-    other, other_optimizer = trained(seed=2, updates=0)
-    store.load(path, other, other_optimizer, alone)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 @settings(max_examples=40, deadline=None)

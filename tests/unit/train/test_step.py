@@ -2,11 +2,8 @@
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +12,6 @@ from shoal import presets
 from shoal.data.batches import Batch
 from shoal.errors import DataError, ShoalError
 from shoal.inputs.chat import DEFAULT_TEMPLATE
-from shoal.inputs.tokenizer import PATCH_ID
 from shoal.model.net import Net
 from shoal.train import step
 from shoal.train.feed import open_feed, shard_tokenizer
@@ -111,16 +107,6 @@ def test_a_non_finite_step_writes_nothing(shards: Path, alone: Ranks, bad: float
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_large_gradient_is_clipped(shards: Path, alone: Ranks) -> None:
-    plan = pretrain_plan("test", str(shards), "unused", steps=1, accumulate=1)
-    batches = open_feed(plan, shard_tokenizer(shards), "", alone).at(0)
-    model = fresh()
-    report = one_update(model, batches, alone, replace(PRESET.train, clip=0.01))
-    norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters()))
-    assert report.grad_norm > 0.01
-    assert float(norm) == pytest.approx(0.01, rel=1e-4)
-
-
 def test_ranks_with_different_numbers_of_micro_batches_are_refused(shards: Path) -> None:
     class Two(Ranks):
         def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -153,17 +139,6 @@ def test_with_a_teacher_the_loss_and_its_gradient_are_what_the_definition_says(s
         torch.testing.assert_close(p.grad, gradient, rtol=1e-6, atol=1e-9)
 
 
-def test_gradients_are_exchanged_with_the_last_micro_batch_alone(
-    shards: Path, alone: Ranks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = pretrain_plan("test", str(shards), "unused", steps=1, accumulate=4)
-    batches = open_feed(plan, shard_tokenizer(shards), "", alone).at(0)
-    asked: list[bool] = []
-    monkeypatch.setattr(step, "sync_gradients", lambda model, on: asked.append(on))
-    one_update(fresh(), batches, alone)
-    assert asked == [False, False, False, True]
-
-
 def made(rows: list[tuple[list[int], list[int], list[int], int, str]]) -> Batch:
     """Of rows: tokens, targets, documents, bytes and modality."""
     tokens, targets, docs, lengths, modalities = zip(*rows, strict=True)
@@ -178,13 +153,6 @@ PLAIN = [
     ([20, 21, 0], [21, -1, -1], [0, 0, -1], 3, "image"),  # a row of images is no text
     ([0, 0, 0], [-1, -1, -1], [-1, -1, -1], 0, "code"),  # a blank one
 ]
-
-
-def test_what_losses_are_divided_by_is_counted_over_all_micro_batches(alone: Ranks) -> None:
-    counts = count([made(PLAIN), made(PLAIN[:1])], alone)
-    assert (counts.targets, counts.patches, counts.tokens, counts.text_bytes, counts.rows) == (5, 0, 8, 14, 3)
-    assert step.filled(made(PLAIN)).tolist() == [True, True, False]
-    assert step.text_rows(made(PLAIN)).tolist() == [True, False, True]
 
 
 def test_two_ranks_that_run_the_same_are_let_on_and_two_that_do_not_are_told(alone: Ranks) -> None:
@@ -231,19 +199,6 @@ def test_an_update_on_preferences_divides_by_pairs_and_does_not_count_blank_ones
     assert report.targets == 6 and report.ce[-1] == pytest.approx(
         sum(float(s.ce[-1].sum().detach()) for s in found) / 6
     )
-
-
-def test_of_an_exit_that_is_left_out_nothing_is_told_and_its_moments_go_on(alone: Ranks) -> None:
-    model = fresh()
-    optimizer = make_optimizer(model, PRESET.train)
-    report = update(
-        model, optimizer, [made(PLAIN)], config=PRESET.train, weights=(0.0, 0.4, 0.6), rate=1e-3, ranks=alone
-    )
-    assert math.isnan(report.ce[0]) and not any(map(math.isnan, report.ce[1:]))
-    assert not model.net.exit_norms["1"].weight.grad.any() and not model.net.patch_head.weight.grad.any()
-    sums = model(*(getattr(made(PLAIN), name) for name in ("tokens", "targets", "docs", "patches", "grid")))
-    assert report.patch == 0 and report.patches == 0 and sums.patch == 0
-    assert all(group["lr"] == 1e-3 for group in optimizer.param_groups)
 
 
 def test_bits_a_byte_are_of_rows_of_text_at_full_depth(alone: Ranks) -> None:
@@ -318,87 +273,3 @@ def test_a_rehearsal_changes_nothing_and_leaves_no_gradient(alone: Ranks) -> Non
     assert asked == [True] and all(p.grad is None for p in model.parameters())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
-
-
-@pytest.mark.parametrize(("world", "kind", "waits"), [(1, "cuda", 0), (2, "cuda", 1), (2, "cpu", 0), (1, "cpu", 0)])
-def test_a_rank_waits_for_its_device_where_there_are_others(
-    monkeypatch: pytest.MonkeyPatch, world: int, kind: str, waits: int
-) -> None:
-    waited: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    ranks = Ranks(0, world, torch.device(kind))
-    step._settle(ranks)
-    assert waited == [ranks.device] * waits
-    some = SimpleNamespace(modalities=("text", "image"), tokens=torch.zeros(2, device="meta"))
-    assert step.text_rows(some).is_meta, "what says of rows what they are lies beside them"  # type: ignore[arg-type]
-
-
-def test_marks_of_ways_are_small_enough_to_be_compared_by_their_squares() -> None:
-    """Of three ranks, whose sums a power of two does not divide: a square beyond 2^53 would be rounded."""
-
-    class Three(Ranks):
-        def sum(self, values: torch.Tensor) -> torch.Tensor:
-            marks.add(float(values[6]))
-            return 3 * values
-
-    marks = set[float]()
-    for way in range(60):
-        assert count([made(PLAIN)], Three(0, 3, torch.device("cpu")), way).targets == 9
-    assert len(marks) == 60 and max(marks) < 2**20
-
-
-def test_what_runs_and_what_it_takes_is_told(alone: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exit of no share is not run, and all ranks are told of skipped layers in one order; alone nobody is waited for."""
-    ways, parts = list[object](), list[str]()
-
-    class Doubled(Ranks):
-        def sum(self, values: torch.Tensor) -> torch.Tensor:
-            return 2 * values
-
-    @contextmanager
-    def watch(part: str) -> Iterator[None]:
-        parts.append(part)
-        yield
-
-    def counted(batches: list[Batch], ranks: Ranks, way: object, **more: object) -> step.Counts:
-        ways.append(way)
-        return count(batches, ranks, way)
-
-    monkeypatch.setattr(step, "count", counted)
-    monkeypatch.setattr(step, "_settle", lambda ranks: parts.append(f"settled {ranks.world}"))
-    found = []
-    for ranks in (alone, Doubled(0, 2, torch.device("cpu"))):
-        model = fresh()
-        how = {"config": PRESET.train, "weights": (0.0, 0.4, 0.6), "rate": 1e-3, "skip": (3, 2)}
-        found.append(update(model, make_optimizer(model, PRESET.train), [made(PLAIN)], ranks=ranks, watch=watch, **how))
-    assert ways == [([2, 4], [2, 3])] * 2
-    each = [
-        ["waiting", "compute", f"settled {world}", then, "write"] for world, then in ((1, "compute"), (2, "waiting"))
-    ]
-    assert parts == [*each[0], *each[1]]
-    assert found[0].loss == pytest.approx(found[1].loss) and found[1].targets == 2 * found[0].targets == 6
-
-
-def test_one_target_is_divided_by_one(alone: Ranks) -> None:
-    batch = made([([20, 21], [21, -1], [0, 0], 2, "text")])
-    model = fresh()
-    ce = model(batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid).ce.sum(1).detach()
-    report = one_update(model, [batch], alone)
-    assert report.targets == 1 and report.ce == pytest.approx(ce.tolist())
-    assert report.loss == pytest.approx(float(ce @ torch.tensor(WEIGHTS, dtype=torch.float64)), rel=1e-6)
-    patched = made([([20, PATCH_ID, PATCH_ID, 21], [-1, -1, 21, -1], [-1, 0, 0, 0], 1, "image")])
-    grid = torch.tensor([[0, 0], [0, 1]])
-    pixels = torch.arange(2 * PRESET.model.patch_values).view(2, -1).to(torch.uint8)
-    patched = replace(patched, patches=pixels, grid=grid)
-    model = fresh()
-    sums = model(patched.tokens, patched.targets, patched.docs, pixels, grid)
-    (wanted,) = torch.autograd.grad(
-        PRESET.train.patch_weight * sums.patch, model.net.patch_head.weight, retain_graph=True
-    )
-    report = one_update(model, [patched], alone, replace(PRESET.train, clip=1e9))
-    torch.testing.assert_close(model.net.patch_head.weight.grad, wanted)
-    assert report.patches == 1 and report.patch == pytest.approx(float(sums.patch.detach())) and report.patch > 0
-    weighed = float(sums.ce.sum(1).detach() @ torch.tensor(WEIGHTS, dtype=torch.float64))
-    assert report.loss == pytest.approx(weighed + PRESET.train.patch_weight * report.patch, rel=1e-6)
-    blank = one_update(fresh(), [made(PLAIN[2:])], alone)
-    assert (blank.loss, blank.targets, blank.tokens) == (0.0, 0, 0) and blank.ce == (0.0, 0.0, 0.0)

@@ -69,13 +69,6 @@ def test_numbers_that_are_not_there_are_left_out() -> None:
     assert scalars(evaluation) == {"heldout/text/shallow": 3.0, "heldout/text/full": 2.0}
 
 
-def test_every_report_is_told() -> None:
-    first: list[log.Record] = []
-    second: list[log.Record] = []
-    together(first.append, second.append)({"kind": "end"})
-    assert first == second == [{"kind": "end"}]
-
-
 def test_a_tracker_that_fails_is_told_once_and_takes_nothing_along(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,29 +115,6 @@ def test_wandb_is_given_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     while b"heldout/text/full" not in written.read_bytes():
         assert time.monotonic() < end
         time.sleep(0.1)
-
-
-def test_a_torn_line_or_a_listener_that_fails_ends_no_progress(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """The driver reads the file while the workers write it."""
-    heard: list[log.Record] = []
-
-    def listen(record: log.Record) -> None:
-        if record.get("step") == 3:
-            raise ValueError("a tracker's own")
-        heard.append(record)
-
-    with following_file(str(tmp_path), listen):
-        say = log.Speaker(tmp_path, True, log.ignore)
-        say("start", step=0)
-        with log.metrics_file(tmp_path).open("ab") as file:
-            file.write(b'{"kind": "step", "st')
-        for step in (2, 3, 4):
-            say("step", step=step)
-        say("end")
-    assert [(r["kind"], r.get("step")) for r in heard] == [
-        ("start", 0), ("warning", 0), ("step", 2), ("step", 4), ("end", None)
-    ]  # fmt: skip
-    assert "cannot be read" in heard[1]["text"] and "step record was not shown" in capsys.readouterr().err
 
 
 def test_a_file_system_that_is_away_for_a_moment_ends_no_progress(

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ import torch
 from shoal import presets
 from shoal.errors import CheckpointError, ShoalError
 from shoal.model.net import Net
-from shoal.train import run
 from shoal.train.checkpoint import CheckpointStore, damage
 from shoal.train.loss import LossModel
 from shoal.train.mirror import Mirror
@@ -183,16 +181,6 @@ def test_a_copy_of_a_later_step_takes_no_place(tmp_path: Path, alone: Ranks) -> 
     assert mirror.names() == ["step-00000002"]
 
 
-def test_a_name_in_a_mirror_leads_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bucket may hold any names."""
-    mirror, got = Mirror(str(tmp_path / "copies"), keep=1), []
-    names = ["step-00000001/../../evil", "step-00000001//etc/x", "step-00000001/a/b", "step-00000001/state.json", "x"]
-    monkeypatch.setattr(mirror._at, "files", lambda: names)
-    monkeypatch.setattr(mirror._at, "get", lambda name, file: got.append(name))
-    mirror.fetch("step-00000001", tmp_path / "here")
-    assert got == ["step-00000001/state.json"]
-
-
 class Meeting(Ranks):
     """Two ranks as threads: an error of one in `alike` is raised in both, and who waits for nobody is found out."""
 
@@ -228,23 +216,6 @@ def both(act: Callable[[Ranks], object]) -> list[BaseException | None]:
     Meeting.barrier.reset()
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(one, range(2)))
-
-
-def test_a_mirror_that_fails_on_rank_0_is_told_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the others wait for it."""
-
-    def no_answer(*_: object) -> Mirror:
-        raise CheckpointError("the mirror does not answer")
-
-    mirror = Mirror(str(tmp_path / "copies"), keep=1)
-    monkeypatch.setattr(mirror, "clear", no_answer)
-    raised = both(lambda ranks: CheckpointStore(tmp_path, 2, mirror if ranks.first else None).clear(ranks))
-    assert all(isinstance(error, CheckpointError) for error in raised), raised
-
-    monkeypatch.setattr(run, "Mirror", no_answer)
-    plan = SimpleNamespace(mirror="s3://b/c", keep=1, run=str(tmp_path))
-    raised = both(lambda ranks: (run.Run(plan, ranks, lambda *_, **__: None), ranks.wait()))
-    assert all(isinstance(error, CheckpointError) for error in raised), raised
 
 
 def test_another_configuration_is_refused_in_one_line(tmp_path: Path) -> None:
